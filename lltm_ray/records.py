@@ -252,4 +252,4 @@ def timings_from(raw: Mapping[str, Any] | None, **seen: float | None) -> Timings
     raw = raw or {}
     known = ("cache_n", "prompt_n", "prompt_ms", "predicted_n", "predicted_ms", "draft_n", "draft_n_accepted")
     values: dict[str, Any] = {name: raw[name] for name in known if raw.get(name) is not None}
-    return Timings(**values, **seen)
+    return Timings(**values | seen)
