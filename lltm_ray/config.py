@@ -336,6 +336,10 @@ class Environment:
     cache_dir: Path
     hf_offline: bool
 
+    def run_dir(self, fleet: str, run_id: str) -> Path:
+        """Keys and tables of one run of a fleet, removed when it stops."""
+        return self.cache_dir / "run" / f"{fleet}-{run_id}"
+
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     """`LLAMA_SERVER_PATH`, `RAY_ADDRESS`, `LLTM_RAY_CACHE` (else XDG's cache folder), `HF_HUB_OFFLINE`."""

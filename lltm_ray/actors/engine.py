@@ -1,0 +1,226 @@
+"""EngineActor: one llama-server on one GPU share.
+
+It starts its server by itself, also when Ray has restarted it, and tells the directory about every change.
+`Engine` is the plain object; the actor only names its methods for Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from lltm_ray.actors.launch import EngineSpec, Launch, plan_launch
+from lltm_ray.actors.remote import node_ip
+from lltm_ray.actors.watch import HEARTBEAT_S, get_directory
+from lltm_ray.errors import EngineNotReadyError, LltmRayError
+from lltm_ray.llamacpp.client import AsyncLlamaClient
+from lltm_ray.llamacpp.process import ServerProcess, ServerSnapshot
+from lltm_ray.records import Completion, Embeddings, EngineInfo, EngineState, RerankHit, SlotState, StreamEvent
+
+log = logging.getLogger(__name__)
+
+RETRY_START_S = 5.0
+Message = dict[str, Any]
+
+
+class Engine:
+    """One server of a fleet: planned, started, supervised and described."""
+
+    def __init__(self, spec: EngineSpec, *, node_id: str, address: str, tell: Callable[[EngineInfo], None]) -> None:
+        self.spec = spec
+        self._tell = tell
+        self._server: ServerProcess | None = None
+        self._fitted = ""
+        self._slots = asyncio.Semaphore(1)
+        self._starting: asyncio.Task[None] | None = None
+        self._closed = False
+        self._info = EngineInfo(
+            name=spec.name,
+            model=spec.fleet.served_name or spec.fleet.model,
+            state=EngineState.STARTING,
+            node_id=node_id,
+            node_ip=address,
+            gpu_ids=tuple(int(gpu) for gpu in ray.get_gpu_ids()),
+            share=spec.share,
+            actor_pid=os.getpid(),
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the directory is told."""
+        return self._info
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[AsyncLlamaClient]:
+        """The server's HTTP face for one request that occupies a slot.
+
+        Calls beyond the slots wait here and not in the server: there each would hold an HTTP thread, and /health,
+        which tells a busy server from a hung one, needs one too.
+        """
+        async with self._slots:
+            yield self.client
+
+    @property
+    def client(self) -> AsyncLlamaClient:
+        """The running server's HTTP face; raises EngineNotReadyError."""
+        if self._server is None:
+            raise EngineNotReadyError(self.spec.name, self._info.state.value)
+        return self._server.client
+
+    async def ensure_ready(self) -> EngineInfo:
+        """Plan and start once, whoever asks; everyone who waits gets the same outcome."""
+        if self._closed:
+            raise EngineNotReadyError(self.spec.name, "stopped for good")
+        if self._starting is None or self._starting.done():
+            self._starting = asyncio.get_running_loop().create_task(self._start())
+        await asyncio.shield(self._starting)
+        return self._info
+
+    async def keep_ready(self) -> None:
+        """After Ray restarted the actor nobody waits for it, so it tries by itself until it stands."""
+        while not self._closed:
+            try:
+                await self.ensure_ready()
+                return
+            except LltmRayError as error:
+                log.warning("%s: not up again yet: %s", self.spec.name, error)
+                await asyncio.sleep(RETRY_START_S)
+
+    async def stop(self, drain_s: float) -> None:
+        """Finish running requests for up to `drain_s`, then end the server for good."""
+        self._closed = True
+        if self._server is not None:
+            await self._server.stop(drain_s=drain_s)
+        self._update(state=EngineState.STOPPED)
+
+    async def _start(self) -> None:
+        try:
+            if self._server is None:
+                near = self._info.node_id == self.spec.gateway_node_id
+                host = "127.0.0.1" if near else self._info.node_ip
+                progress = self._download_progress()
+                self._adopt(await asyncio.to_thread(plan_launch, self.spec, host=host, progress=progress))
+            assert self._server is not None  # noqa: S101 - for the type checker; _adopt made it
+            await self._server.ensure_ready()
+        except LltmRayError as error:
+            self._update(state=EngineState.FAILED, detail=error.message)
+            raise
+
+    def _adopt(self, launch: Launch) -> None:
+        embeds = self.spec.fleet.engine.embeddings
+        kinds = [name for name, on in (("embeddings", embeds), ("rerank", self.spec.fleet.engine.reranking)) if on]
+        self._server = ServerProcess(launch.server, self._on_change)
+        self._fitted = launch.detail
+        self._slots = asyncio.Semaphore(launch.plan.n_parallel)
+        self._update(
+            model=launch.served_name,
+            api_key=launch.server.api_key,
+            slots_total=launch.plan.n_parallel,
+            n_ctx=launch.plan.n_ctx,
+            n_gpu_layers=launch.plan.n_gpu_layers,
+            capabilities=tuple(kinds) or ("completion",),
+        )
+
+    def _on_change(self, now: ServerSnapshot) -> None:
+        self._update(state=now.state, url=now.url, server_pid=now.pid, detail=now.detail or self._fitted)
+
+    def _update(self, **changes: Any) -> None:
+        self._info = self._info.with_(**changes)
+        self._tell(self._info)
+
+    def _download_progress(self) -> Callable[[str, int, int], None]:
+        """Called in the planning thread, often; passed on to the loop twice a second at most."""
+        loop, last = asyncio.get_running_loop(), 0.0
+
+        def report(name: str, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last > 0.5:
+                last = time.monotonic()
+                share = f"{done / total:.0%} of " if total else ""
+                shown = f"downloading {name}: {share}{(total or done) / 2**20:,.0f} MiB"
+                loop.call_soon_threadsafe(lambda: self._update(detail=shown))
+
+        return report
+
+
+class EngineActor:
+    """Handle methods: `chat, complete, stream, embed, rerank, tokenize, detokenize, slots, health, info, stop`."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        context = ray.get_runtime_context()
+        self._directory = get_directory(spec.fleet.name)
+        self._engine = Engine(spec, node_id=context.get_node_id(), address=node_ip(), tell=self._register)
+        loop = asyncio.get_running_loop()
+        self._heart = loop.create_task(self._beat())
+        if context.was_current_actor_reconstructed:
+            self._revival = loop.create_task(self._engine.keep_ready())
+
+    async def ensure_ready(self) -> EngineInfo:
+        """Start if needed, wait until ready; raises what kept it from starting."""
+        return await self._engine.ensure_ready()
+
+    async def chat(self, messages: list[Message], **params: Any) -> Completion:
+        """One chat answer; `params` as in llama-server's /v1/chat/completions."""
+        async with self._engine.slot() as client:
+            return replace(await client.chat(messages, **params), engine=self._engine.spec.name)
+
+    async def complete(self, prompt: str | list[int], **params: Any) -> Completion:
+        """One completion of a raw prompt; `params` as in llama-server's /completion, `max_tokens` works too."""
+        async with self._engine.slot() as client:
+            return replace(await client.complete(prompt, **params), engine=self._engine.spec.name)
+
+    async def stream(self, messages: list[Message], **params: Any) -> AsyncIterator[StreamEvent]:
+        """A chat answer event by event; closing the generator frees the slot."""
+        async with self._engine.slot() as client, aclosing(client.chat_stream(messages, **params)) as events:
+            async for event in events:
+                yield replace(event, engine=self._engine.spec.name)
+
+    async def embed(self, texts: str | list[str], **params: Any) -> Embeddings:
+        """One vector for each text; the fleet must serve embeddings."""
+        async with self._engine.slot() as client:
+            return replace(await client.embed(texts, **params), engine=self._engine.spec.name)
+
+    async def rerank(self, query: str, documents: list[str], top_n: int | None = None) -> tuple[RerankHit, ...]:
+        """Documents by relevance; the fleet must serve a reranker."""
+        async with self._engine.slot() as client:
+            return await client.rerank(query, documents, top_n=top_n)
+
+    async def tokenize(self, text: str, **params: Any) -> tuple[int, ...]:
+        """Token ids of a text."""
+        return await self._engine.client.tokenize(text, **params)
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """Text of token ids."""
+        return await self._engine.client.detokenize(tokens)
+
+    async def slots(self) -> tuple[SlotState, ...]:
+        """The server's slots now."""
+        return await self._engine.client.slots()
+
+    async def health(self) -> bool:
+        """Whether the server answers that it can serve."""
+        return (await self._engine.client.health()).status == "ok"
+
+    async def info(self) -> EngineInfo:
+        """As the directory knows it."""
+        return self._engine.info
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Let running requests finish for up to `drain_s`, then end the server; the actor stays to answer `info`."""
+        await self._engine.stop(drain_s)
+
+    def _register(self, info: EngineInfo) -> None:
+        self._directory.register.remote(info)
+
+    async def _beat(self) -> None:
+        while True:
+            self._register(self._engine.info)
+            await asyncio.sleep(HEARTBEAT_S)

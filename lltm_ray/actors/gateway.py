@@ -1,0 +1,127 @@
+"""GatewayActor: the HTTP front of a fleet as a process of its own.
+
+`Front` (the app, its router, and the follower that keeps the router's table true) is all there is; the actor serves it
+on uvicorn, and the Serve ingress hands the same app to Serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from lltm_ray.actors.remote import node_ip
+from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
+from lltm_ray.config import GatewayConfig
+from lltm_ray.errors import ConfigError
+from lltm_ray.gateway.app import GatewayApp
+from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.server import serve
+from lltm_ray.records import FleetStatus, GatewayInfo
+from lltm_ray.routing.router import Router
+
+REBIND_S = 15.0
+"""After a kill, how long the actor waits for its own port to come free."""
+
+
+class Front:
+    """The ASGI app of a fleet. Keeps serving from its last table while the directory is away."""
+
+    def __init__(self, config: GatewayConfig, directory: Any) -> None:
+        self._directory = directory
+        self._status = FleetStatus(name="")
+        self._router = Router(config.queue_limit, config.queue_timeout_s)
+        self.app = GatewayApp(
+            router=self._router,
+            config=config,
+            keys=ApiKeys.from_file(config.api_key_file) if config.api_key_file else ApiKeys(),
+            status=lambda: self._status,
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Claims and queues of its router."""
+        return self._router.snapshot()
+
+    async def follow(self) -> None:
+        """Keep the router's table true, for ever."""
+        async for status in watch_fleet(self._directory):
+            self._status = status
+            self._router.update(status.engines)
+
+
+class GatewayActor:
+    """One per fleet, on the node of whoever started it."""
+
+    def __init__(self, name: str, fleet: str, config: GatewayConfig) -> None:
+        context = ray.get_runtime_context()
+        self._name, self._config, self._directory = name, config, get_directory(fleet)
+        self._node_id, self._is_revived = context.get_node_id(), context.was_current_actor_reconstructed
+        self._info = GatewayInfo(name=name, url="", state="starting", node_id=self._node_id, pid=os.getpid())
+        self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stop = asyncio.Event()
+        self._front: Front | None = None
+        self._tasks = [asyncio.create_task(work) for work in (self._run(), self._beat())]
+
+    async def ready(self) -> GatewayInfo:
+        """Once connections are accepted; raises what kept the gateway from it."""
+        await asyncio.shield(self._up)
+        return self._info
+
+    async def snapshot(self) -> dict[str, Any]:
+        """Claims and queues of its router: `{"waiting", "rejected", "engines"}`."""
+        return self._front.snapshot() if self._front else {}
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish for up to `timeout_s`, close the socket."""
+        if self._front is not None:
+            await self._front.app.drain(timeout_s)
+        self._stop.set()
+
+    async def _run(self) -> None:
+        try:
+            self._config = await self._last_port() if self._is_revived else self._config
+            self._front = Front(self._config, self._directory)
+            self._tasks.append(asyncio.create_task(self._front.follow()))
+            await self._serve(self._front)
+        except Exception as error:  # noqa: BLE001 - the actor's border: whoever awaits ready() gets it
+            self._tell(state="failed")
+            if not self._up.done():
+                self._up.set_exception(error)
+
+    async def _serve(self, front: Front) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (REBIND_S if self._is_revived else 0.0)
+        while True:
+            try:
+                await serve(front.app, self._config, ready=self._serving, stop=self._stop)
+                return
+            except ConfigError:
+                if loop.time() > deadline:
+                    raise
+                await asyncio.sleep(0.1)
+
+    async def _last_port(self) -> GatewayConfig:
+        """Clients know the address: a revived gateway comes back to it, also where port 0 once chose it."""
+        async with aclosing(watch_fleet(self._directory)) as tables:
+            status = await anext(tables)
+        before = [gateway.url for gateway in status.gateways if gateway.name == self._name and gateway.url]
+        return replace(self._config, port=int(before[0].rpartition(":")[2])) if before else self._config
+
+    def _serving(self, port: int) -> None:
+        host = self._config.host
+        shown = {"0.0.0.0": node_ip(), "::": node_ip()}.get(host, host)  # noqa: S104
+        self._tell(state="ready", url=f"http://{f'[{shown}]' if ':' in shown else shown}:{port}")
+        self._up.set_result(None)
+
+    def _tell(self, **changes: Any) -> None:
+        self._info = replace(self._info, **changes)
+        self._directory.register_gateway.remote(self._info)
+
+    async def _beat(self) -> None:
+        while True:
+            self._tell()
+            await asyncio.sleep(HEARTBEAT_S)

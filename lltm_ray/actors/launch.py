@@ -1,0 +1,151 @@
+"""From a fleet's settings and an actor's share to a server that can be started on this node.
+
+`plan_launch` is where the siblings meet: the model's file (`models`), the share's memory (`gpu`), the executable and
+its arguments (`llamacpp`). It blocks (it may download a model): call it from a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lltm_ray.config import Environment, FleetConfig, read_environment
+from lltm_ray.errors import PlacementError
+from lltm_ray.gpu.nvml import read_inventory, visible
+from lltm_ray.gpu.shares import memory_budget
+from lltm_ray.llamacpp.binary import find_server
+from lltm_ray.llamacpp.command import build_args
+from lltm_ray.llamacpp.process import ServerSpec
+from lltm_ray.models.gguf import read_gguf
+from lltm_ray.models.memory import MemoryPlan, plan_fit
+from lltm_ray.models.resolve import ResolvedModel, resolve
+from lltm_ray.records import GpuInfo
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an engine is told by whoever made it; the same after every restart."""
+
+    name: str
+    fleet: FleetConfig
+    run_id: str
+    """Tells this run of the fleet from earlier ones on the same machine."""
+    share: float
+    """GPUs; 0 for none."""
+    gateway_node_id: str | None
+    """Node of the only gateway: there the server binds loopback, elsewhere its node's address. None: gateways may be
+    anywhere."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """A server ready to be started, and what was decided for it."""
+
+    server: ServerSpec
+    model: ResolvedModel
+    plan: MemoryPlan
+    served_name: str
+    gpus: tuple[GpuInfo, ...]
+
+    @property
+    def detail(self) -> str:
+        """One line on what was chosen to fit."""
+        return "; ".join(self.plan.shrunk)
+
+
+def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None) -> Launch:
+    """Resolve the model, fit it into the share, and write the command line for a server bound to `host`.
+
+    Raises:
+        ModelError: missing, broken, or too big for the share.
+        ServerBinaryError: no usable llama-server.
+        PlacementError: a GPU share was given but no GPU is visible here.
+    """
+    environment = read_environment()
+    fleet = spec.fleet
+    model = resolve(fleet.model, cache_dir=environment.cache_dir, offline=environment.hf_offline, progress=progress)
+    gpus = _own_gpus(spec.share)
+    plan = plan_fit(read_gguf(model.path), budget_bytes=_budget(spec, gpus), config=fleet.engine, on_gpu=bool(gpus))
+    served_name = fleet.served_name or model.name
+    server = _server(spec, environment, model.path, plan, served_name, host)
+    return Launch(server=server, model=model, plan=plan, served_name=served_name, gpus=gpus)
+
+
+def _server(
+    spec: EngineSpec, environment: Environment, model_path: Path, plan: MemoryPlan, alias: str, host: str
+) -> ServerSpec:
+    fleet = spec.fleet
+    binary = find_server(fleet.llama_server, environment)
+    api_key = secrets.token_hex(24)
+    key_file = _write_key(environment.run_dir(fleet.name, spec.run_id) / f"{spec.name}.key", api_key)
+
+    def argv(port: int) -> list[str]:
+        args = build_args(
+            fleet.engine,
+            model_path=str(model_path),
+            host=host,
+            port=port,
+            alias=alias,
+            api_key_file=str(key_file),
+            n_gpu_layers=plan.n_gpu_layers,
+            n_ctx=plan.n_ctx,
+            n_parallel=plan.n_parallel,
+        )
+        return [*binary.argv, *args]
+
+    logs = Path(fleet.log_dir) if fleet.log_dir else environment.cache_dir / "logs" / fleet.name
+    return ServerSpec(
+        name=spec.name,
+        argv=argv,
+        host=host,
+        model_path=str(model_path),
+        api_key=api_key,
+        log_path=logs / f"{spec.name}.log",
+        start_timeout_s=fleet.start_timeout_s,
+        restart_limit=fleet.restart_limit,
+    )
+
+
+def _own_gpus(share: float) -> tuple[GpuInfo, ...]:
+    """The devices Ray gave to this actor; Ray's own isolation set CUDA_VISIBLE_DEVICES."""
+    if not share:
+        return ()
+    inventory = read_inventory()
+    own = visible(inventory, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if not own:
+        raise PlacementError(f"{share:g} GPU", f"none: {inventory.reason or 'no device is visible to this actor'}")
+    return own
+
+
+def _budget(spec: EngineSpec, gpus: tuple[GpuInfo, ...]) -> int:
+    """Bytes the engine may plan with: its part of its devices, or of the node's free memory."""
+    if gpus:
+        part = spec.share if spec.share < 1 else 1.0
+        budget = sum(memory_budget(gpu.total_bytes, gpu.free_bytes, part) for gpu in gpus)
+    else:
+        budget = available_ram_bytes()
+    return min(budget, spec.fleet.memory_limit_bytes or budget)
+
+
+def available_ram_bytes() -> int:
+    """Free and reclaimable RAM: `MemAvailable`, else the free pages."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _write_key(path: Path, api_key: str) -> Path:
+    """By file, readable by its owner only: an argument or variable would show in the process list."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+        stream.write(api_key + "\n")
+    return path

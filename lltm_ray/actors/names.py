@@ -1,0 +1,25 @@
+"""Names of actors and placement groups: `lltm:<fleet>:<role>`, all in one Ray namespace."""
+
+from __future__ import annotations
+
+NAMESPACE = "lltm_ray"
+
+
+def directory(fleet: str) -> str:
+    """The fleet's directory."""
+    return f"lltm:{fleet}:directory"
+
+
+def engine(fleet: str, name: str) -> str:
+    """One engine, and the placement group that holds its share."""
+    return f"lltm:{fleet}:engine:{name}"
+
+
+def gateway(fleet: str, name: str) -> str:
+    """One gateway."""
+    return f"lltm:{fleet}:gateway:{name}"
+
+
+def node(fleet: str, node_id: str) -> str:
+    """The sampler on one node."""
+    return f"lltm:{fleet}:node:{node_id}"

@@ -1,0 +1,77 @@
+"""NodeActor: the only one on its node that asks llama-servers for their slots, once a second for each."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import ray
+
+from lltm_ray.actors.watch import get_directory, watch_fleet
+from lltm_ray.errors import LltmRayError
+from lltm_ray.llamacpp.client import AsyncLlamaClient
+from lltm_ray.records import EngineInfo, EngineState
+
+log = logging.getLogger(__name__)
+
+SAMPLE_EVERY_S = 1.0
+SAMPLE_TIMEOUT_S = 2.0
+
+
+class Sampler:
+    """Keeps one HTTP client per live server on this node and counts busy slots."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
+        self._engines: dict[str, EngineInfo] = {}
+        self._clients: dict[str, AsyncLlamaClient] = {}
+
+    def update(self, engines: tuple[EngineInfo, ...]) -> None:
+        """Take the directory's table."""
+        self._engines = {
+            engine.name: engine
+            for engine in engines
+            if engine.node_id == self._node_id and engine.state in (EngineState.READY, EngineState.DRAINING)
+        }
+
+    async def sample(self) -> dict[str, int]:
+        """Busy slots by engine; engines that do not answer in time are left out."""
+        await self._drop_dead_clients()
+        names = list(self._engines)
+        counts = await asyncio.gather(*(self._busy(self._engines[name]) for name in names))
+        return {name: count for name, count in zip(names, counts, strict=True) if count is not None}
+
+    async def _busy(self, engine: EngineInfo) -> int | None:
+        client = self._clients.get(engine.url)
+        if client is None:
+            client = self._clients[engine.url] = AsyncLlamaClient(engine.url, api_key=engine.api_key)
+        try:
+            async with asyncio.timeout(SAMPLE_TIMEOUT_S):
+                return sum(slot.is_processing for slot in await client.slots())
+        except (LltmRayError, TimeoutError) as error:
+            log.debug("%s gave no slots: %s", engine.name, error)
+            return None
+
+    async def _drop_dead_clients(self) -> None:
+        live = {engine.url for engine in self._engines.values()}
+        for url in [url for url in self._clients if url not in live]:
+            await self._clients.pop(url).aclose()
+
+
+class NodeActor:
+    """One per node that holds engines."""
+
+    def __init__(self, fleet: str) -> None:
+        self._directory = get_directory(fleet)
+        self._sampler = Sampler(ray.get_runtime_context().get_node_id())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._follow()), loop.create_task(self._report())]
+
+    async def _follow(self) -> None:
+        async for status in watch_fleet(self._directory):
+            self._sampler.update(status.engines)
+
+    async def _report(self) -> None:
+        while True:
+            self._directory.report_busy.remote(await self._sampler.sample())
+            await asyncio.sleep(SAMPLE_EVERY_S)

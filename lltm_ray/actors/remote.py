@@ -1,0 +1,20 @@
+"""What every actor of ours has in common with Ray's scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+
+def actor(cls: type[Any]) -> Any:
+    """Make a Ray actor class: restarted for ever, no CPU of its own (engines ask for their share), no blind retries.
+
+    Calls are not repeated by Ray, because only the caller knows whether a request may run twice.
+    """
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(cls)
+
+
+def node_ip() -> str:
+    """This node's address as other nodes reach it."""
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,0 +1,381 @@
+"""The driver API: `Cluster` starts or finds a fleet and talks to its engines through Ray.
+
+```python
+with lltm_ray.Cluster.start(model="tiny", engines=2) as cluster:
+    done = ray.get(cluster.engines[0].chat.remote([{"role": "user", "content": "hi"}], max_tokens=16))
+    answer = cluster.chat([{"role": "user", "content": "hi"}], max_tokens=16)
+```
+
+Calls go to the least loaded engine by the same router as the gateway's; it and the directory's watcher live on one
+background event loop, so that a `Cluster` may be used from any thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import ray
+
+from lltm_ray.actors import names
+from lltm_ray.actors.fleet import Fleet, OnProgress, cause_of, find_fleet, get_engine, start_fleet
+from lltm_ray.actors.watch import watch_fleet
+from lltm_ray.config import FleetConfig, build, read_environment
+from lltm_ray.errors import ConfigError, DeadlineError, EngineError, EngineExitedError, LltmRayError
+from lltm_ray.records import Completion, Embeddings, FleetStatus, RerankHit, StreamEvent
+from lltm_ray.routing.router import Lease, Router
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Messages = list[dict[str, Any]]
+
+MAX_ATTEMPTS = 3
+"""Engines tried for one call, as in the gateway."""
+CALL_TIMEOUT_S = 3600.0
+
+
+class Cluster:
+    """A running fleet. Use `start` or `connect`, as a context manager or with `stop` / `close`."""
+
+    def __init__(self, fleet: Fleet, *, started: bool, owns_ray: bool) -> None:
+        self._fleet = fleet
+        self._started = started
+        self._owns_ray = owns_ray
+        self._loop = _Loop()
+        self._calls = _Calls(fleet)
+        self._loop.run(self._calls.open())
+
+    @classmethod
+    def start(
+        cls,
+        config: FleetConfig | None = None,
+        *,
+        address: str | None = None,
+        detached: bool = False,
+        on_progress: OnProgress | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Start a fleet and return once it serves.
+
+        Args:
+            config: all settings; or give them by name in `settings` (`model="tiny", engines=2, engine={...}`).
+            address: Ray cluster to join. None: `RAY_ADDRESS`, the Ray this process uses already, else a new local one.
+            detached: the fleet outlives this driver (only on a cluster that does).
+            on_progress: called about five times a second with the fleet's status while it starts.
+            settings: fields of `FleetConfig`.
+
+        Raises:
+            ConfigError, FleetError, PlacementError, ModelError, EngineError: see `actors.fleet.start_fleet`.
+        """
+        if config is not None and settings:
+            raise ConfigError("config", sorted(settings), "give either a config or settings by name, not both")
+        config = config or build(FleetConfig, settings)
+        owns_ray = join_ray(address)
+        try:
+            fleet = start_fleet(config, detached=detached, on_progress=on_progress)
+        except BaseException:
+            if owns_ray:
+                ray.shutdown()
+            raise
+        return cls(fleet, started=True, owns_ray=owns_ray)
+
+    @classmethod
+    def connect(cls, name: str = "default", *, address: str | None = None) -> Self:
+        """Handles to a fleet that runs already; leaving the context does not stop it.
+
+        Args:
+            name: the fleet's.
+            address: Ray cluster. None: `RAY_ADDRESS`, or the one started last on this machine.
+
+        Raises:
+            FleetError: no such fleet, or no Ray cluster.
+        """
+        owns_ray = join_ray(address, existing_only=True)
+        try:
+            fleet = find_fleet(name)
+        except BaseException:
+            if owns_ray:
+                ray.shutdown()
+            raise
+        return cls(fleet, started=False, owns_ray=owns_ray)
+
+    # what there is ----------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The fleet's name."""
+        return self._fleet.config.name
+
+    @property
+    def engines(self) -> list[Any]:
+        """Actor handles in name order: `ray.get(cluster.engines[0].chat.remote(messages))`."""
+        return list(self._fleet.engines.values())
+
+    @property
+    def endpoint(self) -> str | None:
+        """Base URL of the gateway, or None for a fleet without one."""
+        gateways = self.status().gateways
+        return gateways[0].url if gateways else None
+
+    def status(self) -> FleetStatus:
+        """Engines and gateways as the directory knows them."""
+        return self._fleet.status()
+
+    # calls ------------------------------------------------------------------------------------------------------
+
+    def chat(self, messages: Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
+        """One chat answer from the least loaded engine; `params` as in /v1/chat/completions.
+
+        Raises:
+            UpstreamError: llama-server refused the request.
+            DeadlineError: no answer within `timeout_s`; the request was cancelled and its slot freed.
+            EngineNotReadyError, EngineExitedError: no engine could answer.
+        """
+        answer: Completion = self._loop.run(self._calls.call("chat", messages, timeout_s=timeout_s, **params))
+        return answer
+
+    def complete(self, prompt: str | list[int], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
+        """One completion of a raw prompt (text or token ids); `params` as in /completion, or OpenAI's `max_tokens`."""
+        answer: Completion = self._loop.run(self._calls.call("complete", prompt, timeout_s=timeout_s, **params))
+        return answer
+
+    def batch(
+        self, prompts: Sequence[str | list[int] | Messages], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
+    ) -> list[Completion]:
+        """Answers in input order, computed at once on all slots of all engines; message lists are chatted.
+
+        Raises:
+            LltmRayError: the first error, after the other requests were cancelled.
+        """
+        return self._loop.run(self._calls.batch(prompts, timeout_s=timeout_s, **params))
+
+    def stream(self, messages: Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Iterator[StreamEvent]:
+        """A chat answer event by event; leaving the loop early frees the slot."""
+        events = self._calls.stream(messages, timeout_s=timeout_s, **params)
+        try:
+            while (event := self._loop.run(_next(events))) is not None:
+                yield event
+        finally:
+            self._loop.run(_close(events))
+
+    def embed(self, texts: str | list[str], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Embeddings:
+        """One vector for each text; the fleet must run with `embeddings`."""
+        answer: Embeddings = self._loop.run(self._calls.call("embed", texts, timeout_s=timeout_s, **params))
+        return answer
+
+    def rerank(
+        self, query: str, documents: list[str], *, top_n: int | None = None, timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[RerankHit, ...]:
+        """Documents by relevance; the fleet must run with `reranking`."""
+        call = self._calls.call("rerank", query, documents, timeout_s=timeout_s, top_n=top_n)
+        hits: tuple[RerankHit, ...] = self._loop.run(call)
+        return hits
+
+    # life -------------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Drain and end the fleet, whoever started it; Ray too, if this object started Ray."""
+        self._disconnect(self._fleet.stop)
+
+    def close(self) -> None:
+        """Let go of the fleet without stopping it."""
+        self._disconnect(lambda: None)
+
+    def _disconnect(self, last: Callable[[], None]) -> None:
+        self._loop.run(self._calls.close())
+        self._loop.stop()
+        try:
+            last()
+        finally:
+            if self._owns_ray:
+                ray.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._started:
+            self.stop()
+        else:
+            self.close()
+
+
+class _Calls:
+    """Routing of driver calls; lives on the background loop."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._router = Router(queue_limit=2**31, queue_timeout_s=CALL_TIMEOUT_S)
+
+    async def open(self) -> None:
+        self._router.update((await self._fleet.directory.status.remote()).engines)
+        self._watch = asyncio.get_running_loop().create_task(self._follow())
+
+    async def close(self) -> None:
+        self._watch.cancel()
+
+    async def _follow(self) -> None:
+        async for status in watch_fleet(self._fleet.directory):
+            self._router.update(status.engines)
+
+    async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._call(method, *args, **params)
+        except TimeoutError:
+            raise DeadlineError(f"{method} on fleet {self._fleet.config.name!r}", timeout_s) from None
+
+    async def batch(self, prompts: Sequence[Any], *, timeout_s: float, **params: Any) -> list[Completion]:
+        async with _first_error(), asyncio.TaskGroup() as group:
+            calls = [
+                group.create_task(self.call(_method_for(prompt), prompt, timeout_s=timeout_s, **params))
+                for prompt in prompts
+            ]
+        return [call.result() for call in calls]
+
+    async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
+        """Tried elsewhere as long as no event was delivered."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        tried: set[str] = set()
+        while True:
+            lease = await self._router.acquire(None, exclude=tried, timeout_s=timeout_s)
+            source = self._handle(lease).stream.options(num_returns="streaming").remote(messages, **params)
+            delivered = False
+            try:
+                while (event := await _next_event(source, deadline, timeout_s)) is not None:
+                    delivered = True
+                    yield event
+                return
+            except LltmRayError as error:
+                if delivered or not self._may_retry(error, lease, tried):
+                    raise
+            finally:
+                ray.cancel(source)
+                self._router.release(lease)
+
+    async def _call(self, method: str, *args: Any, **params: Any) -> Any:
+        tried: set[str] = set()
+        while True:
+            lease = await self._router.acquire(None, exclude=tried)
+            try:
+                return await _awaited(getattr(self._handle(lease), method).remote(*args, **params))
+            except LltmRayError as error:
+                if not self._may_retry(error, lease, tried):
+                    raise
+            finally:
+                self._router.release(lease)
+
+    def _may_retry(self, error: LltmRayError, lease: Lease, tried: set[str]) -> bool:
+        """An engine that is gone or going has given nothing: another one may."""
+        if not isinstance(error, EngineError) or len(tried) + 1 >= MAX_ATTEMPTS:
+            return False
+        tried.add(lease.engine.name)
+        self._router.suspect(lease.engine.name)
+        return True
+
+    def _handle(self, lease: Lease) -> Any:
+        name = lease.engine.name
+        if name not in self._fleet.engines:
+            self._fleet.engines[name] = get_engine(self._fleet.config.name, name)
+        return self._fleet.engines[name]
+
+
+class _Loop:
+    """An event loop on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="lltm-ray-driver", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run on the loop, wait here; Ctrl-C here cancels it there."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class _first_error:  # noqa: N801 - used as a statement
+    """Turn a task group's group of errors into the first of them."""
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, BaseExceptionGroup):
+            raise error.exceptions[0] from None
+
+
+def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool:
+    """Use the Ray this process is in, else join one, else start a local one; true when this call connected.
+
+    Raises:
+        FleetError: `existing_only`, and there is none.
+    """
+    if ray.is_initialized():
+        return False
+    address = address or read_environment().ray_address or ("auto" if existing_only else None)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a fleet of ours does not report to anyone by itself
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+    try:
+        ray.init(namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except ConnectionError as error:
+        raise _no_ray(address, error) from error
+    return True
+
+
+def _no_ray(address: str | None, error: Exception) -> LltmRayError:
+    why = f"no Ray cluster answers there ({error}); start one (lltm-ray up, or ray start --head) or correct RAY_ADDRESS"
+    return ConfigError("address", address, why)
+
+
+def _method_for(prompt: Any) -> str:
+    return "chat" if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict) else "complete"
+
+
+async def _awaited(call: Any) -> Any:
+    """A Ray result with our own errors as raised; cancelling the wait cancels the call."""
+    try:
+        return await call
+    except ray.exceptions.RayTaskError as error:
+        raise cause_of(error) from None
+    except ray.exceptions.RayActorError as error:
+        raise EngineExitedError(str(error).splitlines()[0]) from None
+    except asyncio.CancelledError:
+        ray.cancel(call)
+        raise
+
+
+async def _next_event(source: Any, deadline: float, timeout_s: float) -> StreamEvent | None:
+    try:
+        async with asyncio.timeout_at(deadline):
+            event: StreamEvent = await _awaited(await anext(source))
+            return event
+    except StopAsyncIteration:
+        return None
+    except TimeoutError:
+        raise DeadlineError("the stream", timeout_s) from None
+
+
+async def _next(events: AsyncIterator[StreamEvent]) -> StreamEvent | None:
+    return await anext(events, None)
+
+
+async def _close(events: Any) -> None:
+    await events.aclose()

@@ -1,0 +1,54 @@
+"""`build_app`: settings in, a Ray Serve application out."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ray.serve import Application
+
+from lltm_ray.config import FleetConfig, GatewayConfig, build
+from lltm_ray.errors import ConfigError
+from lltm_ray.serve.deployments import FleetHolder, Ingress
+
+
+def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Application:
+    """A fleet as a Serve application: its ingress is the gateway's ASGI app, its engines are the same actors.
+
+    Args:
+        config: a `FleetConfig`, or its fields. Values may be text and names dotted, as `serve run` passes them:
+            `serve run lltm_ray.serve:app model=tiny engines=2 engine.n_parallel=8`.
+
+    Raises:
+        ConfigError: an unknown or wrong setting.
+    """
+    fleet = config if isinstance(config, FleetConfig) else build(FleetConfig, _nested(config or {}))
+    gateway = fleet.gateway or GatewayConfig()
+    holder = FleetHolder.bind(replace(fleet, gateway=None))
+    app: Application = Ingress.bind(gateway, holder)
+    return app
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        *tables, name = dotted.split(".")
+        table = nested
+        for part in tables:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise ConfigError(dotted, value, f"{part} is both a value and a table")
+        table[name] = _parsed(value)
+    return nested
+
+
+def _parsed(value: Any) -> Any:
+    """Text that is a TOML value is that value; other text stays as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value

@@ -1,0 +1,44 @@
+"""The two deployments: `FleetHolder` keeps the engines alive, `Ingress` is the gateway's ASGI app in a replica."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ray import serve
+
+from lltm_ray.actors.fleet import Fleet, start_fleet
+from lltm_ray.actors.gateway import Front
+from lltm_ray.actors.watch import get_directory
+from lltm_ray.config import FleetConfig, GatewayConfig
+
+
+class _FleetHolder:
+    """Starts the engines (the same actors as everywhere) and ends them with the application."""
+
+    def __init__(self, config: FleetConfig) -> None:
+        self._fleet: Fleet = start_fleet(config)
+
+    def name(self) -> str:
+        """The fleet's name; an answer means that its engines are ready."""
+        return self._fleet.config.name
+
+    def __del__(self) -> None:
+        self._fleet.stop()
+
+
+class _Ingress:
+    """HTTP in, bytes from llama-server out; holds no logic of its own."""
+
+    async def __init__(self, config: GatewayConfig, holder: Any) -> None:  # type: ignore[misc] # Serve awaits it
+        self._front = Front(config, get_directory(await holder.name.remote()))
+        self._following = asyncio.create_task(self._front.follow())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._front.app
+
+
+FleetHolder: Any = serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0})(_FleetHolder)
+Ingress: Any = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000)(
+    serve.ingress()(_Ingress)
+)
