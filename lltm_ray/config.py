@@ -150,7 +150,7 @@ class EngineConfig:
             draft_p_min=(0, 1),
             draft_max=(0, 1024),
             draft_min=(0, 1024),
-            sleep_idle_s=(-1, 2**31),
+            sleep_idle_s=(1, 2**31),
         )
         _check_choice("split_mode", self.split_mode, SPLIT_MODES)
         _check_choice("flash_attn", self.flash_attn, ("on", "off", "auto"))

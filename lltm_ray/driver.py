@@ -341,7 +341,10 @@ def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool
 
 
 def _no_ray(address: str | None, error: Exception) -> LltmRayError:
-    why = f"no Ray cluster answers there ({error}); start one (lltm-ray up, or ray start --head) or correct RAY_ADDRESS"
+    why = (
+        f"no Ray cluster answers there ({error}); start one (lltm-ray up, or ray start --head), correct RAY_ADDRESS, "
+        "or set RAY_AUTH_MODE=token if it asks for a token"
+    )
     return ConfigError("address", address, why)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from lltm_ray.actors.launch import EngineSpec, Launch, plan_launch
-from lltm_ray.actors.remote import node_ip
+from lltm_ray.actors.remote import is_revived, node_ip
 from lltm_ray.actors.watch import HEARTBEAT_S, get_directory
 from lltm_ray.errors import EngineNotReadyError, LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
@@ -160,7 +160,7 @@ class EngineActor:
         self._engine = Engine(spec, node_id=context.get_node_id(), address=node_ip(), tell=self._register)
         loop = asyncio.get_running_loop()
         self._heart = loop.create_task(self._beat())
-        if context.was_current_actor_reconstructed:
+        if is_revived():
             self._revival = loop.create_task(self._engine.keep_ready())
 
     async def ensure_ready(self) -> EngineInfo:

@@ -14,7 +14,7 @@ from typing import Any
 
 import ray
 
-from lltm_ray.actors.remote import node_ip
+from lltm_ray.actors.remote import is_revived, node_ip
 from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import ConfigError
@@ -59,7 +59,7 @@ class GatewayActor:
     def __init__(self, name: str, fleet: str, config: GatewayConfig) -> None:
         context = ray.get_runtime_context()
         self._name, self._config, self._directory = name, config, get_directory(fleet)
-        self._node_id, self._is_revived = context.get_node_id(), context.was_current_actor_reconstructed
+        self._node_id, self._is_revived = context.get_node_id(), is_revived()
         self._info = GatewayInfo(name=name, url="", state="starting", node_id=self._node_id, pid=os.getpid())
         self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()

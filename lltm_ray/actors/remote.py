@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import ray
@@ -18,3 +19,10 @@ def actor(cls: type[Any]) -> Any:
 def node_ip() -> str:
     """This node's address as other nodes reach it."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def is_revived() -> bool:
+    """Whether Ray restarted the actor we are in."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own property reads one that Ray has deprecated
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)

@@ -38,7 +38,7 @@ class _Ingress:
         return self._front.app
 
 
-FleetHolder: Any = serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0})(_FleetHolder)
-Ingress: Any = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000)(
+FleetHolder: Any = serve.deployment(name="fleet", num_replicas=1, ray_actor_options={"num_cpus": 0})(_FleetHolder)
+Ingress: Any = serve.deployment(name="gateway", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000)(
     serve.ingress()(_Ingress)
 )

@@ -1,0 +1,56 @@
+"""The command line: one file a command, typer and rich; results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+COMMANDS = {
+    "demo": "demo:demo",
+    "up": "up:up",
+    "status": "status:status",
+    "down": "status:down",
+    "chat": "chat:chat",
+    "bench": "bench:bench",
+    "models": "models:app",
+    "doctor": "doctor:doctor",
+}
+"""Loaded when used: `lltm-ray chat` must not pay for importing Ray."""
+
+
+class _LazyGroup(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return _load(cmd_name) if cmd_name in COMMANDS else None
+
+
+app = typer.Typer(
+    cls=_LazyGroup, no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def lltm_ray() -> None:
+    """A fleet of llama.cpp servers on Ray: one engine per GPU share, behind one OpenAI-compatible endpoint."""
+
+
+def _load(name: str) -> Any:
+    module, _, target = COMMANDS[name].partition(":")
+    found = getattr(importlib.import_module(f"{__name__}.{module}"), target)
+    if not isinstance(found, typer.Typer):
+        single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+        single.command(name)(found)
+        found = single
+    command = typer.main.get_command(found)
+    command.name = name
+    return command
+
+
+def main() -> None:
+    """Entry point of `lltm-ray`."""
+    app(prog_name="lltm-ray")

@@ -1,0 +1,92 @@
+"""`lltm-ray demo`: the whole product once, on this machine, with no network: start, chat, load, report, drain."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lltm_ray import _optional
+from lltm_ray.cli._output import ERR, OUT, errors_end_the_command
+from lltm_ray.config import FleetConfig, GatewayConfig
+from lltm_ray.driver import Cluster
+from lltm_ray.errors import EngineError
+from lltm_ray.records import FleetStatus
+
+CHATS = ("What is a slot?", "And a KV cache?", "Who are you?")
+
+
+@errors_end_the_command()
+def demo(
+    engines: Annotated[int, typer.Option(help="How many llama-servers.")] = 2,
+    model: Annotated[str, typer.Option(help="tiny needs no network; its words mean nothing.")] = "tiny",
+    report: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("demo-report.json"),
+) -> None:
+    """Start a fleet, talk to it with the openai client, put it under load, write the figures, drain."""
+    openai = _optional.load("openai", extra="demo", feature="the demo's client")
+    began = time.perf_counter()
+    ERR.print(f"starting Ray and {engines} engines of {model} …")
+    with Cluster.start(FleetConfig(model=model, engines=engines, gateway=GatewayConfig(port=0))) as cluster:
+        start_s = time.perf_counter() - began
+        status = cluster.status()
+        OUT.print(f"ready in {start_s:.1f} s at {cluster.endpoint}/v1")
+        _say_if_noise(model)
+        client = openai.OpenAI(base_url=f"{cluster.endpoint}/v1", api_key="none", max_retries=0)
+        chats = [_chat(client, status.engines[0].model, question) for question in CHATS]
+        client.close()
+        load = _load(f"{cluster.endpoint}", status.engines[0].model)
+        seen = cluster.status()
+    _check_gone(seen)
+    figures = {"start_s": start_s, "engines": [engine.public() for engine in seen.engines], "chats": chats}
+    report.write_text(json.dumps(figures | {"load": load}, indent=2), encoding="utf-8")
+    OUT.print(f"drained; no server is left. Figures: {report}")
+
+
+def _say_if_noise(model: str) -> None:
+    if model == "tiny":
+        OUT.print("(tiny has random weights: its words mean nothing, its tokens and times are real)")
+
+
+def _chat(client: Any, model: str, question: str) -> dict[str, Any]:
+    """One streamed answer, printed as it comes, with the figures that the demo is about."""
+    OUT.print(f"\n> {question}")
+    began, first, text = time.perf_counter(), 0.0, ""
+    answer = client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": question}], max_tokens=48, stream=True
+    )
+    events = 0
+    with answer.parse() as stream:
+        for event in stream:
+            delta = event.choices[0].delta.content if event.choices else None
+            if delta:
+                first = first or time.perf_counter()
+                events += 1
+                text += delta
+    OUT.print(text, markup=False, highlight=False)
+    total_s, engine = time.perf_counter() - began, answer.headers.get("x-lltm-engine", "")
+    ttft_ms = (first - began) * 1e3
+    OUT.print(f"[dim]{events} tokens, first after {ttft_ms:.1f} ms, {events / total_s:.0f} tokens/s, by {engine}[/]")
+    return {"question": question, "text": text, "ttft_ms": ttft_ms, "total_s": total_s, "engine": engine}
+
+
+def _load(url: str, model: str) -> dict[str, Any]:
+    """A short closed-loop load, as `lltm-ray bench` makes it."""
+    return {"url": url, "model": model}
+
+
+def _check_gone(seen: FleetStatus) -> None:
+    left = [engine.server_pid for engine in seen.engines if engine.server_pid and _exists(engine.server_pid)]
+    if left:
+        raise EngineError(f"servers are still there after the drain: pids {left}")
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

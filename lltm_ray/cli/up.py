@@ -1,0 +1,177 @@
+"""`lltm-ray up`: start a fleet, in the foreground until Ctrl-C or detached."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.table import Table
+
+from lltm_ray.cli._output import ERR, OUT, errors_end_the_command
+from lltm_ray.cli._state import RunState
+from lltm_ray.config import FleetConfig, build, read_environment
+from lltm_ray.driver import Cluster
+from lltm_ray.errors import FleetError
+from lltm_ray.records import FleetStatus
+
+DETACH_TIMEOUT_S = 3600.0
+_READY_ENV = "LLTM_RAY_UP_READY_FD"
+"""Set for the background copy of `up --detach`: the pipe on which it says how it went."""
+
+
+@errors_end_the_command()
+def up(
+    model: Annotated[str | None, typer.Option(help="tiny, a catalogue name, a path, or repo:file[@revision].")] = None,
+    engines: Annotated[int | None, typer.Option(help="How many llama-servers.")] = None,
+    gpu_share: Annotated[float | None, typer.Option(help="GPUs per engine: 0, a fraction, or a whole number.")] = None,
+    n_parallel: Annotated[int | None, typer.Option(help="Slots per engine.")] = None,
+    ctx: Annotated[int | None, typer.Option(help="Context tokens per engine, shared by its slots.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind; anything but loopback needs keys.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the endpoint; 0 takes a free one.")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with one API key a line.")] = None,
+    name: Annotated[str | None, typer.Option(help="The fleet's name, for several on one cluster.")] = None,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="Serve embeddings.")] = False,
+    memory_limit_gib: Annotated[float | None, typer.Option(help="Memory an engine may plan with, GiB.")] = None,
+    llama_server: Annotated[Path | None, typer.Option(help="Path of llama-server.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; options given here win over it.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when the fleet is ready; stop with down.")] = False,
+) -> None:
+    """Start a fleet and serve it: one line with the endpoint when it is ready; Ctrl-C drains and ends it.
+
+    Joins the Ray cluster of RAY_ADDRESS when there is one, else starts Ray on this machine.
+    """
+    settings = {
+        "name": name,
+        "model": model,
+        "engines": engines,
+        "gpu_share": gpu_share,
+        "llama_server": str(llama_server) if llama_server else None,
+        "memory_limit_bytes": int(memory_limit_gib * 2**30) if memory_limit_gib else None,
+        "engine": {"n_parallel": n_parallel, "n_ctx": ctx, "embeddings": embeddings or None},
+        "gateway": {"host": host, "port": port, "api_key_file": str(api_key_file) if api_key_file else None},
+    }
+    given = _given(settings)
+    fleet = FleetConfig.from_toml(config, **given) if config else build(FleetConfig, given)
+    if RunState.load(fleet.name) is not None:
+        raise FleetError(f"fleet {fleet.name!r} runs already: lltm-ray down --name {fleet.name}, or another --name")
+    if read_environment().ray_address:
+        _up_on_cluster(fleet, detach=detach)
+    elif detach:
+        _detach()
+    else:
+        _up_here(fleet)
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what the user left out, so that the file or the defaults decide."""
+    kept = {name: _given(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    return {name: value for name, value in kept.items() if value is not None and value != {}}
+
+
+def _up_here(fleet: FleetConfig) -> None:
+    """Ray and the fleet live in this process."""
+    with _start(fleet) as cluster:
+        stop = _stop_signals()
+        state = RunState.of_this_process(fleet.name, cluster.endpoint, holds_fleet=True)
+        state.save()
+        try:
+            _tell_ready(state, foreground=True)
+            stop.wait()
+            ERR.print("draining …")
+        finally:
+            state.forget()
+
+
+def _up_on_cluster(fleet: FleetConfig, *, detach: bool) -> None:
+    """The fleet lives on a Ray cluster that somebody else keeps."""
+    cluster = _start(fleet, detached=detach)
+    stop = _stop_signals()
+    state = RunState.of_this_process(fleet.name, cluster.endpoint, holds_fleet=not detach)
+    state.save()
+    _tell_ready(state, foreground=not detach)
+    if detach:
+        cluster.close()
+        return
+    try:
+        stop.wait()
+        ERR.print("draining …")
+    finally:
+        cluster.stop()
+        state.forget()
+
+
+def _start(fleet: FleetConfig, **options: Any) -> Cluster:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended while starting: undo what was started
+    ERR.print(f"starting {fleet.engines} engine(s) of {fleet.model} …")
+    with Live(console=ERR, refresh_per_second=5, transient=True) as live:
+        return Cluster.start(fleet, on_progress=lambda status: live.update(_progress(status)), **options)
+
+
+def _progress(status: FleetStatus) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for engine in status.engines:
+        table.add_row(engine.name, str(engine.state), engine.detail)
+    return table
+
+
+def _stop_signals() -> threading.Event:
+    """From now on SIGINT and SIGTERM ask for a drain; a second SIGINT does not wait for it."""
+    stop = threading.Event()
+
+    def ask(_number: int, _frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, ask)
+    return stop
+
+
+def _tell_ready(state: RunState, *, foreground: bool) -> None:
+    line = f"{state.name} is ready at {state.endpoint or 'the driver API (it has no gateway)'}"
+    ready_fd = os.environ.get(_READY_ENV)
+    if ready_fd:
+        with os.fdopen(int(ready_fd), "w") as pipe:
+            pipe.write(line)
+        return
+    OUT.print(line + ("  (Ctrl-C drains and stops)" if foreground else ""))
+
+
+def _detach() -> None:
+    """Run this same command in the background, in a session of its own, and wait for its word."""
+    log = read_environment().cache_dir / "logs" / "up.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    reader, writer = os.pipe()
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    with log.open("ab") as sink:
+        start = sink.tell()
+        child = subprocess.Popen(
+            [sys.executable, "-m", "lltm_ray.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=sink,
+            start_new_session=True,
+            pass_fds=(writer,),
+            env=os.environ | {_READY_ENV: str(writer)},
+        )
+    os.close(writer)
+    with ERR.status("starting in the background …"), os.fdopen(reader) as pipe:
+        line = pipe.read()  # ends when the child says so, or ends
+    if line:
+        OUT.print(line)
+        return
+    deadline = time.monotonic() + 10
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with log.open("rb") as sink:
+        sink.seek(start)
+        ERR.print(sink.read().decode("utf-8", "replace").strip(), markup=False)
+    raise typer.Exit(child.returncode or 1)

@@ -1,0 +1,90 @@
+"""One Ray cluster for the whole folder; a fleet for each module that asks for one.
+
+The cluster declares GPUs that do not exist: placement and isolation are Ray's and ours, only a CUDA server would notice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import urllib.request
+import warnings
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster as RayCluster
+
+import lltm_ray
+from lltm_ray.actors import names
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Everything the fleets write goes where the tests can look at it."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("LLTM_RAY_CACHE")
+    os.environ["LLTM_RAY_CACHE"] = str(folder)
+    yield folder
+    os.environ.pop("LLTM_RAY_CACHE") if before is None else os.environ.update(LLTM_RAY_CACHE=before)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(cache):
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, while it starts
+        cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2})
+        ray.init(
+            address=cluster.address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False
+        )
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(ray_cluster, request):
+    """Two engines of four slots behind a gateway."""
+    with lltm_ray.Cluster.start(
+        model="tiny", engines=2, gpu_share=0.0, name=request.module.__name__.rpartition(".")[2], gateway={"port": 0}
+    ) as fleet:
+        yield fleet
+
+
+@pytest.fixture(autouse=True)
+def no_orphans(ray_cluster):
+    """A test that leaves a server behind which no engine owns has failed."""
+    yield
+    owned = set()
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if ":directory" in entry["name"]:
+            directory = ray.get_actor(entry["name"], namespace=entry["namespace"])
+            owned |= {engine.server_pid for engine in ray.get(directory.status.remote(), timeout=30).engines}
+    assert servers() <= owned
+
+
+def servers():
+    """Pids of llama-servers that belong to these tests, by the cache folder in their arguments."""
+    marker = os.environ["LLTM_RAY_CACHE"].encode()
+    found = set()
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as stream:
+                arguments = stream.read()
+        except OSError:
+            continue  # gone between the two calls
+        if b"lltm_ray.llamacpp.embedded" in arguments and marker in arguments:
+            found.add(int(pid))
+    return found
+
+
+def post(url, body, headers=()):
+    request = urllib.request.Request(
+        url, data=json.dumps(body).encode(), headers={"content-type": "application/json", **dict(headers)}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)

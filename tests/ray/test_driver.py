@@ -1,0 +1,127 @@
+"""The driver API on real engines: handles, routing, streams, errors."""
+
+import threading
+import time
+
+import pytest
+import ray
+
+import lltm_ray
+from lltm_ray.errors import ConfigError, DeadlineError, FleetError, UpstreamError
+from lltm_ray.records import EngineState
+from tests.ray.conftest import HI, post
+
+GREEDY = {"temperature": 0, "seed": 7, "max_tokens": 24}
+
+
+def busy(cluster):
+    return sum(slot.is_processing for engine in cluster.engines for slot in ray.get(engine.slots.remote()))
+
+
+def until_idle(cluster):
+    deadline = time.monotonic() + 5
+    while busy(cluster):
+        assert time.monotonic() < deadline, "a slot is still busy"
+        time.sleep(0.05)
+
+
+def test_every_path_gives_the_same_text(cluster):
+    done = ray.get(cluster.engines[0].chat.remote(HI, **GREEDY))
+    stream = cluster.engines[1].stream.options(num_returns="streaming").remote(HI, **GREEDY)
+    texts = {
+        "handle": done.text,
+        "handle stream": "".join(ray.get(event).text for event in stream),
+        "chat": cluster.chat(HI, **GREEDY).text,
+        "stream": "".join(event.text for event in cluster.stream(HI, **GREEDY)),
+        "batch": cluster.batch([HI], **GREEDY)[0].text,
+        "http": post(f"{cluster.endpoint}/v1/chat/completions", {"messages": HI, **GREEDY})["choices"][0]["message"]["content"],
+    }  # fmt: skip
+    assert len(done.text) > 10
+    assert set(texts.values()) == {done.text}, texts
+
+
+def test_an_answer_tells_tokens_times_and_engine(cluster):
+    done = ray.get(cluster.engines[1].chat.remote(HI, max_tokens=8, ignore_eos=True))
+    assert done.engine == "engine-1"
+    assert (done.usage.input_tokens > 0, done.usage.output_tokens) == (True, 8)
+    assert done.timings.prompt_ms > 0
+    assert 0 < done.timings.queue_s <= done.timings.ttft_s <= done.timings.total_s
+
+
+def test_a_batch_keeps_its_order_and_uses_every_engine(cluster):
+    prompts = [f"number {index}" for index in range(40)]
+    answers = cluster.batch(prompts, temperature=0, max_tokens=8)
+    assert [answer.text for answer in answers[:3]] == [
+        cluster.complete(prompt, temperature=0, max_tokens=8).text for prompt in prompts[:3]
+    ]
+    assert {answer.engine for answer in answers} == {"engine-0", "engine-1"}
+
+
+def test_leaving_a_stream_early_frees_its_slot(cluster):
+    stream = cluster.stream(HI, max_tokens=100_000, ignore_eos=True)
+    assert next(stream).text is not None
+    assert busy(cluster) == 1
+    stream.close()
+    until_idle(cluster)
+
+
+def test_a_deadline_cancels_the_request_and_frees_its_slot(cluster):
+    with pytest.raises(DeadlineError, match=r"0\.5 s"):
+        cluster.chat(HI, max_tokens=100_000, ignore_eos=True, timeout_s=0.5)
+    until_idle(cluster)
+
+
+def test_llama_servers_own_error_arrives_with_status_and_body(cluster):
+    with pytest.raises(UpstreamError) as caught:
+        cluster.chat(HI, grammar="root ::= (")
+    assert caught.value.http_status == 400
+    assert '"error"' in caught.value.body
+
+
+def test_a_wrong_message_is_told_by_field(cluster):
+    with pytest.raises(ConfigError, match=r"messages\[0\]"):
+        cluster.chat([{"content": "no role"}])
+
+
+def test_embeddings_need_a_fleet_that_serves_them(cluster):
+    with pytest.raises(UpstreamError, match="embeddings"):
+        cluster.embed("text")
+
+
+def test_many_threads_share_one_cluster(cluster):
+    texts = []
+    threads = [
+        threading.Thread(target=lambda: texts.append(cluster.chat(HI, **GREEDY).text)) for _ in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(texts) == 16
+    assert len(set(texts)) == 1
+
+
+def test_a_second_fleet_of_the_same_name_is_refused(cluster):
+    with pytest.raises(FleetError, match="runs already"):
+        lltm_ray.Cluster.start(model="tiny", name=cluster.name, gpu_share=0.0, gateway=None)
+
+
+def test_another_driver_finds_the_fleet_and_leaves_it_running(cluster):
+    with lltm_ray.Cluster.connect(cluster.name) as other:
+        assert other.endpoint == cluster.endpoint
+        assert other.chat(HI, **GREEDY).text == cluster.chat(HI, **GREEDY).text
+    assert {engine.state for engine in cluster.status().engines} == {EngineState.READY}
+
+
+def test_an_unknown_fleet_is_told_with_the_command_that_starts_one(ray_cluster):
+    with pytest.raises(FleetError, match="lltm-ray up --name nowhere"):
+        lltm_ray.Cluster.connect("nowhere")
+
+
+def test_status_is_complete_and_holds_no_key(cluster):
+    seen = cluster.status().public()
+    for engine in seen["engines"]:
+        wanted = ("name", "state", "model", "node_id", "gpu_ids", "share", "server_pid", "url", "slots_busy", "slots_total", "restarts")
+        assert set(wanted) <= set(engine)
+        assert "api_key" not in engine
+    assert seen["gateways"][0]["url"] == cluster.endpoint

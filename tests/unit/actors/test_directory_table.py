@@ -1,0 +1,83 @@
+"""The directory's table, without Ray."""
+
+import json
+
+from lltm_ray.actors.directory import EXPIRE_AFTER_S, Table
+from lltm_ray.records import EngineInfo, EngineState, GatewayInfo
+
+NOW = 10**18
+
+
+def engine(name="engine-0", **changes):
+    settings = {"state": EngineState.READY, "url": "http://127.0.0.1:1", "server_pid": 11, "api_key": "secret"}
+    return EngineInfo(name=name, model="tiny", **settings | changes)
+
+
+def test_a_heartbeat_that_says_nothing_new_is_no_news(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    assert table.register(engine(), NOW)
+    version = table.version
+    assert not table.register(engine(), NOW + 10**9)
+    assert table.version == version
+    assert table.status().engines[0].updated_unix_nano == NOW + 10**9
+
+
+def test_a_new_server_counts_as_a_restart_and_its_slots_are_free(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    table.register(engine(), NOW)
+    table.report_busy({"engine-0": 3})
+    assert table.status().engines[0].slots_busy == 3
+    table.register(engine(state=EngineState.STARTING, url="", server_pid=None), NOW)
+    table.register(engine(url="http://127.0.0.1:2", server_pid=12), NOW)
+    seen = table.status().engines[0]
+    assert (seen.restarts, seen.slots_busy, seen.server_pid) == (1, 0, 12)
+
+
+def test_a_revived_gateway_finds_its_address(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    table.register_gateway(GatewayInfo(name="g", url="http://127.0.0.1:8000", state="ready", pid=1), NOW)
+    table.register_gateway(GatewayInfo(name="g", url="", state="starting", pid=2), NOW)
+    seen = table.status().gateways[0]
+    assert (seen.url, seen.restarts, seen.state) == ("http://127.0.0.1:8000", 1, "starting")
+
+
+def test_silence_makes_an_engine_failed_and_a_word_brings_it_back(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    table.register(engine(), NOW)
+    assert not table.expire(NOW + int(EXPIRE_AFTER_S * 0.9e9))
+    assert table.expire(NOW + int(EXPIRE_AFTER_S * 1.1e9))
+    assert table.status().engines[0].state is EngineState.FAILED
+    assert not table.expire(NOW + int(EXPIRE_AFTER_S * 1.2e9)), "told once"
+    assert table.register(engine(), NOW + 10**10)
+    assert table.status().engines[0].state is EngineState.READY
+
+
+def test_the_table_survives_a_restart_and_its_version_grows(tmp_path):
+    path = tmp_path / "run" / "t.json"
+    first = Table("f", path)
+    first.register(engine(gpu_ids=(0, 1)), NOW)
+    first.register_gateway(GatewayInfo(name="g", url="u", state="ready"), NOW)
+    second = Table("f", path)
+    assert second.version > first.version
+    assert second.status().engines[0].with_(updated_unix_nano=NOW) == first.status().engines[0]
+    assert second.status().gateways[0].url == "u"
+
+
+def test_the_file_with_the_keys_is_private(tmp_path):
+    path = tmp_path / "t.json"
+    Table("f", path).register(engine(), NOW)
+    assert json.loads(path.read_text())["engines"][0]["api_key"] == "secret"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_broken_file_costs_nothing_but_itself(tmp_path):
+    path = tmp_path / "t.json"
+    path.write_text('{"engines": [{"name": 1}]}')
+    assert Table("f", path).status().engines == ()
+
+
+def test_what_people_see_holds_no_key(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    table.register(engine(), NOW)
+    assert "secret" not in json.dumps(table.status().public())
+    assert "secret" not in repr(table.status())
