@@ -122,6 +122,11 @@ class Cluster:
         gateways = self.status().gateways
         return gateways[0].url if gateways else None
 
+    @property
+    def ray_address(self) -> str:
+        """Address by which other drivers join this Ray cluster."""
+        return str(ray.get_runtime_context().gcs_address)
+
     def status(self) -> FleetStatus:
         """Engines and gateways as the directory knows them."""
         return self._fleet.status()

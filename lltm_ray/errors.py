@@ -168,6 +168,7 @@ class EngineExitedError(EngineError):
 
     http_status = 503
     code = "engine_exited"
+    exit_code: int | None
 
     def __init__(self, engine: str, exit_code: int | None = None) -> None:
         super().__init__(f"engine {engine} ended (exit code {exit_code})", engine=engine, exit_code=exit_code)
@@ -178,6 +179,7 @@ class EngineNotReadyError(EngineError):
 
     http_status = 503
     code = "unavailable_error"
+    state: str
 
     def __init__(self, engine: str, state: str) -> None:
         super().__init__(f"engine {engine} is {state}", engine=engine, state=state)

@@ -20,7 +20,7 @@ import ray
 from lltm_ray.actors.launch import EngineSpec, Launch, plan_launch
 from lltm_ray.actors.remote import is_revived, node_ip
 from lltm_ray.actors.watch import HEARTBEAT_S, get_directory
-from lltm_ray.errors import EngineNotReadyError, LltmRayError
+from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.llamacpp.process import ServerProcess, ServerSnapshot
 from lltm_ray.records import Completion, Embeddings, EngineInfo, EngineState, RerankHit, SlotState, StreamEvent
@@ -66,7 +66,12 @@ class Engine:
         which tells a busy server from a hung one, needs one too.
         """
         async with self._slots:
-            yield self.client
+            try:
+                yield self.client
+            except EngineExitedError as error:  # the client does not know whose server it talks to
+                raise EngineExitedError(self.spec.name, error.exit_code) from None
+            except EngineNotReadyError as error:
+                raise EngineNotReadyError(self.spec.name, error.state) from None
 
     @property
     def client(self) -> AsyncLlamaClient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from lltm_ray.actors.remote import actor
 from lltm_ray.actors.watch import get_directory
 from lltm_ray.config import FleetConfig
 from lltm_ray.errors import FleetError, LltmRayError
-from lltm_ray.records import FleetStatus
+from lltm_ray.records import EngineState, FleetStatus
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +43,20 @@ class Fleet:
     gateway: Any | None = None
 
     def status(self) -> FleetStatus:
-        """The directory's table now."""
-        status: FleetStatus = ray.get(self.directory.status.remote(), timeout=ANSWER_TIMEOUT_S)
-        return status
+        """The directory's table now; waits while Ray restarts the directory.
+
+        Raises:
+            FleetError: the directory is gone, and with it the fleet.
+        """
+        deadline = time.monotonic() + ANSWER_TIMEOUT_S
+        while True:
+            try:
+                status: FleetStatus = ray.get(self.directory.status.remote(), timeout=ANSWER_TIMEOUT_S)
+                return status
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+                if time.monotonic() > deadline or find_directory(self.config.name) is None:
+                    raise FleetError(f"fleet {self.config.name!r} does not answer: {error}") from None
+                time.sleep(0.1)
 
     def stop(self) -> None:
         """Drain the gateway, then the engines; end every actor and give the shares back."""
@@ -52,12 +64,21 @@ class Fleet:
         if self.gateway is not None:
             gateway_s = self.config.gateway.drain_timeout_s if self.config.gateway else 0.0
             _settle([self.gateway.drain.remote(gateway_s)], gateway_s)
-        _settle([engine.stop.remote(drain_s) for engine in self.engines.values()], drain_s)
+        _settle([self.engines[name].stop.remote(drain_s) for name in self._alive()], drain_s)
         _settle([self.directory.close.remote()], 0.0)
         for handle in (self.gateway, *self.engines.values(), self.directory):
             if handle is not None:
                 ray.kill(handle)
         release(self.config.name)
+
+    def _alive(self) -> list[str]:
+        """Engines that can hear; others have no server, or their node is gone, and are only killed."""
+        try:
+            engines = self.status().engines
+        except FleetError as error:
+            log.warning("%s; its engines are ended without a drain", error)
+            return []
+        return [engine.name for engine in engines if engine.state is not EngineState.FAILED]
 
 
 def start_fleet(config: FleetConfig, *, detached: bool = False, on_progress: OnProgress | None = None) -> Fleet:
@@ -115,22 +136,23 @@ def get_engine(fleet: str, name: str) -> Any:
 def _create(config: FleetConfig, shares: tuple[Reservation, ...], *, detached: bool) -> Fleet:
     run_id, here = secrets.token_hex(4), ray.get_runtime_context().get_node_id()
     common: dict[str, Any] = {"namespace": names.NAMESPACE, "lifetime": "detached" if detached else None}
-    directory = (
-        actor(Directory)
-        .options(name=names.directory(config.name), **common)
-        .remote(config, run_id, tuple(share.engine for share in shares))
-    )
+    near = NodeAffinitySchedulingStrategy(here, soft=True)
+    options = common | {"name": names.directory(config.name), "scheduling_strategy": near}
+    directory = actor(Directory).options(**options).remote(config, run_id, tuple(share.plan.engine for share in shares))
     fleet = Fleet(config=config, run_id=run_id, directory=directory)
+    crowd = Counter(share.plan.node_id for share in shares)
     for share in shares:
+        name = share.plan.engine
         spec = EngineSpec(
-            name=share.engine,
+            name=name,
             fleet=config,
             run_id=run_id,
-            share=share.gpus,
+            share=share.plan.gpus,
+            engines_on_node=crowd[share.plan.node_id],
             gateway_node_id=here if config.gateway else None,
         )
-        options = common | share.actor_options() | {"name": names.engine(config.name, share.engine)}
-        fleet.engines[share.engine] = actor(EngineActor).options(**options).remote(spec)
+        options = common | share.actor_options() | {"name": names.engine(config.name, name)}
+        fleet.engines[name] = actor(EngineActor).options(**options).remote(spec)
     if config.gateway is not None:
         strategy = NodeAffinitySchedulingStrategy(here, soft=False)
         options = common | {"name": names.gateway(config.name, "gateway-0"), "scheduling_strategy": strategy}

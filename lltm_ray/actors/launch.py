@@ -10,17 +10,17 @@ import contextlib
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lltm_ray.config import Environment, FleetConfig, read_environment
+from lltm_ray.config import EngineConfig, Environment, FleetConfig, read_environment
 from lltm_ray.errors import PlacementError
 from lltm_ray.gpu.nvml import read_inventory, visible
 from lltm_ray.gpu.shares import memory_budget
 from lltm_ray.llamacpp.binary import find_server
 from lltm_ray.llamacpp.command import build_args
 from lltm_ray.llamacpp.process import ServerSpec
-from lltm_ray.models.gguf import read_gguf
+from lltm_ray.models.gguf import read_model
 from lltm_ray.models.memory import MemoryPlan, plan_fit
 from lltm_ray.models.resolve import ResolvedModel, resolve
 from lltm_ray.records import GpuInfo
@@ -38,6 +38,8 @@ class EngineSpec:
     """Tells this run of the fleet from earlier ones on the same machine."""
     share: float
     """GPUs; 0 for none."""
+    engines_on_node: int
+    """Engines of this fleet on the node, which share its cores."""
     gateway_node_id: str | None
     """Node of the only gateway: there the server binds loopback, elsewhere its node's address. None: gateways may be
     anywhere."""
@@ -71,7 +73,7 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
     fleet = spec.fleet
     model = resolve(fleet.model, cache_dir=environment.cache_dir, offline=environment.hf_offline, progress=progress)
     gpus = _own_gpus(spec.share)
-    plan = plan_fit(read_gguf(model.path), budget_bytes=_budget(spec, gpus), config=fleet.engine, on_gpu=bool(gpus))
+    plan = plan_fit(read_model(model.path), budget_bytes=_budget(spec, gpus), config=fleet.engine, on_gpu=bool(gpus))
     served_name = fleet.served_name or model.name
     server = _server(spec, environment, model.path, plan, served_name, host)
     return Launch(server=server, model=model, plan=plan, served_name=served_name, gpus=gpus)
@@ -80,14 +82,14 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
 def _server(
     spec: EngineSpec, environment: Environment, model_path: Path, plan: MemoryPlan, alias: str, host: str
 ) -> ServerSpec:
-    fleet = spec.fleet
+    fleet, engine = spec.fleet, _with_threads(spec)
     binary = find_server(fleet.llama_server, environment)
     api_key = secrets.token_hex(24)
     key_file = _write_key(environment.run_dir(fleet.name, spec.run_id) / f"{spec.name}.key", api_key)
 
     def argv(port: int) -> list[str]:
         args = build_args(
-            fleet.engine,
+            engine,
             model_path=str(model_path),
             host=host,
             port=port,
@@ -110,6 +112,18 @@ def _server(
         start_timeout_s=fleet.start_timeout_s,
         restart_limit=fleet.restart_limit,
     )
+
+
+def _with_threads(spec: EngineSpec) -> EngineConfig:
+    """Engines that compute on CPUs divide the node's cores.
+
+    llama.cpp's threads spin while they wait for each other: several servers that each take all cores starve one
+    another for seconds.
+    """
+    engine = spec.fleet.engine
+    if spec.share or engine.n_threads is not None:
+        return engine
+    return replace(engine, n_threads=max(1, (os.cpu_count() or 1) // spec.engines_on_node))
 
 
 def _own_gpus(share: float) -> tuple[GpuInfo, ...]:

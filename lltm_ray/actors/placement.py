@@ -33,15 +33,13 @@ LEAST_CPUS = 0.01
 class Reservation:
     """An engine's share, held by a placement group."""
 
-    engine: str
-    gpus: float
-    cpus: float
+    plan: SharePlan
     group: PlacementGroup
 
     def actor_options(self) -> dict[str, Any]:
         """Options that put an actor on the share and let Ray isolate its devices."""
         strategy = PlacementGroupSchedulingStrategy(placement_group=self.group, placement_group_bundle_index=0)
-        return {"num_gpus": self.gpus, "num_cpus": self.cpus, "scheduling_strategy": strategy}
+        return {"num_gpus": self.plan.gpus, "num_cpus": self.plan.cpus, "scheduling_strategy": strategy}
 
 
 def engine_names(fleet: FleetConfig) -> tuple[str, ...]:
@@ -90,7 +88,7 @@ def reserve(fleet: FleetConfig, plans: Sequence[SharePlan], *, detached: bool) -
     if late:
         for item in reservations:
             remove_placement_group(item.group)
-        need = f"{late[0].gpus:g} GPU and {late[0].cpus:g} CPU"
+        need = f"{late[0].plan.gpus:g} GPU and {late[0].plan.cpus:g} CPU"
         raise PlacementError(need, f"taken by others in the last {RESERVE_TIMEOUT_S:.0f} s")
     return reservations
 
@@ -113,7 +111,7 @@ def _reserve(fleet: FleetConfig, plan: SharePlan, *, detached: bool) -> Reservat
         lifetime="detached" if detached else None,
         _soft_target_node_id=plan.node_id,  # the plan's node, or another one once that is lost
     )
-    return Reservation(engine=plan.engine, gpus=plan.gpus, cpus=plan.cpus, group=group)
+    return Reservation(plan=plan, group=group)
 
 
 def _split(gpus: float) -> tuple[float, ...]:

@@ -6,9 +6,12 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from lltm_ray.config import read_environment
+
+if TYPE_CHECKING:
+    from lltm_ray.driver import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,14 +40,12 @@ class RunState:
         _path(self.name).unlink(missing_ok=True)
 
     @classmethod
-    def of_this_process(cls, name: str, endpoint: str | None, *, holds_fleet: bool) -> Self:
+    def of(cls, cluster: Cluster, *, holds_fleet: bool) -> Self:
         """The state of a fleet that this process has just started."""
-        import ray
-
         return cls(
-            name=name,
-            ray_address=ray.get_runtime_context().gcs_address,
-            endpoint=endpoint or "",
+            name=cluster.name,
+            ray_address=cluster.ray_address,
+            endpoint=cluster.endpoint or "",
             ray_auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
             pid=os.getpid() if holds_fleet else 0,
             pid_started=started_at(os.getpid()) if holds_fleet else "",

@@ -80,7 +80,7 @@ def _up_here(fleet: FleetConfig) -> None:
     """Ray and the fleet live in this process."""
     with _start(fleet) as cluster:
         stop = _stop_signals()
-        state = RunState.of_this_process(fleet.name, cluster.endpoint, holds_fleet=True)
+        state = RunState.of(cluster, holds_fleet=True)
         state.save()
         try:
             _tell_ready(state, foreground=True)
@@ -94,7 +94,7 @@ def _up_on_cluster(fleet: FleetConfig, *, detach: bool) -> None:
     """The fleet lives on a Ray cluster that somebody else keeps."""
     cluster = _start(fleet, detached=detach)
     stop = _stop_signals()
-    state = RunState.of_this_process(fleet.name, cluster.endpoint, holds_fleet=not detach)
+    state = RunState.of(cluster, holds_fleet=not detach)
     state.save()
     _tell_ready(state, foreground=not detach)
     if detach:

@@ -158,12 +158,12 @@ async def test_a_drain_does_not_wait_for_ever(make_spec):
         began = time.monotonic()
         await server.stop(drain_s=0.3)
         assert time.monotonic() - began < 5
-        with pytest.raises(Exception, match="ended|broke"):
+        with pytest.raises(Exception, match=r"ended|broke"):
             await answer
 
 
 async def until_busy(server):
-    while not any(slot.is_processing for slot in await server.client.slots()):  # noqa: ASYNC110
+    while not any(slot.is_processing for slot in await server.client.slots()):
         await asyncio.sleep(0.01)
 
 
@@ -181,7 +181,8 @@ import asyncio, sys
 from pathlib import Path
 from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
 argv = lambda port: [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", {str(tiny)!r}, "--port", str(port)]
-spec = ServerSpec(name="e", argv=argv, host="127.0.0.1", model_path={str(tiny)!r}, api_key="", log_path=Path({str(tmp_path / "child.log")!r}))
+log = Path({str(tmp_path / "child.log")!r})
+spec = ServerSpec(name="e", argv=argv, host="127.0.0.1", model_path={str(tiny)!r}, api_key="", log_path=log)
 async def main():
     server = ServerProcess(spec)
     print((await server.ensure_ready()).pid, flush=True)

@@ -1,6 +1,6 @@
 """One Ray cluster for the whole folder; a fleet for each module that asks for one.
 
-The cluster declares GPUs that do not exist: placement and isolation are Ray's and ours, only a CUDA server would notice.
+The cluster declares GPUs that do not exist: placement and isolation are Ray's and ours, only a CUDA server would know.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def ray_cluster(cache):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
         cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2})
-        ray.init(
-            address=cluster.address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False
-        )
+        ray.init(address=cluster.address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
         yield cluster
         ray.shutdown()
         cluster.shutdown()

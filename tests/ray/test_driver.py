@@ -18,6 +18,10 @@ def busy(cluster):
     return sum(slot.is_processing for engine in cluster.engines for slot in ray.get(engine.slots.remote()))
 
 
+def over_http(cluster, body):
+    return post(f"{cluster.endpoint}/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+
 def until_idle(cluster):
     deadline = time.monotonic() + 5
     while busy(cluster):
@@ -34,8 +38,8 @@ def test_every_path_gives_the_same_text(cluster):
         "chat": cluster.chat(HI, **GREEDY).text,
         "stream": "".join(event.text for event in cluster.stream(HI, **GREEDY)),
         "batch": cluster.batch([HI], **GREEDY)[0].text,
-        "http": post(f"{cluster.endpoint}/v1/chat/completions", {"messages": HI, **GREEDY})["choices"][0]["message"]["content"],
-    }  # fmt: skip
+        "http": over_http(cluster, {"messages": HI, **GREEDY}),
+    }
     assert len(done.text) > 10
     assert set(texts.values()) == {done.text}, texts
 
@@ -90,9 +94,7 @@ def test_embeddings_need_a_fleet_that_serves_them(cluster):
 
 def test_many_threads_share_one_cluster(cluster):
     texts = []
-    threads = [
-        threading.Thread(target=lambda: texts.append(cluster.chat(HI, **GREEDY).text)) for _ in range(16)
-    ]
+    threads = [threading.Thread(target=lambda: texts.append(cluster.chat(HI, **GREEDY).text)) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -121,7 +123,19 @@ def test_an_unknown_fleet_is_told_with_the_command_that_starts_one(ray_cluster):
 def test_status_is_complete_and_holds_no_key(cluster):
     seen = cluster.status().public()
     for engine in seen["engines"]:
-        wanted = ("name", "state", "model", "node_id", "gpu_ids", "share", "server_pid", "url", "slots_busy", "slots_total", "restarts")
+        wanted = (
+            "name",
+            "state",
+            "model",
+            "node_id",
+            "gpu_ids",
+            "share",
+            "server_pid",
+            "url",
+            "slots_busy",
+            "slots_total",
+            "restarts",
+        )
         assert set(wanted) <= set(engine)
         assert "api_key" not in engine
     assert seen["gateways"][0]["url"] == cluster.endpoint

@@ -1,4 +1,4 @@
-"""kill -9 under the load of 16 clients: the fleet comes back by itself, and only what had begun on the victim is lost."""
+"""kill -9 under the load of 16 clients: the fleet comes back by itself; only what had begun on the victim is lost."""
 
 import os
 import signal

@@ -52,7 +52,9 @@ def test_a_crash_is_restarted_with_growing_pauses_until_the_limit():
 def test_a_server_that_ran_well_for_long_starts_its_count_of_failures_anew():
     life = READY
     for _ in range(10):
-        life, _ = run(lc.Exited(exit_code=-9, ready_for_s=lc.SETTLED_AFTER_S), lc.RestartDue(), lc.BecameReady(), life=life)
+        life, _ = run(
+            lc.Exited(exit_code=-9, ready_for_s=lc.SETTLED_AFTER_S), lc.RestartDue(), lc.BecameReady(), life=life
+        )
     assert (life.state, life.failures, life.restarts) == (S.READY, 1, 10)
 
 

@@ -1,0 +1,122 @@
+"""What one request was: an append on the request path, read by whoever wants to know."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from lltm_ray.records import Timings, Usage, timings_from
+
+TAIL_BYTES = 4096
+"""Enough for the last usage and timings objects of every llama-server answer; they close the body or the stream."""
+_TAIL_PARTS = 8
+
+
+@dataclass(slots=True, kw_only=True)
+class RequestRecord:
+    """One request through the gateway, however it ended."""
+
+    request_id: str
+    route: str
+    model: str = ""
+    engine: str = ""
+    """The last engine tried."""
+    status: int = 0
+    """What the client was sent; 0: it left before anything was."""
+    attempts: int = 0
+    queue_s: float = 0.0
+    """Waiting for a slot, over all attempts."""
+    ttft_s: float | None = None
+    """From the request's arrival to the answer's first body bytes."""
+    total_s: float = 0.0
+    bytes_sent: int = 0
+    error: str = ""
+    """Why it failed; `client gone` when the client closed first."""
+    ends: bytes = field(default=b"", repr=False)
+    """First and last bytes of the answer, where its counts are."""
+
+    @property
+    def timings(self) -> Timings | None:
+        """llama-server's last `timings` object; parsed when asked for, not while the request runs."""
+        raw = find_object(self.ends, b'"timings":')
+        return None if raw is None else timings_from(raw)
+
+    @property
+    def usage(self) -> Usage | None:
+        """Token counts, from `usage` in OpenAI's or Anthropic's words, else from `timings`."""
+        return read_usage(self.ends)
+
+
+class Ends:
+    """The first and the last few parts of a body, bounded, at the cost of one append a part."""
+
+    __slots__ = ("_first", "_last")
+
+    def __init__(self) -> None:
+        self._first = b""
+        self._last: deque[bytes] = deque(maxlen=_TAIL_PARTS)
+
+    def add(self, part: bytes) -> None:
+        """Note a part of the body."""
+        if not self._first:
+            self._first = part
+        self._last.append(part)
+
+    def join(self) -> bytes:
+        """At most `TAIL_BYTES` from the start and `TAIL_BYTES` from the end."""
+        if not self._last:
+            return b""
+        if self._last[0] is self._first:
+            whole = b"".join(self._last)
+            return whole if len(whole) <= 2 * TAIL_BYTES else whole[:TAIL_BYTES] + b"\n" + whole[-TAIL_BYTES:]
+        return self._first[:TAIL_BYTES] + b"\n" + b"".join(self._last)[-TAIL_BYTES:]
+
+
+def find_object(text: bytes, key: bytes, *, last: bool = True) -> dict[str, Any] | None:
+    """The JSON object after the last (or first) `key`, such as `"usage":`; None if it is absent, null or cut.
+
+    Inside a JSON string the key's quotes would be escaped, so generated text cannot pass for a count.
+    """
+    at = text.rfind(key) if last else text.find(key)
+    if at < 0:
+        return None
+    try:
+        found, _ = json.JSONDecoder().raw_decode(text[at + len(key) :].decode("utf-8", "replace").lstrip())
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def read_usage(ends: bytes) -> Usage | None:
+    """Token counts of an answer from its first and last bytes."""
+    raw = find_object(ends, b'"usage":')
+    if raw is None:
+        timings = find_object(ends, b'"timings":')
+        if timings is None:
+            return None
+        seen = timings_from(timings)
+        return Usage(
+            input_tokens=seen.cache_n + seen.prompt_n, output_tokens=seen.predicted_n, cached_tokens=seen.cache_n
+        )
+    opening = find_object(ends, b'"usage":', last=False) or {}
+    merged = opening | raw  # Anthropic's stream counts the prompt in its first event and the answer in its last
+    if "cache_read_input_tokens" in merged:
+        cached = _count(merged, "cache_read_input_tokens")
+        fresh = _count(merged, "input_tokens")
+        return Usage(input_tokens=fresh + cached, output_tokens=_count(merged, "output_tokens"), cached_tokens=cached)
+    details = merged.get("prompt_tokens_details") or merged.get("input_tokens_details") or {}
+    return Usage(
+        input_tokens=_count(merged, "prompt_tokens", "input_tokens"),
+        output_tokens=_count(merged, "completion_tokens", "output_tokens"),
+        cached_tokens=_count(details, "cached_tokens"),
+    )
+
+
+def _count(raw: dict[str, Any], *names: str) -> int:
+    for name in names:
+        value = raw.get(name)
+        if isinstance(value, int):
+            return value
+    return 0

@@ -1,0 +1,282 @@
+"""The gateway's ASGI application: llama-server's routes over a whole fleet. No framework, a dict of routes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+
+from lltm_ray.config import GatewayConfig
+from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError, RequestTooLargeError
+from lltm_ray.gateway.accounting import RequestRecord
+from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.fleet import Fleet
+from lltm_ray.gateway.fleet_routes import PUBLIC, STATUS_PATH, FleetRoutes
+from lltm_ray.gateway.guard import Cause, Deadlines
+from lltm_ray.gateway.headers import find, request_id
+from lltm_ray.gateway.protocol import EXTENSION
+from lltm_ray.gateway.relay import Relay
+from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope, Send, encode, send_error
+from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_model, read_pin
+from lltm_ray.gateway.upstream import UpstreamPool
+from lltm_ray.records import FleetStatus
+from lltm_ray.routing.router import Router
+
+GENERATING = (
+    *("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions"),
+    *("/responses", "/v1/responses", "/v1/messages", "/infill", "/embedding", "/embeddings", "/v1/embeddings"),
+    *("/rerank", "/reranking", "/v1/rerank", "/v1/reranking"),
+)
+"""POST routes that occupy a slot."""
+CHEAP = (
+    *("/tokenize", "/detokenize", "/apply-template", "/v1/messages/count_tokens"),
+    *("/chat/completions/input_tokens", "/v1/chat/completions/input_tokens"),
+    *("/responses/input_tokens", "/v1/responses/input_tokens"),
+)
+"""POST routes that any ready engine of the model answers without a slot."""
+KEPT_RECORDS = 1024
+LINGER_S = 2.0
+"""How long a refused body is read and dropped, so that the refusal reaches a client that only writes."""
+_DRAINING = b'{"error":{"message":"the gateway is shutting down","type":"unavailable_error","code":503}}'
+
+
+class GatewayApp:
+    """The whole HTTP face of a fleet; any ASGI host can run it.
+
+    Args:
+        router: where requests go; the owner feeds it with `Router.update`.
+        config: limits and timeouts.
+        keys: API keys; none leaves the gateway open.
+        status: the fleet's state for `/lltm/status`.
+        clock: monotonic seconds.
+        on_done: takes each request's record when it is over; it must be quick and must not raise. None appends to
+            `records`, which keeps the last 1024.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: Router,
+        config: GatewayConfig,
+        keys: ApiKeys,
+        status: Callable[[], FleetStatus],
+        clock: Callable[[], float] = time.monotonic,
+        on_done: Callable[[RequestRecord], None] | None = None,
+    ) -> None:
+        self.records: deque[RequestRecord] = deque(maxlen=KEPT_RECORDS)
+        self._router = router
+        self._config = config
+        self._keys = keys
+        self._clock = clock
+        self._on_done = on_done or self.records.append
+        self._pool = UpstreamPool(connect_timeout_s=config.connect_timeout_s)
+        self._relay = Relay(router, self._pool, max_attempts=config.max_attempts, clock=clock)
+        self._fleet_routes = FleetRoutes(router, Fleet(router, self._pool), config, status)
+        self._deadlines = Deadlines(config.request_timeout_s)
+        self._running = 0
+        self._is_draining = False
+        self._idle = asyncio.Event()
+        self._routes = self._build_routes()
+
+    def _build_routes(self) -> dict[tuple[str, str], Handler]:
+        routes: dict[tuple[str, str], Handler] = {("POST", path): self._generate for path in GENERATING}
+        routes |= {("POST", path): self._cheap for path in CHEAP}
+        return routes | self._fleet_routes.build()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one ASGI scope."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1000})
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Refuse new requests and wait for running ones, at most `timeout_s` (None: the configured time).
+
+        Returns:
+            Whether all of them ended in time.
+        """
+        self._is_draining = True
+        if self._running:
+            self._idle.clear()
+            try:
+                async with asyncio.timeout(self._config.drain_timeout_s if timeout_s is None else timeout_s):
+                    await self._idle.wait()
+            except TimeoutError:
+                return False
+        self._pool.close()
+        return True
+
+    @property
+    def running(self) -> int:
+        """Requests inside the gateway now."""
+        return self._running
+
+    # --- one request
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = scope["headers"]
+        id_ = request_id(headers)
+        method, path = scope["method"], scope["path"]
+        request = Request(
+            method="GET" if method == "HEAD" else method,
+            path=path,
+            query=scope["query_string"],
+            headers=headers,
+            receive=receive,
+            send=send,
+            link=_client_link(scope),
+            id=id_,
+            arrived_at=self._clock(),
+            record=RequestRecord(request_id=id_, route=path),
+        )
+        self._running += 1
+        try:
+            await self._dispatch(request)
+        except LltmRayError as error:
+            await self._refuse(request, error)
+        except ClientGoneError:
+            request.record.error = Cause.CLIENT_GONE
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+            self._finish(request)
+
+    async def _dispatch(self, request: Request) -> None:
+        if request.method == "OPTIONS":
+            await _preflight(request)
+            return
+        self._check_head(request)
+        if request.path not in PUBLIC:
+            self._keys.check(request.headers)
+        handler = self._routes.get((request.method, request.path))
+        if handler is None:
+            handler = self._slot_action if _is_slot_action(request) else _not_found
+        if self._is_draining and request.path != STATUS_PATH:
+            await request.reply(503, _DRAINING)
+            return
+        await handler(request)
+
+    def _check_head(self, request: Request) -> None:
+        size_bytes = len(request.path) + len(request.query)
+        for name, value in request.headers:
+            size_bytes += len(name) + len(value)
+        if size_bytes > self._config.max_header_bytes:
+            error = RequestTooLargeError("head", size_bytes, self._config.max_header_bytes)
+            error.http_status = 431
+            raise error
+
+    async def _refuse(self, request: Request, error: LltmRayError) -> None:
+        request.record.error = error.message
+        if request.is_started:
+            raise error  # the host must break the connection: an end would look like success
+        request.record.status = error.http_status
+        headers = request.own_headers()
+        if not isinstance(error, RequestTooLargeError):
+            await send_error(request.send, error, headers)
+            return
+        await _refuse_and_linger(request, error)
+
+    def _finish(self, request: Request) -> None:
+        record = request.record
+        record.total_s = self._clock() - request.arrived_at
+        record.ends = request.ends.join()
+        self._on_done(record)
+
+    # --- forwarded routes
+
+    async def _generate(self, request: Request) -> None:
+        await self._forward(request, needs_slot=True)
+
+    async def _cheap(self, request: Request) -> None:
+        await self._forward(request, needs_slot=False)
+
+    async def _forward(self, request: Request, *, needs_slot: bool, reads_model: bool = True) -> None:
+        guard = self._deadlines.guard()
+        try:
+            request.body = await read_body(request.receive, request.headers, self._config.max_body_bytes)
+            guard.watch(request.receive, request.link)
+            request.only = read_pin(request)
+            if reads_model:
+                request.model = read_model(request.body)
+            await self._relay.forward(request, needs_slot=needs_slot)
+        except asyncio.CancelledError:
+            cause = guard.absorb()
+            if cause is None:
+                raise
+            if cause is Cause.DEADLINE:
+                raise DeadlineError("the request", self._config.request_timeout_s) from None
+            request.record.error = cause
+        finally:
+            guard.close()
+
+    async def _slot_action(self, request: Request) -> None:
+        known = self._router.engines()
+        if read_pin(request) is None and len(known) > 1:
+            names = ", ".join(engine.name for engine in known)
+            raise ConfigError("engine", None, f"slots belong to engines: name one with ?engine=, of {names}")
+        await self._forward(request, needs_slot=False, reads_model=False)
+
+
+def _client_link(scope: Scope) -> ClientLink | None:
+    if scope["method"] == "HEAD":
+        return None  # no body bytes will follow the head
+    link: ClientLink | None = (scope.get("extensions") or {}).get(EXTENSION)
+    return link
+
+
+def _is_slot_action(request: Request) -> bool:
+    start, _, slot = request.path.rpartition("/")
+    return request.method == "POST" and start == "/slots" and slot.isascii() and slot.isdigit()
+
+
+async def _not_found(request: Request) -> None:
+    await request.reply(404, NOT_FOUND)
+
+
+async def _preflight(request: Request) -> None:
+    headers = [
+        (b"access-control-allow-origin", find(request.headers, b"origin") or b"*"),
+        (b"access-control-allow-credentials", b"true"),
+        (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
+        (b"access-control-allow-headers", b"*"),
+        (b"content-length", b"0"),
+        (b"x-request-id", request.id.encode("ascii")),
+    ]
+    request.record.status = 200
+    await request.send({"type": "http.response.start", "status": 200, "headers": headers})
+    await request.send({"type": "http.response.body", "body": b""})
+
+
+async def _refuse_and_linger(request: Request, error: LltmRayError) -> None:
+    """Send the refusal whole, then drop what the client still sends for a moment, and close."""
+    body = encode(error.as_dict())
+    headers = [
+        (b"content-type", JSON),
+        (b"content-length", str(len(body)).encode("ascii")),
+        (b"connection", b"close"),
+        *request.own_headers(),
+    ]
+    await request.send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+    await request.send({"type": "http.response.body", "body": body, "more_body": True})
+    try:
+        async with asyncio.timeout(LINGER_S):
+            while True:
+                message = await request.receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    break
+    except TimeoutError:
+        request.record.error += " (and its sender did not stop)"
+    await request.send({"type": "http.response.body", "body": b""})
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return

@@ -1,0 +1,80 @@
+"""API keys: who may ask. Keys live here as digests only, and are never logged."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+from lltm_ray.errors import AuthenticationError, ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+class ApiKeys:
+    """Keys that open the gateway; none at all leaves it open, which `GatewayConfig` allows on loopback only."""
+
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = tuple(_digest(key.encode("utf-8")) for key in keys)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Read one key a line; blank lines and lines that start with `#` are skipped.
+
+        Raises:
+            ConfigError: the file cannot be read or holds no key.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            mode = Path(path).stat().st_mode
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError("api_key_file", str(path), f"cannot be read: {error}") from error
+        if mode & (stat.S_IRGRP | stat.S_IROTH):
+            _log.warning("api_key_file %s can be read by others; chmod 600 it", path)
+        lines = (line.strip() for line in text.splitlines())
+        keys = [line for line in lines if line and not line.startswith("#")]
+        if not keys:
+            raise ConfigError("api_key_file", str(path), "holds no key; write one a line")
+        return cls(keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def __len__(self) -> int:
+        return len(self._digests)
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Let a request with one of our keys in `Authorization: Bearer` or `x-api-key` pass.
+
+        Args:
+            headers: ASGI headers, names in lower case.
+
+        Raises:
+            AuthenticationError: no such key.
+        """
+        if self._digests and not any(self._is_known(key) for key in _keys_of(headers)):
+            raise AuthenticationError("Invalid API Key")
+
+    def _is_known(self, key: bytes) -> bool:
+        digest = _digest(key)
+        known = False
+        for each in self._digests:  # all of them, so that the time taken tells nothing
+            known |= hmac.compare_digest(each, digest)
+        return known
+
+
+def _keys_of(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            yield value[7:].strip()
+        elif name == b"x-api-key":
+            yield value.strip()
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,128 @@
+"""Answers that speak for all engines: models, props, slots, metrics, LoRA adapters.
+
+Each asks the engines side by side and keeps llama-server's own JSON, with the engine's name added.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lltm_ray.errors import EngineNotReadyError
+from lltm_ray.gateway.exposition import merge_metrics
+from lltm_ray.gateway.headers import build_request
+from lltm_ray.gateway.upstream import Headers, UpstreamPool
+from lltm_ray.records import EngineInfo
+from lltm_ray.routing.router import Router
+
+ASK_TIMEOUT_S = 5.0
+"""For one engine's answer; slots and props answer within a decode step, however busy the engine."""
+_ANSWER_LIMIT_BYTES = 32 * 2**20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One engine's answer; `status` 0 when it gave none, with the reason in `body`."""
+
+    engine: EngineInfo
+    status: int
+    body: bytes
+
+    def json(self) -> Any:
+        """The parsed body of a good answer, else None."""
+        if self.status != 200:
+            return None
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            _log.warning("engine %s: answer is not JSON", self.engine.name)
+            return None
+
+
+class Fleet:
+    """Asks engines on behalf of the gateway."""
+
+    def __init__(self, router: Router, pool: UpstreamPool) -> None:
+        self._router = router
+        self._pool = pool
+
+    async def models(self) -> dict[str, Any]:
+        """`/v1/models`: each served name once, as one of its engines describes it, with engine counts."""
+        names = self._router.models()
+        first = [ready[0] for ready in map(self._router.ready, names) if ready]
+        told = {answer.engine.model: answer.json() for answer in await self._ask_all(first, b"/v1/models")}
+        entries = [self._model_entry(name, told.get(name)) for name in names]
+        return {"models": [old for old, _ in entries], "object": "list", "data": [new for _, new in entries]}
+
+    def _model_entry(self, name: str, told: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        told = told if isinstance(told, dict) else {}
+        old = dict(next(iter(told.get("models") or ()), {})) | {"name": name, "model": name}
+        new = {"object": "model", "created": 0, "owned_by": "llamacpp"} | dict(next(iter(told.get("data") or ()), {}))
+        counts = {"ready": len(self._router.ready(name)), "total": len(self._router.engines(name))}
+        return old | {"engines": counts}, new | {"id": name, "engines": counts}
+
+    async def props(self, engines: Sequence[EngineInfo]) -> dict[str, Any]:
+        """`/props`: the first engine's object, and in `engines` each one's own.
+
+        Raises:
+            EngineNotReadyError: no engine answered.
+        """
+        own = [(answer.engine.name, answer.json()) for answer in await self._ask_all(engines, b"/props")]
+        good = [(name, props) for name, props in own if isinstance(props, dict)]
+        if not good:
+            raise EngineNotReadyError("of this fleet", "not answering /props")
+        return good[0][1] | {"engines": [{"name": name} | props for name, props in good]}
+
+    async def slots(self, engines: Sequence[EngineInfo]) -> list[dict[str, Any]]:
+        """`/slots`: every engine's slots, each with `engine`."""
+        return _tagged(await self._ask_all(engines, b"/slots"))
+
+    async def lora_adapters(self, engines: Sequence[EngineInfo]) -> list[dict[str, Any]]:
+        """`GET /lora-adapters`: every engine's adapters, each with `engine`."""
+        return _tagged(await self._ask_all(engines, b"/lora-adapters"))
+
+    async def set_lora_adapters(self, engines: Sequence[EngineInfo], body: bytes) -> tuple[int, Any]:
+        """`POST /lora-adapters` to all of them: status and JSON, llama-server's own when all agree."""
+        answers = await self._ask_all(engines, b"/lora-adapters", body)
+        failed = [answer for answer in answers if answer.status != 200]
+        if not failed:
+            return 200, {"success": True}
+        told = "; ".join(f"{each.engine.name}: {each.body[:300].decode('utf-8', 'replace')}" for each in failed)
+        status = failed[0].status or 503
+        kind = "invalid_request_error" if status == 400 else "server_error"
+        message = f"{len(failed)} of {len(answers)} engines did not take the adapters: {told}"
+        return status, {"error": {"message": message, "type": kind, "code": status}}
+
+    async def metrics(self, engines: Sequence[EngineInfo]) -> bytes:
+        """`/metrics`: every engine's samples with a label `engine`. Each scrape resets llama.cpp's rate gauges."""
+        answers = await self._ask_all(engines, b"/metrics")
+        texts = [(each.engine.name, each.body.decode("utf-8", "replace")) for each in answers if each.status == 200]
+        return merge_metrics(texts).encode("utf-8")
+
+    async def _ask_all(self, engines: Iterable[EngineInfo], target: bytes, body: bytes | None = None) -> list[Answer]:
+        return await asyncio.gather(*(self._ask(engine, target, body) for engine in engines))
+
+    async def _ask(self, engine: EngineInfo, target: bytes, body: bytes | None) -> Answer:
+        headers: Headers = [(b"authorization", b"Bearer " + engine.api_key.encode("utf-8"))] if engine.api_key else []
+        method = b"GET" if body is None else b"POST"
+        request = build_request(method, target, engine.url, headers, body or b"")
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                status, _, answer = await self._pool.fetch(engine.url, request, limit_bytes=_ANSWER_LIMIT_BYTES)
+        except (OSError, TimeoutError) as error:
+            _log.warning("engine %s: %s unanswered: %s", engine.name, target.decode("ascii"), error or "timeout")
+            return Answer(engine, 0, (str(error) or "timeout").encode("utf-8"))
+        return Answer(engine, status, answer)
+
+
+def _tagged(answers: Iterable[Answer]) -> list[dict[str, Any]]:
+    tagged: list[dict[str, Any]] = []
+    for answer in answers:
+        items = answer.json()
+        tagged += [item | {"engine": answer.engine.name} for item in items or () if isinstance(item, dict)]
+    return tagged

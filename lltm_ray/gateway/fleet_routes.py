@@ -1,0 +1,84 @@
+"""Routes that speak for the whole fleet; `fleet` does the asking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lltm_ray.config import GatewayConfig
+from lltm_ray.gateway.fleet import Fleet
+from lltm_ray.gateway.request import Handler, Request, read_body, read_model, read_pin
+from lltm_ray.records import EngineInfo, FleetStatus
+from lltm_ray.routing.router import Router
+
+PUBLIC = frozenset({"/health", "/v1/health"})
+"""Open without a key, as in llama-server."""
+STATUS_PATH = "/lltm/status"
+_LOADING = b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}'
+
+
+class FleetRoutes:
+    """Handlers of /health, /models, /props, /slots, /metrics, /lora-adapters and /lltm/status."""
+
+    def __init__(self, router: Router, fleet: Fleet, config: GatewayConfig, status: Callable[[], FleetStatus]) -> None:
+        self._router = router
+        self._fleet = fleet
+        self._config = config
+        self._status = status
+
+    def build(self) -> dict[tuple[str, str], Handler]:
+        """Handlers by method and path."""
+        routes: dict[tuple[str, str], Handler] = {("GET", path): self._health for path in PUBLIC}
+        routes |= {("GET", path): self._models for path in ("/models", "/v1/models")}
+        return routes | {
+            ("GET", "/props"): self._props,
+            ("GET", "/slots"): self._slots,
+            ("GET", "/metrics"): self._metrics,
+            ("GET", "/lora-adapters"): self._lora_adapters,
+            ("POST", "/lora-adapters"): self._set_lora_adapters,
+            ("GET", STATUS_PATH): self._fleet_status,
+        }
+
+    def _engines_for(self, request: Request) -> tuple[EngineInfo, ...]:
+        only, model = read_pin(request), request.param("model")
+        name = None if only is None and model is None else self._router.resolve(model, only)
+        return tuple(engine for engine in self._router.ready(name) if only in (None, engine.name))
+
+    async def _health(self, request: Request) -> None:
+        if self._router.ready():
+            await request.reply(200, b'{"status":"ok"}')
+        else:
+            await request.reply(503, _LOADING)
+
+    async def _models(self, request: Request) -> None:
+        await request.reply_json(await self._fleet.models())
+
+    async def _props(self, request: Request) -> None:
+        await request.reply_json(await self._fleet.props(self._engines_for(request)))
+
+    async def _slots(self, request: Request) -> None:
+        slots = await self._fleet.slots(self._engines_for(request))
+        if request.param("fail_on_no_slot") and all(slot.get("is_processing") for slot in slots):
+            error = {"code": 503, "message": "no slot available", "type": "unavailable_error"}
+            await request.reply_json({"error": error}, 503)
+            return
+        await request.reply_json(slots)
+
+    async def _metrics(self, request: Request) -> None:
+        text = await self._fleet.metrics(self._engines_for(request))
+        await request.reply(200, text, content_type=b"text/plain; version=0.0.4")
+
+    async def _lora_adapters(self, request: Request) -> None:
+        await request.reply_json(await self._fleet.lora_adapters(self._engines_for(request)))
+
+    async def _set_lora_adapters(self, request: Request) -> None:
+        body = await read_body(request.receive, request.headers, self._config.max_body_bytes)
+        read_model(body)  # refuses what is not JSON; the list itself names no model
+        name = self._router.resolve(request.param("model"), read_pin(request))
+        engines = [engine for engine in self._engines_for(request) if engine.model == name]
+        status, answer = await self._fleet.set_lora_adapters(engines, body)
+        await request.reply_json(answer, status)
+
+    async def _fleet_status(self, request: Request) -> None:
+        shown: dict[str, Any] = self._status().public()
+        await request.reply_json(shown | {"router": self._router.snapshot()})

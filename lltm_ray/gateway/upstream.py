@@ -1,0 +1,355 @@
+"""Raw HTTP/1.1 to a llama-server: an asyncio protocol on httptools, and a keep-alive pool per server.
+
+Body bytes are handed on as they came, one `bytes` per wake-up. What llama.cpp's server does and this file heeds: it
+closes a connection after about 100 requests (with `Connection: close`) and, without saying so, after each chunked
+answer; idle ones after 5 s; and it frees a slot when the connection of its request is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+import httptools
+
+HIGH_WATER_BYTES = 256 * 1024
+"""Unread body bytes above which the server is made to wait."""
+MAX_HEAD_BYTES = 64 * 1024
+_SWEEP_S = 1.0
+
+Headers = list[tuple[bytes, bytes]]
+
+
+class ConnectFailedError(ConnectionError):
+    """Nobody answers at this address."""
+
+
+class UpstreamBrokenError(ConnectionError):
+    """The server closed, reset or garbled the connection before the end of its answer."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one exchange at a time: `start`, then `head`, then `read` until `b""`."""
+
+    def __init__(self, pool: UpstreamPool, url: str) -> None:
+        self._pool = pool
+        self.url = url
+        self.idle_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._chunks: list[bytes] = []
+        self._busy = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.headers: Headers = []
+        self.content_length: int | None = None
+        self.got_bytes = False
+        self._received_bytes = 0
+        self._size_bytes = 0
+        self._head_done = self._done = self._chunked = self._keep = self._paused = False
+        self._error: ConnectionError | None = None
+
+    # --- the exchange
+
+    def start(self, request: Sequence[bytes]) -> None:
+        """Send a whole request, head and body in one write."""
+        self._reset()
+        self._busy = True
+        if self._transport is None or self._transport.is_closing():
+            self._error = UpstreamBrokenError("the connection was closed while idle")
+            return
+        self._transport.writelines(request)
+
+    async def head(self) -> None:
+        """Wait for `status` and `headers`.
+
+        Raises:
+            UpstreamBrokenError: the connection ended before them, or they are not HTTP.
+        """
+        while not self._head_done:
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    async def read(self) -> bytes:
+        """All body bytes that have come, at least one; `b""` at the end of the body.
+
+        Raises:
+            UpstreamBrokenError: the connection ended before the body did.
+        """
+        while True:
+            if self._chunks:
+                data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+                self._chunks.clear()
+                self._size_bytes = 0
+                if self._paused:
+                    self._paused = False
+                    if self._transport is not None and not self._transport.is_closing():
+                        self._transport.resume_reading()
+                return data
+            if self._done:
+                return b""
+            if self._error is not None:
+                raise self._error
+            await self._wait()
+
+    async def read_all(self, limit_bytes: int) -> bytes:
+        """The rest of the body.
+
+        Raises:
+            UpstreamBrokenError: as `read`, or the body is longer than `limit_bytes`.
+        """
+        parts: list[bytes] = []
+        size_bytes = 0
+        while data := await self.read():
+            size_bytes += len(data)
+            if size_bytes > limit_bytes:
+                self.abort()
+                raise UpstreamBrokenError(f"the answer is longer than {limit_bytes} bytes")
+            parts.append(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether the whole answer came in and was read."""
+        return self._done and not self._chunks
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether another request may follow; not after a chunked answer, where llama.cpp hangs up silently."""
+        open_ = self._transport is not None and not self._transport.is_closing()
+        return self.is_drained and self._keep and not self._chunked and open_
+
+    def park(self) -> None:
+        """The exchange is over; what comes now is not ours."""
+        self._busy = False
+        self.idle_since = self._loop.time()
+
+    def abort(self) -> None:
+        """Close at once and drop what is unsent; llama.cpp frees the slot within one decode step."""
+        self._fail(UpstreamBrokenError("aborted"))
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`; TCP_NODELAY is on by default in asyncio and uvloop for sockets they connect."""
+        self._transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        """Feed the parser, then wake the reader once."""
+        if not self._busy or self._done:
+            self.abort()
+            return
+        self.got_bytes = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._fail(UpstreamBrokenError(f"not an HTTP answer: {error}"))
+            self.abort()
+        if not self._head_done:
+            self._received_bytes += len(data)
+            if self._received_bytes > MAX_HEAD_BYTES:
+                self._fail(UpstreamBrokenError(f"the answer's head is over {MAX_HEAD_BYTES} bytes"))
+                self.abort()
+        elif self._size_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is gone: an end only for a body that has no other end."""
+        self._transport = None
+        if not self._busy:
+            self._pool.forget(self)
+            return
+        unframed = self._head_done and not self._chunked and self.content_length is None
+        if unframed and exc is None:
+            self._done = True
+        elif not self._done:
+            self._fail(UpstreamBrokenError(f"closed before the end of the answer ({exc or 'end of stream'})"))
+        self._wake()
+
+    # --- httptools callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header, its name in lower case."""
+        name = name.lower()
+        if name == b"content-length":
+            self.content_length = int(value)
+        elif name == b"transfer-encoding":
+            self._chunked = b"chunked" in value.lower()
+        self.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """Note the status; an interim 1xx answer is dropped."""
+        status = self._parser.get_status_code()
+        if status < 200:
+            self.headers = []
+            return
+        self.status = status
+        self._keep = self._parser.should_keep_alive()
+        self._head_done = True
+
+    def on_body(self, body: bytes) -> None:
+        """Keep body bytes for the reader."""
+        self._chunks.append(body)
+        self._size_bytes += len(body)
+
+    def on_message_complete(self) -> None:
+        """The answer ended where it said it would."""
+        self._done = self._head_done
+
+    # --- inside
+
+    def _fail(self, error: ConnectionError) -> None:
+        if self._error is None and not self._done:
+            self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def _wait(self) -> None:
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+
+@lru_cache(maxsize=1024)
+def origin(url: str) -> tuple[str, int, bytes]:
+    """Host, port and `Host` header value of a base URL such as `http://127.0.0.1:8080`."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or 80, parts.netloc.encode("ascii")
+
+
+class UpstreamPool:
+    """Keep-alive connections to any number of servers, for one event loop.
+
+    Args:
+        connect_timeout_s: to reach a socket.
+        idle_timeout_s: connections idle for longer are dropped; below the server's own 5 s.
+        idle_limit: most idle connections per server.
+    """
+
+    def __init__(self, *, connect_timeout_s: float = 2.0, idle_timeout_s: float = 3.0, idle_limit: int = 128) -> None:
+        self._connect_timeout_s = connect_timeout_s
+        self._idle_timeout_s = idle_timeout_s
+        self._idle_limit = idle_limit
+        self._idle: dict[str, list[Connection]] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def open(self, url: str, request: Sequence[bytes]) -> Connection:
+        """Send a request and wait for the answer's head; give the connection to `release` afterwards.
+
+        A pooled connection that the server had closed already (not a byte came back) is replaced by a fresh one, once.
+
+        Raises:
+            ConnectFailedError: no connection within `connect_timeout_s`.
+            UpstreamBrokenError: it broke before the head.
+        """
+        pooled = self._take(url)
+        if pooled is not None:
+            try:
+                return await self._exchange(pooled, request)
+            except UpstreamBrokenError:
+                if pooled.got_bytes:
+                    raise
+        return await self._exchange(await self._connect(url), request)
+
+    def release(self, connection: Connection) -> None:
+        """Pool a connection whose answer was read to its end; abort it in any other state."""
+        stack = self._idle.setdefault(connection.url, [])
+        if not connection.is_reusable or len(stack) >= self._idle_limit:
+            connection.abort()
+            return
+        connection.park()
+        stack.append(connection)
+        if self._sweeper is None:
+            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+
+    def forget(self, connection: Connection) -> None:
+        """An idle connection was closed by its server."""
+        stack = self._idle.get(connection.url, [])
+        if connection in stack:
+            stack.remove(connection)
+
+    def close(self) -> None:
+        """Drop all idle connections."""
+        for stack in self._idle.values():
+            for connection in list(stack):
+                connection.abort()
+        self._idle.clear()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+
+    def idle_count(self) -> int:
+        """Idle connections, over all servers."""
+        return sum(len(stack) for stack in self._idle.values())
+
+    async def fetch(self, url: str, request: Sequence[bytes], *, limit_bytes: int) -> tuple[int, Headers, bytes]:
+        """A whole exchange: status, headers (lower-case names) and body.
+
+        Raises:
+            ConnectFailedError, UpstreamBrokenError: as `open` and `Connection.read_all`.
+        """
+        connection = await self.open(url, request)
+        try:
+            body = await connection.read_all(limit_bytes)
+            return connection.status, connection.headers, body
+        finally:
+            self.release(connection)
+
+    def _take(self, url: str) -> Connection | None:
+        stack = self._idle.get(url)
+        if not stack:
+            return None
+        connection = stack.pop()  # the one used last: the least likely to be stale
+        if asyncio.get_running_loop().time() - connection.idle_since <= self._idle_timeout_s:
+            return connection
+        connection.abort()
+        return None
+
+    async def _connect(self, url: str) -> Connection:
+        host, port, _ = origin(url)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_timeout_s):
+                _, connection = await loop.create_connection(lambda: Connection(self, url), host, port)
+        except TimeoutError as error:
+            raise ConnectFailedError(f"{url} did not accept within {self._connect_timeout_s:g} s") from error
+        except OSError as error:
+            raise ConnectFailedError(f"{url}: {error}") from error
+        return connection
+
+    async def _exchange(self, connection: Connection, request: Sequence[bytes]) -> Connection:
+        try:
+            connection.start(request)
+            await connection.head()
+        except BaseException:
+            connection.abort()
+            raise
+        return connection
+
+    def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        oldest = loop.time() - self._idle_timeout_s
+        for url, stack in list(self._idle.items()):
+            for connection in [each for each in stack if each.idle_since < oldest]:
+                stack.remove(connection)
+                connection.abort()
+            if not stack:
+                del self._idle[url]
+        self._sweeper = loop.call_later(_SWEEP_S, self._sweep) if self._idle else None

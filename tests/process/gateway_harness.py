@@ -1,0 +1,220 @@
+"""What the gateway's tests share: real servers, the gateway in this loop, and an upstream that misbehaves on demand."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from lltm_ray.config import GatewayConfig
+from lltm_ray.gateway.app import GatewayApp
+from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.server import serve
+from lltm_ray.records import EngineInfo, EngineState, FleetStatus
+from lltm_ray.routing.router import Router
+
+SLOTS = 2
+MODEL = "tiny"
+# The child ends when its stdin does, so it cannot outlive the tests however they die.
+_CHILD = """
+import os, sys, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, p.port, p.hostnames, p.api_keys = sys.argv[1], 0, ["127.0.0.1"], ["engine-key"]
+p.n_parallel, p.n_ctx, p.n_threads_http = int(sys.argv[2]), 8192 * int(sys.argv[2]), 16
+p.slot_save_path = sys.argv[3]
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1  # more spin against each other on a small machine
+p.endpoint_metrics = p.endpoint_slots = p.endpoint_props = True
+server = xllamacpp.Server(p)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A real llama.cpp server as the directory would show it."""
+
+    info: EngineInfo
+    process: subprocess.Popen[str]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """For asking it directly."""
+        return {"authorization": f"Bearer {self.info.api_key}"}
+
+
+@contextlib.contextmanager
+def real_engine(name: str, model: Path, log_dir: Path) -> Iterator[Engine]:
+    """Start a server and wait until it serves."""
+    with (
+        (log_dir / f"{name}.log").open("w") as log,
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD, str(model), str(SLOTS), f"{log_dir}/"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        ) as process,
+    ):
+        try:
+            url = process.stdout.readline().strip()
+            assert url.startswith("http://"), (log_dir / f"{name}.log").read_text()[-2000:]
+            yield Engine(engine_info(name, url, process.pid), process)
+        finally:
+            process.kill()
+
+
+def engine_info(name: str, url: str, pid: int = 1, *, model: str = MODEL, slots: int = SLOTS) -> EngineInfo:
+    """A ready engine."""
+    return EngineInfo(
+        name=name,
+        model=model,
+        state=EngineState.READY,
+        url=url,
+        api_key="engine-key",
+        slots_total=slots,
+        server_pid=pid,
+    )
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway and a client session on it."""
+
+    url: str
+    app: GatewayApp
+    router: Router
+    http: aiohttp.ClientSession
+    stop: asyncio.Event
+    task: asyncio.Task[None]
+
+    @property
+    def port(self) -> int:
+        """Its real port."""
+        return int(self.url.rpartition(":")[2])
+
+    def claims(self) -> dict[str, int]:
+        """Busy slots by engine, as the router counts them."""
+        return {name: row["slots_busy"] for name, row in self.router.snapshot()["engines"].items()}
+
+    async def idle(self, timeout_s: float = 5.0) -> None:
+        """Wait until no slot is claimed, nobody waits and no request runs."""
+        async with asyncio.timeout(timeout_s):
+            while any(self.claims().values()) or self.router.snapshot()["waiting"] or self.app.running:
+                await asyncio.sleep(0.01)
+
+
+@contextlib.asynccontextmanager
+async def gateway(*engines: EngineInfo, keys: tuple[str, ...] = (), **settings: object) -> AsyncIterator[Gateway]:
+    """Run the app on uvicorn in this loop; at the end every claim must be gone."""
+    config = GatewayConfig(**({"port": 0, "drain_timeout_s": 5.0} | settings))
+    router = Router(config.queue_limit, config.queue_timeout_s)
+    router.update(engines)
+    app = GatewayApp(
+        router=router,
+        config=config,
+        keys=ApiKeys(keys),
+        status=lambda: FleetStatus(name="test", engines=router.engines()),
+    )
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    task = asyncio.create_task(serve(app, config, ready=port.set_result, stop=stop))
+    await asyncio.wait((port, task), return_when=asyncio.FIRST_COMPLETED)
+    if task.done():
+        await task
+    async with aiohttp.ClientSession() as http:
+        running = Gateway(f"http://127.0.0.1:{port.result()}", app, router, http, stop, task)
+        try:
+            yield running
+            await running.idle()
+        finally:
+            await http.close()
+            stop.set()
+            await task
+
+
+Script = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
+
+
+class FakeEngine:
+    """A server that does to each request what its script says; only for faults that a real one will not show."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.broken: OSError | None = None
+
+    async def __aenter__(self) -> FakeEngine:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._server.close()
+        for writer in list(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.reader = reader
+        self._writers.add(writer)
+        try:
+            while (request := await read_request(reader)) is not None:
+                self.requests.append(request)
+                await self.script(request, writer)
+                await writer.drain()
+        except OSError as error:
+            self.broken = error
+        finally:
+            self._writers.discard(writer)
+            writer.close()
+
+
+async def read_request(reader: asyncio.StreamReader) -> bytes | None:
+    """Head and body of the next request; None when the client is gone."""
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except (asyncio.IncompleteReadError, ConnectionError):
+        return None
+    length = next((line.split(b":")[1] for line in head.split(b"\r\n") if line.startswith(b"content-length:")), b"0")
+    return head + await reader.readexactly(int(length))
+
+
+def whole(body: bytes, *, status: int = 200, length: int | None = None) -> bytes:
+    """An answer with a Content-Length, which may lie."""
+    said = len(body) if length is None else length
+    return b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (status, said, body)
+
+
+STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def event(data: bytes) -> bytes:
+    """One SSE event as one HTTP chunk."""
+    text = b"data: %s\n\n" % data
+    return b"%x\r\n%s\r\n" % (len(text), text)
+
+
+async def raw(gate: Gateway, data: bytes, timeout_s: float = 5.0) -> bytes:
+    """Send bytes as they are and read until the gateway closes; what came before a reset is lost."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
+    try:
+        writer.write(data)
+        async with asyncio.timeout(timeout_s):
+            return await reader.read()
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()

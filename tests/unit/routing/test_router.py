@@ -1,0 +1,272 @@
+import asyncio
+
+import pytest
+
+from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
+from lltm_ray.records import EngineInfo, EngineState
+from lltm_ray.routing import router as router_module
+from lltm_ray.routing.router import Router
+
+
+def engine(name: str, *, model: str = "m", slots: int = 1, state: EngineState = EngineState.READY, pid: int = 1):
+    url = f"http://{name}:{pid}" if state is EngineState.READY else ""
+    return EngineInfo(name=name, model=model, state=state, url=url, slots_total=slots, server_pid=pid)
+
+
+def make(*engines: EngineInfo, queue_limit: int = 8, timeout_s: float = 5.0, **kw) -> Router:
+    router = Router(queue_limit, timeout_s, **kw)
+    router.update(engines)
+    return router
+
+
+def busy(router: Router) -> dict[str, int]:
+    return {name: row["slots_busy"] for name, row in router.snapshot()["engines"].items()}
+
+
+async def waiting(router: Router, count: int) -> None:
+    while sum(router.snapshot()["waiting"].values()) != count:
+        await asyncio.sleep(0)
+
+
+async def test_requests_alternate_between_equal_engines():
+    router = make(engine("a", slots=2), engine("b", slots=2))
+    names = [(await router.acquire("m")).engine.name for _ in range(4)]
+    assert names == ["a", "b", "a", "b"]
+
+
+async def test_a_full_queue_is_refused_with_a_retry_time_of_at_least_a_second():
+    router = make(engine("a"), queue_limit=0)
+    await router.acquire("m")
+    with pytest.raises(OverloadedError) as caught:
+        await router.acquire("m")
+    assert caught.value.retry_after_s >= 1
+    assert router.snapshot()["rejected"] == 1
+
+
+async def test_the_retry_time_grows_with_service_time_and_queue_and_shrinks_with_slots():
+    now = [0.0]
+    router = make(engine("a", slots=2), queue_limit=3, clock=lambda: now[0])
+    lease = await router.acquire("m")
+    now[0] = 10.0
+    router.release(lease)
+    held = [await router.acquire("m") for _ in range(2)]
+    tasks = [asyncio.create_task(router.acquire("m")) for _ in range(3)]
+    await waiting(router, 3)
+    with pytest.raises(OverloadedError) as caught:
+        await router.acquire("m")
+    assert caught.value.retry_after_s == pytest.approx(10.0 * 4 / 2)
+    for lease in held:
+        router.release(lease)
+    router.release(await tasks[0])
+    for task in tasks[1:]:
+        router.release(await task)
+
+
+async def test_a_wait_that_is_too_long_is_refused_and_leaves_no_trace():
+    router = make(engine("a"))
+    lease = await router.acquire("m")
+    with pytest.raises(OverloadedError, match=r"within 0\.01 s"):
+        await router.acquire("m", timeout_s=0.01)
+    assert router.snapshot()["waiting"] == {}
+    router.release(lease)
+    assert busy(router) == {"a": 0}
+
+
+async def test_waiters_get_slots_in_the_order_they_came():
+    router = make(engine("a"))
+    lease = await router.acquire("m")
+    order: list[int] = []
+
+    async def take(number: int) -> None:
+        mine = await router.acquire("m")
+        order.append(number)
+        await asyncio.sleep(0)
+        router.release(mine)
+
+    tasks = []
+    for number in range(5):
+        tasks.append(asyncio.create_task(take(number)))
+        await waiting(router, number + 1)
+    router.release(lease)
+    await asyncio.gather(*tasks)
+    assert order == [0, 1, 2, 3, 4]
+
+
+async def test_a_second_release_frees_nothing():
+    router = make(engine("a", slots=2))
+    first, second = await router.acquire("m"), await router.acquire("m")
+    router.release(first)
+    router.release(first)
+    assert busy(router) == {"a": 1}
+    router.release(second)
+
+
+async def test_a_waiter_cancelled_in_the_step_that_grants_it_a_slot_gives_it_back():
+    router = make(engine("a"))
+    lease = await router.acquire("m")
+    task = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 1)
+    router.release(lease)  # the waiter owns the slot now, but has not run
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert busy(router) == {"a": 0}
+    router.release(await router.acquire("m", timeout_s=0))
+
+
+async def test_a_cancelled_waiter_does_not_hold_up_the_ones_behind_it():
+    router = make(engine("a"))
+    lease = await router.acquire("m")
+    first = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 1)
+    second = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 2)
+    first.cancel()
+    router.release(lease)
+    assert (await second).engine.name == "a"
+    assert first.cancelled()
+
+
+async def test_an_unknown_model_is_refused_with_the_names_that_are_served():
+    router = make(engine("a", model="one"), engine("b", model="two"))
+    with pytest.raises(ModelNotFoundError, match="one, two"):
+        await router.acquire("three")
+
+
+async def test_no_model_means_the_first_one():
+    router = make(engine("a", model="one"), engine("b", model="two"))
+    assert (await router.acquire(None)).model == "one"
+
+
+async def test_an_empty_fleet_is_not_ready():
+    with pytest.raises(EngineNotReadyError, match="no engines"):
+        await make().acquire("m")
+
+
+async def test_a_model_whose_engines_start_is_waited_for():
+    router = make(engine("a", state=EngineState.STARTING))
+    task = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 1)
+    router.update([engine("a", pid=2)])
+    assert (await task).engine.server_pid == 2
+
+
+async def test_a_model_whose_engines_never_get_ready_says_so_after_the_wait():
+    router = make(engine("a", state=EngineState.STARTING))
+    with pytest.raises(EngineNotReadyError, match="a is starting"):
+        await router.acquire("m", timeout_s=0.01)
+
+
+async def test_a_model_whose_engines_all_failed_is_refused_at_once():
+    router = make(engine("a", state=EngineState.FAILED), timeout_s=60)
+    with pytest.raises(EngineNotReadyError, match="a is failed"):
+        await router.acquire("m")
+
+
+async def test_a_restarted_engine_starts_with_no_claims_and_old_leases_touch_nothing():
+    router = make(engine("a", slots=2))
+    old = await router.acquire("m")
+    router.update([engine("a", slots=2, pid=2)])
+    assert busy(router) == {"a": 0}
+    new = await router.acquire("m")
+    router.release(old)
+    assert busy(router) == {"a": 1}
+    router.release(new)
+
+
+async def test_a_drained_engine_that_is_ready_again_keeps_its_claims():
+    router = make(engine("a"))
+    lease = await router.acquire("m")
+    router.update([engine("a").with_(state=EngineState.DRAINING)])
+    router.update([])
+    router.update([engine("a")])
+    with pytest.raises(OverloadedError):
+        await router.acquire("m", timeout_s=0)
+    router.release(lease)
+    assert busy(router) == {"a": 0}
+
+
+async def test_an_engine_that_left_is_forgotten_when_its_last_claim_ends():
+    router = make(engine("a"), engine("b"))
+    leases = [await router.acquire("m") for _ in range(2)]
+    router.update([engine("b")])
+    assert router.models() == ("m",)
+    for lease in leases:
+        router.release(lease)
+    assert busy(router) == {"b": 0}
+    with pytest.raises(ConfigError, match="known are b"):
+        await router.acquire("m", only="a")
+
+
+async def test_a_suspected_engine_is_skipped_until_its_cool_down_is_over(monkeypatch):
+    monkeypatch.setattr(router_module, "SUSPECT_S", 0.02)
+    router = make(engine("a"), engine("b"))
+    router.suspect("a")
+    assert (await router.acquire("m")).engine.name == "b"
+    lease = await router.acquire("m", timeout_s=5)  # waits for a's cool-down; nothing else wakes it
+    assert lease.engine.name == "a"
+
+
+async def test_a_suspicion_ends_when_the_directory_shows_a_new_server():
+    router = make(engine("a"))
+    router.suspect("a")
+    task = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 1)
+    router.update([engine("a", pid=2)])
+    assert (await task).engine.server_pid == 2
+
+
+async def test_excluded_engines_are_used_only_when_there_is_no_other():
+    router = make(engine("a"), engine("b"))
+    first = await router.acquire("m", exclude={"b"})
+    assert first.engine.name == "a"
+    router.release(first)
+    assert (await router.acquire("m", exclude={"a", "b"}, timeout_s=0)).engine.name in ("a", "b")
+
+
+async def test_a_pinned_waiter_neither_takes_another_engine_nor_blocks_those_behind_it():
+    router = make(engine("a"), engine("b"))
+    on_a, on_b = await router.acquire("m", only="a"), await router.acquire("m", only="b")
+    pinned = asyncio.create_task(router.acquire("m", only="a"))
+    await waiting(router, 1)
+    free = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 2)
+    router.release(on_b)
+    assert (await free).engine.name == "b"
+    assert not pinned.done()
+    router.release(on_a)
+    assert (await pinned).engine.name == "a"
+
+
+async def test_a_pin_to_an_engine_of_another_model_is_refused():
+    router = make(engine("a", model="one"), engine("b", model="two"))
+    with pytest.raises(ConfigError, match="serves 'one'"):
+        await router.acquire("two", only="a")
+    assert (await router.acquire(None, only="b")).model == "two"
+
+
+async def test_fewer_slots_after_an_update_are_respected():
+    router = make(engine("a", slots=3))
+    leases = [await router.acquire("m") for _ in range(3)]
+    router.update([engine("a", slots=1)])
+    router.release(leases[0])
+    router.release(leases[1])
+    with pytest.raises(OverloadedError):
+        await router.acquire("m", timeout_s=0)
+    router.release(leases[2])
+    await router.acquire("m", timeout_s=0)
+
+
+async def test_a_request_without_a_slot_goes_round_and_avoids_engines_that_failed():
+    router = make(engine("a"), engine("b"))
+    assert [router.pick("m").name for _ in range(3)] == ["a", "b", "a"]
+    assert router.pick("m", exclude={"b"}).name == "a"
+    assert router.pick("m", only="a").name == "a"
+    router.update([engine("a", state=EngineState.FAILED)])
+    with pytest.raises(EngineNotReadyError):
+        router.pick("m")
+
+
+def test_the_snapshot_shows_no_key():
+    router = make(engine("a").with_(api_key="secret"))
+    assert "secret" not in repr(router.snapshot())
