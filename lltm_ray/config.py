@@ -75,7 +75,8 @@ class EngineConfig:
     kv_unified: bool = False
     """One KV buffer for all slots (`--kv-unified`); off, so that each slot owns n_ctx / n_parallel."""
     cache_ram_mib: int | None = None
-    """Host-memory prompt cache in MiB (`--cache-ram`); 0 turns it off, which also keeps tenants apart."""
+    """Host-memory prompt cache in MiB (`--cache-ram`); 0 turns it off, which also keeps tenants apart. None: an eighth
+    of the node's free memory, divided among its engines, at most llama.cpp's own 8192."""
     cache_reuse: int | None = None
     """Smallest chunk in tokens to reuse by KV shifting (`--cache-reuse`)."""
     swa_full: bool = False
@@ -85,7 +86,8 @@ class EngineConfig:
     slot_prompt_similarity: float | None = None
     """How similar a prompt must be to reuse a slot, 0..1 (`--slot-prompt-similarity`)."""
     n_threads: int | None = None
-    """CPU threads for decode (`--threads`)."""
+    """CPU threads for decode (`--threads`). None: on a GPU llama.cpp's choice, else the node's cores divided among its
+    engines."""
     n_threads_batch: int | None = None
     """CPU threads for prefill (`--threads-batch`)."""
     n_threads_http: int | None = None

@@ -27,6 +27,9 @@ from lltm_ray.records import GpuInfo
 
 Progress = Callable[[str, int, int], None]
 
+LLAMA_CPP_CACHE_RAM_MIB = 8192
+"""`--cache-ram`'s own default."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
@@ -82,7 +85,7 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
 def _server(
     spec: EngineSpec, environment: Environment, model_path: Path, plan: MemoryPlan, alias: str, host: str
 ) -> ServerSpec:
-    fleet, engine = spec.fleet, _with_threads(spec)
+    fleet, engine = spec.fleet, _as_neighbour(spec)
     binary = find_server(fleet.llama_server, environment)
     api_key = secrets.token_hex(24)
     key_file = _write_key(environment.run_dir(fleet.name, spec.run_id) / f"{spec.name}.key", api_key)
@@ -114,16 +117,19 @@ def _server(
     )
 
 
-def _with_threads(spec: EngineSpec) -> EngineConfig:
-    """Engines that compute on CPUs divide the node's cores.
+def _as_neighbour(spec: EngineSpec) -> EngineConfig:
+    """What llama.cpp would take as if it were alone on the node, divided among the engines there.
 
-    llama.cpp's threads spin while they wait for each other: several servers that each take all cores starve one
-    another for seconds.
+    Its CPU threads spin while they wait for each other: several servers that each take all cores starve one another
+    for seconds. Its host-memory prompt cache is 8 GiB a server by default: a few servers would fill a small machine.
     """
     engine = spec.fleet.engine
-    if spec.share or engine.n_threads is not None:
-        return engine
-    return replace(engine, n_threads=max(1, (os.cpu_count() or 1) // spec.engines_on_node))
+    if engine.cache_ram_mib is None:
+        part_mib = available_ram_bytes() // (8 * spec.engines_on_node) // 2**20
+        engine = replace(engine, cache_ram_mib=min(LLAMA_CPP_CACHE_RAM_MIB, part_mib))
+    if engine.n_threads is None and not spec.share:
+        engine = replace(engine, n_threads=max(1, (os.cpu_count() or 1) // spec.engines_on_node))
+    return engine
 
 
 def _own_gpus(share: float) -> tuple[GpuInfo, ...]:

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lltm_ray import _optional
+from lltm_ray.cli._load_result import LoadPlan
+from lltm_ray.cli._load_run import run_load
 from lltm_ray.cli._output import ERR, OUT, errors_end_the_command
+from lltm_ray.cli.bench import show
 from lltm_ray.config import FleetConfig, GatewayConfig
 from lltm_ray.driver import Cluster
 from lltm_ray.errors import EngineError
 from lltm_ray.records import FleetStatus
 
+LOAD_REQUESTS = 200
 CHATS = ("What is a slot?", "And a KV cache?", "Who are you?")
 
 
@@ -38,7 +44,7 @@ def demo(
         client = openai.OpenAI(base_url=f"{cluster.endpoint}/v1", api_key="none", max_retries=0)
         chats = [_chat(client, status.engines[0].model, question) for question in CHATS]
         client.close()
-        load = _load(f"{cluster.endpoint}", status.engines[0].model)
+        load = _load(str(cluster.endpoint), status.engines[0].model)
         seen = cluster.status()
     _check_gone(seen)
     figures = {"start_s": start_s, "engines": [engine.public() for engine in seen.engines], "chats": chats}
@@ -75,7 +81,10 @@ def _chat(client: Any, model: str, question: str) -> dict[str, Any]:
 
 def _load(url: str, model: str) -> dict[str, Any]:
     """A short closed-loop load, as `lltm-ray bench` makes it."""
-    return {"url": url, "model": model}
+    result = asyncio.run(run_load(LoadPlan(url=url, model=model, requests=LOAD_REQUESTS, concurrency=8)))
+    OUT.print("")
+    show(result)
+    return asdict(result)
 
 
 def _check_gone(seen: FleetStatus) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +36,7 @@ CHEAP = (
     *("/responses/input_tokens", "/v1/responses/input_tokens"),
 )
 """POST routes that any ready engine of the model answers without a slot."""
+_log = logging.getLogger(__name__)
 KEPT_RECORDS = 1024
 LINGER_S = 2.0
 """How long a refused body is read and dropped, so that the refusal reaches a client that only writes."""
@@ -111,6 +113,11 @@ class GatewayApp:
         return True
 
     @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._is_draining
+
+    @property
     def running(self) -> int:
         """Requests inside the gateway now."""
         return self._running
@@ -171,9 +178,11 @@ class GatewayApp:
             raise error
 
     async def _refuse(self, request: Request, error: LltmRayError) -> None:
-        request.record.error = error.message
         if request.is_started:
+            request.record.error = request.record.error or error.message
+            _log.warning("request %s: answer broken off: %s", request.id, request.record.error)
             raise error  # the host must break the connection: an end would look like success
+        request.record.error = error.message
         request.record.status = error.http_status
         headers = request.own_headers()
         if not isinstance(error, RequestTooLargeError):

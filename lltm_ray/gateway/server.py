@@ -37,18 +37,14 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _OneLine(logging.Filter):
-    """uvicorn logs a traceback for an app that raises; ours raise on purpose to break a connection."""
+class _NotOurs(logging.Filter):
+    """Drops uvicorn's traceback for an error that the app raised on purpose, and has logged, to break a connection."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, LltmRayError):
-            record.msg, record.args, record.exc_info = "answer broken off: %s", (error.message,), None
-            record.levelno, record.levelname = logging.WARNING, "WARNING"
-        return True
+        return not (record.exc_info and isinstance(record.exc_info[1], LltmRayError))
 
 
-_ONE_LINE = _OneLine()
+_NOT_OURS = _NotOurs()
 
 
 def bind(config: GatewayConfig) -> socket.socket:
@@ -90,7 +86,7 @@ async def serve(
     ready: Callable[[int], None],
     stop: asyncio.Event | None = None,
 ) -> None:
-    """Serve until `stop` is set, then drain; or until cancelled, then close at once.
+    """Serve until `stop` is set, then drain unless that was done; or until cancelled, then close at once.
 
     Args:
         app: the application.
@@ -103,13 +99,13 @@ async def serve(
     """
     listener = bind(config)
     port = int(listener.getsockname()[1])
-    logging.getLogger("uvicorn.error").addFilter(_ONE_LINE)
+    logging.getLogger("uvicorn.error").addFilter(_NOT_OURS)
     server = _Server(_uvicorn_config(app, config), lambda: ready(port))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task((stop or asyncio.Event()).wait())
     try:
         await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
-        if stopping.done():
+        if stopping.done() and not app.is_draining:
             await app.drain()
     finally:
         stopping.cancel()
