@@ -1,0 +1,325 @@
+"""The gateway before engines that misbehave on demand."""
+
+import asyncio
+import json
+
+import aiohttp
+import pytest
+import uvloop
+from gateway_harness import STREAM_HEAD, FakeEngine, engine_info, event, gateway, raw, whole
+
+from lltm_ray.gateway import upstream as upstream_module
+from lltm_ray.gateway.upstream import UpstreamPool
+from lltm_ray.routing import router as router_module
+
+GOOD = b'{"ok":true,"usage":{"prompt_tokens":3,"completion_tokens":1}}'
+BODY = b'{"prompt":"a"}'
+
+
+async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(GOOD))
+
+
+async def reset_before_head(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
+
+
+async def close_before_head(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+async def half_a_head(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+    writer.close()
+
+
+async def garbage(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"\x16\x03\x01 this is no HTTP\r\n\r\n")
+
+
+async def endless_head(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(b"HTTP/1.1 200 OK\r\n" + b"X-Pad: y\r\n" * 20_000)
+
+
+async def truncated_body(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(GOOD, length=len(GOOD) + 10))
+    await writer.drain()
+    writer.close()
+
+
+async def stream_without_an_event(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(STREAM_HEAD)
+    await writer.drain()
+    writer.close()
+
+
+async def loading(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(whole(b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}', status=503))
+
+
+BEFORE_THE_FIRST_BYTE = [
+    reset_before_head,
+    close_before_head,
+    half_a_head,
+    garbage,
+    endless_head,
+    truncated_body,
+    stream_without_an_event,
+    loading,
+]
+
+
+async def post(gate, path: str = "/completion", **options):
+    async with gate.http.post(f"{gate.url}{path}", data=BODY, **options) as reply:
+        return reply.status, await reply.read(), reply.headers
+
+
+@pytest.mark.parametrize("fault", BEFORE_THE_FIRST_BYTE)
+async def test_a_fault_before_the_first_byte_is_retried_on_another_engine(fault):
+    async with (
+        FakeEngine(fault) as bad,
+        FakeEngine(answer) as good,
+        gateway(engine_info("bad", bad.url), engine_info("good", good.url)) as gate,
+    ):
+        status, body, headers = await post(gate)
+        assert (status, body, headers["x-lltm-engine"]) == (200, GOOD, "good")
+        record = gate.app.records[-1]
+        assert (record.attempts, record.error, record.engine) == (2, "", "good")
+        assert record.usage.input_tokens == 3
+        assert bad.requests, "the bad engine was never asked"
+
+
+@pytest.mark.parametrize("fault", BEFORE_THE_FIRST_BYTE)
+async def test_when_every_attempt_fails_the_client_gets_a_503_and_no_claim_is_left(fault, monkeypatch):
+    monkeypatch.setattr(router_module, "SUSPECT_S", 0.01)
+    async with FakeEngine(fault) as bad, gateway(engine_info("bad", bad.url), max_attempts=2) as gate:
+        status, body, _ = await post(gate)
+        assert status == 503
+        assert json.loads(body)["error"]["type"] == "unavailable_error"
+        assert gate.app.records[-1].attempts == 2
+
+
+async def test_an_engine_that_refuses_connections_is_skipped_and_suspected():
+    async with FakeEngine(answer) as good, FakeEngine(answer) as closed:
+        nobody = closed.url
+        await closed.__aexit__()
+        async with gateway(engine_info("dead", nobody), engine_info("good", good.url)) as gate:
+            for _ in range(4):
+                assert (await post(gate))[0] == 200
+            assert gate.router.snapshot()["engines"]["dead"]["is_suspect"]
+            assert sum(record.attempts for record in gate.app.records) == 5, "asked once, then left alone"
+            async with gate.http.post(f"{gate.url}/tokenize?engine=dead", data=b"{}") as reply:
+                assert reply.status == 503
+
+
+async def test_a_stream_that_breaks_after_its_first_event_is_not_retried_and_not_ended_cleanly():
+    async def break_off(request, writer):
+        writer.write(STREAM_HEAD + event(b"1"))
+        await writer.drain()
+        writer.close()
+
+    async with (
+        FakeEngine(break_off) as bad,
+        FakeEngine(answer) as good,
+        gateway(engine_info("bad", bad.url), engine_info("good", good.url)) as gate,
+    ):
+        head = b"POST /completion HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(BODY), BODY)
+        seen = await raw(gate, head)
+        assert seen.endswith(b"data: 1\n\n\r\n"), "no final chunk"
+        assert not good.requests
+        await gate.idle()
+        assert "closed before the end" in gate.app.records[-1].error
+
+
+async def test_a_long_answer_that_breaks_is_shorter_than_its_content_length():
+    async def break_off(request, writer):
+        writer.write(whole(b"x" * 1_500_000, length=2_000_000))
+        await writer.drain()
+        writer.close()
+
+    async with FakeEngine(break_off) as bad, gateway(engine_info("bad", bad.url)) as gate:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await post(gate)
+
+
+async def test_an_answer_that_ends_with_its_connection_is_whole():
+    async def until_close(request, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nall of it")
+        await writer.drain()
+        writer.close()
+
+    async with FakeEngine(until_close) as engine, gateway(engine_info("e", engine.url)) as gate:
+        assert (await post(gate))[1] == b"all of it"
+
+
+async def test_a_stale_pooled_connection_is_replaced_without_counting_as_an_attempt():
+    async def answer_then_close_on_the_next(request, writer):
+        if engine.connections == 1 and len(engine.requests) == 2:
+            writer.transport.abort()
+        else:
+            writer.write(whole(GOOD))
+
+    async with (
+        FakeEngine(answer_then_close_on_the_next) as engine,
+        gateway(engine_info("e", engine.url), max_attempts=1) as gate,
+    ):
+        assert [(await post(gate))[0] for _ in range(3)] == [200, 200, 200]
+        assert engine.connections == 2
+        assert [record.attempts for record in gate.app.records] == [1, 1, 1]
+
+
+async def test_connections_are_reused_but_not_after_close_or_a_chunked_answer():
+    async def close_after(request, writer):
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}")
+
+    async def chunked(request, writer):
+        writer.write(STREAM_HEAD + event(b"1") + b"0\r\n\r\n")
+
+    async with FakeEngine(answer) as engine, gateway(engine_info("e", engine.url)) as gate:
+        for script, connections in ((answer, 1), (answer, 1), (close_after, 1), (chunked, 2), (answer, 3)):
+            engine.script = script
+            assert (await post(gate))[0] == 200
+            assert engine.connections == connections
+
+
+async def test_idle_connections_are_dropped_before_the_server_drops_them(monkeypatch):
+    monkeypatch.setattr(upstream_module, "_SWEEP_S", 0.02)
+    async with FakeEngine(answer) as engine:
+        pool = UpstreamPool(idle_timeout_s=0.05)
+        await pool.fetch(engine.url, [b"GET /x HTTP/1.1\r\n\r\n"], limit_bytes=1000)
+        assert pool.idle_count() == 1
+        async with asyncio.timeout(2):
+            while pool.idle_count():
+                await asyncio.sleep(0.01)
+        pool.close()
+
+
+async def test_the_pool_is_bounded():
+    async with FakeEngine(answer) as engine:
+        pool = UpstreamPool(idle_limit=2)
+        request = [b"GET /x HTTP/1.1\r\n\r\n"]
+        await asyncio.gather(*(pool.fetch(engine.url, request, limit_bytes=1000) for _ in range(6)))
+        assert pool.idle_count() == 2
+        pool.close()
+
+
+async def test_a_client_that_leaves_while_the_engine_is_silent_aborts_the_engines_connection():
+    gone = asyncio.Event()
+
+    async def silent(request, writer):
+        while not engine.reader.at_eof():
+            await asyncio.sleep(0.01)
+        gone.set()
+
+    async with FakeEngine(silent) as engine, gateway(engine_info("e", engine.url)) as gate:
+        with pytest.raises(asyncio.TimeoutError):
+            await post(gate, timeout=aiohttp.ClientTimeout(total=0.1))
+        async with asyncio.timeout(2):
+            await gone.wait()
+        await gate.idle()
+        assert gate.app.records[-1].error == "client gone"
+        assert gate.app.records[-1].status == 0
+
+
+async def test_a_deadline_before_the_first_byte_is_a_504():
+    async def slow_head(request, writer):
+        await asyncio.sleep(0.5)
+        writer.write(whole(GOOD))
+
+    async with FakeEngine(slow_head) as engine:
+        async with gateway(engine_info("e", engine.url), request_timeout_s=0.1) as gate:
+            status, body, _ = await post(gate)
+            assert (status, json.loads(body)["error"]["type"]) == (504, "timeout_error")
+        async with gateway(engine_info("e", engine.url), request_timeout_s=5) as gate:
+            assert (await post(gate))[0] == 200
+
+
+async def test_a_client_that_does_not_read_makes_the_engine_wait():
+    sent_bytes = 0
+
+    async def flood(request, writer):
+        nonlocal sent_bytes
+        writer.write(STREAM_HEAD)
+        while not writer.transport.is_closing():
+            writer.write(b"10000\r\n" + b"x" * 65_536 + b"\r\n")
+            sent_bytes += 65_536
+            await writer.drain()
+
+    async with FakeEngine(flood) as engine, gateway(engine_info("e", engine.url)) as gate:
+        _, writer = await asyncio.open_connection("127.0.0.1", gate.port, limit=2**14)
+        writer.write(b"POST /completion HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s" % (len(BODY), BODY))
+        before = -1
+        async with asyncio.timeout(10):
+            while sent_bytes != before or not sent_bytes:
+                before = sent_bytes
+                await asyncio.sleep(0.3)
+        assert sent_bytes < 64 * 2**20, "only socket and gateway buffers were filled"
+        writer.transport.abort()
+        await gate.idle()
+
+
+async def test_a_request_goes_upstream_with_the_engines_key_and_its_own_bytes():
+    async with FakeEngine(answer) as engine, gateway(engine_info("e", engine.url), keys=("client-key",)) as gate:
+        headers = {"authorization": "Bearer client-key", "traceparent": "00-0af7-b7ad-01", "x-request-id": "mine"}
+        assert (await post(gate, "/v1/completions?x=1&y=%20", headers=headers))[0] == 200
+    request = engine.requests[0]
+    assert request.startswith(b"POST /v1/completions?x=1&y=%20 HTTP/1.1\r\n")
+    assert request.endswith(b"\r\n\r\n" + BODY)
+    assert b"\r\nauthorization: Bearer engine-key\r\n" in request
+    assert b"\r\ntraceparent: 00-0af7-b7ad-01\r\n" in request
+    assert b"\r\nx-request-id: mine\r\n" in request
+    assert b"client-key" not in request
+
+
+async def test_a_fleet_answer_leaves_out_an_engine_that_does_not_answer():
+    async def slots(request, writer):
+        writer.write(whole(b'[{"id":0,"is_processing":false}]'))
+
+    async with (
+        FakeEngine(slots) as good,
+        FakeEngine(reset_before_head) as bad,
+        gateway(engine_info("good", good.url), engine_info("bad", bad.url)) as gate,
+    ):
+        async with gate.http.get(f"{gate.url}/slots") as reply:
+            assert await reply.json() == [{"id": 0, "is_processing": False, "engine": "good"}]
+        async with gate.http.post(f"{gate.url}/lora-adapters", data=b"[]") as reply:
+            assert reply.status == 503
+            assert "bad" in (await reply.json())["error"]["message"]
+
+
+async def test_the_app_needs_nothing_beyond_asgi_to_notice_a_client_that_left():
+    async def silent(request, writer):
+        await asyncio.sleep(5)
+
+    async with FakeEngine(silent) as engine, gateway(engine_info("e", engine.url)) as gate:
+        messages = [{"type": "http.request", "body": BODY}, {"type": "http.disconnect"}]
+
+        async def receive():
+            await asyncio.sleep(0.05)
+            return messages.pop(0)
+
+        async def send(message):
+            raise AssertionError(f"sent {message} to a client that left")
+
+        scope = {"type": "http", "method": "POST", "path": "/completion", "query_string": b"", "headers": []}
+        await gate.app(scope, receive, send)
+        assert gate.claims() == {"e": 0}
+
+
+def test_everything_works_on_uvloop_too():
+    async def break_off(request, writer):
+        writer.write(STREAM_HEAD + event(b"1"))
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.close()
+
+    async def walk() -> None:
+        async with FakeEngine(answer) as engine, gateway(engine_info("e", engine.url)) as gate:
+            for _ in range(3):
+                assert (await post(gate))[:2] == (200, GOOD)
+            assert engine.connections == 1
+            engine.script = break_off
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await post(gate)
+
+    uvloop.run(walk())
