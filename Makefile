@@ -18,7 +18,7 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready
-	$(BIN)/python examples/bench_local.py
+	$(BIN)/python tests/peers/direct.py
 
 lock: # after a change of pyproject's dependencies; needs uv
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \

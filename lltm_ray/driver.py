@@ -334,12 +334,12 @@ def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool
     """
     if ray.is_initialized():
         return False
-    address = address or read_environment().ray_address or ("auto" if existing_only else None)
+    address = address or read_environment().ray_address or ("auto" if existing_only else "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a fleet of ours does not report to anyone by itself
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False, **options)
+        ray.init(address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False, **options)
     except ConnectionError as error:
         raise _no_ray(address, error) from error
     return True

@@ -22,13 +22,15 @@ from lltm_ray.actors.placement import Reservation, plan_placement, read_nodes, r
 from lltm_ray.actors.remote import actor
 from lltm_ray.actors.watch import get_directory
 from lltm_ray.config import FleetConfig
-from lltm_ray.errors import FleetError, LltmRayError
+from lltm_ray.errors import EngineStartError, FleetError, LltmRayError, PlacementError
+from lltm_ray.gpu.shares import SharePlan
 from lltm_ray.records import EngineState, FleetStatus
 
 log = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 30.0
 """How long an actor may take to say anything; a busy laptop starts a worker in 3-9 s."""
+VIEW_LAG_S = 3.0
 OnProgress = Callable[[FleetStatus], None]
 
 
@@ -91,7 +93,7 @@ def start_fleet(config: FleetConfig, *, detached: bool = False, on_progress: OnP
     """
     if find_directory(config.name) is not None:
         raise FleetError(f"fleet {config.name!r} runs already: stop it (lltm-ray down), or choose another --name")
-    reservations = reserve(config, plan_placement(config, read_nodes()), detached=detached)
+    reservations = reserve(config, _plan(config), detached=detached)
     try:
         fleet = _create(config, reservations, detached=detached)
     except BaseException:
@@ -103,6 +105,18 @@ def start_fleet(config: FleetConfig, *, detached: bool = False, on_progress: OnP
         fleet.stop()
         raise
     return fleet
+
+
+def _plan(config: FleetConfig) -> tuple[SharePlan, ...]:
+    """A plan on what is free; Ray's view of that trails a fleet that has just been stopped by a moment."""
+    deadline = time.monotonic() + VIEW_LAG_S
+    while True:
+        try:
+            return plan_placement(config, read_nodes())
+        except PlacementError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def find_fleet(name: str) -> Fleet:
@@ -179,6 +193,8 @@ def unwrap(result: Any) -> Any:
         return ray.get(result)
     except ray.exceptions.RayTaskError as error:
         raise cause_of(error) from None
+    except ray.exceptions.RayActorError as error:
+        raise EngineStartError(f"Ray lost its actor: {error}") from None
 
 
 def cause_of(error: ray.exceptions.RayTaskError) -> BaseException:

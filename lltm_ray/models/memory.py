@@ -18,7 +18,7 @@ __all__ = ["MemoryEstimate", "MemoryPlan", "estimate", "plan_fit"]
 
 SMALLEST_SLOT_TOKENS = 512
 """Below this a chat template and a question hardly leave room for an answer."""
-COMFORTABLE_SLOT_TOKENS = 4096
+COMFORTABLE_SLOT_TOKENS = 2048
 """A slot's context for which layers move to the CPU, but for no more: decode on the CPU is some ten times slower."""
 DEFAULT_SLOT_TOKENS = 8192
 """Most a slot gets unasked on a CPU or without a known budget: attention over more takes a CPU seconds a token, and

@@ -59,14 +59,22 @@ CASES = {
     "not GGUF": (not_gguf, ModelFormatError, "byte 0"),
     "too big": (lambda tiny, folder: {"memory_limit_bytes": 100_000}, ModelDoesNotFitError, "its share has 0.1 MiB"),
     "no binary": (lambda tiny, folder: {"llama_server": "/nonexistent/llama-server"}, ServerBinaryError, "nonexistent"),
-    "wrong flag": (lambda tiny, folder: {"engine": {"extra_args": ["--no-such-flag"]}}, EngineStartError, "no-such-flag"),
+    "wrong flag": (
+        lambda tiny, folder: {"engine": {"extra_args": ["--no-such-flag"]}},
+        EngineStartError,
+        "no-such-flag",
+    ),
     "unknown setting": (lambda tiny, folder: {"engines_": 2}, ConfigError, "engines_=2: unknown setting; known are"),
     "wrong type": (lambda tiny, folder: {"engines": "two"}, ConfigError, "engines='two': must be int"),
     "odd share": (lambda tiny, folder: {"gpu_share": 1.5}, ConfigError, "whole number of GPUs"),
     "no GPU to see": (lambda tiny, folder: {"engines": 1, "gpu_share": 0.5}, PlacementError, "0.5 GPU"),
     "no room": (lambda tiny, folder: {"engines": 1, "cpu_share": 100.0}, PlacementError, "100 CPU"),
     "public without key": (lambda tiny, folder: {"gateway": {"host": "0.0.0.0"}}, ConfigError, "api_key_file"),
-    "empty keys": (lambda tiny, folder: {"gateway": {"port": 0, "api_key_file": "/dev/null"}}, ConfigError, "holds no key"),
+    "empty keys": (
+        lambda tiny, folder: {"gateway": {"port": 0, "api_key_file": "/dev/null"}},
+        ConfigError,
+        "holds no key",
+    ),
 }
 
 

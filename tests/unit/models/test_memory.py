@@ -214,7 +214,7 @@ def test_a_fitting_gpu_gets_every_layer_and_what_context_it_holds():
 def test_a_small_gpu_gets_the_layers_that_fit_and_a_comfortable_context():
     found = plan(model(), 6 * GIB)
     assert 1 < found.n_gpu_layers < 33
-    assert (found.n_ctx, found.n_parallel) == (4 * 4096, 4)
+    assert (found.n_ctx, found.n_parallel) == (4 * 2048, 4)
     assert any(f"n_gpu_layers is {found.n_gpu_layers} of 33" in line for line in found.shrunk)
     assert found.estimate.host_bytes > GIB
 

@@ -1,0 +1,83 @@
+"""The command line as a user types it: up, status, chat, bench, down, each a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lltm_ray.llamacpp.process import free_port
+from tests.ray.conftest import servers
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def lltm(*arguments, check=True, **options):
+    done = subprocess.run(
+        [sys.executable, "-m", "lltm_ray.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+        **options,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    """These commands start and end a Ray of their own."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_a_detached_fleet_is_seen_used_and_taken_down(cache):
+    port, before = free_port("127.0.0.1"), servers()
+    up = lltm("up", "--model", "tiny", "--engines", "2", "--port", str(port), "--name", "cli", "--detach")
+    assert up.stdout.strip() == f"cli is ready at http://127.0.0.1:{port}"
+    try:
+        status = json.loads(lltm("status", "--name", "cli", "--json").stdout)
+        assert [engine["state"] for engine in status["engines"]] == ["ready", "ready"]
+        assert status["gateways"][0]["url"] == f"http://127.0.0.1:{port}"
+        url = ("--url", f"http://127.0.0.1:{port}")
+        bench = json.loads(lltm("bench", *url, "--requests", "64", "--max-tokens", "8", "--json").stdout)
+        assert (bench["ok"], bench["errors"]) == (64, {})
+        assert lltm("chat", "hi", *url, "--max-tokens", "8").stdout.strip()
+        again = lltm("up", "--name", "cli", "--detach", check=False)
+        assert again.returncode == 1
+        assert "runs already" in again.stderr
+    finally:
+        assert lltm("down", "--name", "cli").stdout.strip() == "cli is down"
+    assert servers() == before
+    gone = lltm("status", "--name", "cli", check=False)
+    assert gone.returncode == 1
+    assert "lltm-ray up --name cli" in gone.stderr
+
+
+def test_ctrl_c_in_the_foreground_drains_and_ends_everything(cache):
+    before = servers()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lltm_ray.cli", "up", "--engines", "1", "--port", "0", "--name", "front"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        assert "front is ready at http://127.0.0.1:" in process.stdout.readline()
+        assert len(servers() - before) == 1
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        deadline = time.monotonic() + 60
+        while process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert process.returncode == 0
+        assert "draining" in process.stderr.read()
+    assert servers() == before
+
+
+def test_a_failed_start_is_one_sentence_and_an_exit_code(cache, tmp_path):
+    done = lltm("up", "--model", str(tmp_path / "gone.gguf"), "--name", "bad", "--detach", check=False)
+    assert done.returncode == 1
+    assert "gone.gguf" in done.stderr
+    assert "Traceback" not in done.stderr
