@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench lock clean
+.PHONY: demo test lint bench native lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/lltm-ray demo
@@ -19,6 +19,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python tests/peers/direct.py
+
+native: $(VENV)/.ready
+	LLTM_RAY_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --editable .
+	$(BIN)/python -c 'from lltm_ray.kernels import native; print("CUDA", native.cuda_version(), native.read_devices())'
 
 lock: # after a change of pyproject's dependencies; needs uv
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \

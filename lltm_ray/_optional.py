@@ -8,12 +8,13 @@ from typing import Any
 from lltm_ray.errors import MissingExtraError
 
 
-def load(target: str, *, extra: str, feature: str = "") -> Any:
+def load(target: str, *, extra: str = "", install: str = "", feature: str = "") -> Any:
     """Import `package.module` or `package.module:name`.
 
     Args:
         target: what to import.
-        extra: the extra of this package that installs it.
+        extra: the extra of this package that installs it, or
+        install: the command that does.
         feature: what the user wanted, for the error; the target by default.
 
     Raises:
@@ -25,7 +26,7 @@ def load(target: str, *, extra: str, feature: str = "") -> Any:
     except ModuleNotFoundError as error:
         if not _is_absent(error.name, module):
             raise
-        raise MissingExtraError(feature or target, extra) from error
+        raise MissingExtraError(feature or target, extra, install) from error
     return getattr(loaded, name) if name else loaded
 
 

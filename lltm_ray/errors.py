@@ -87,10 +87,9 @@ class MissingExtraError(LltmRayError):
     http_status = 501
     code = "not_supported_error"
 
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(
-            f"{feature} needs an optional package: pip install 'lltm_ray[{extra}]'", feature=feature, extra=extra
-        )
+    def __init__(self, feature: str, extra: str, install: str = "") -> None:
+        install = install or f"pip install 'lltm_ray[{extra}]'"
+        super().__init__(f"{feature} is not installed: {install}", feature=feature, extra=extra, install=install)
 
 
 class ModelError(LltmRayError):
