@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from types import TracebackType
@@ -339,10 +340,18 @@ def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
+        _knock(address)
         ray.init(address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False, **options)
-    except ConnectionError as error:
+    except OSError as error:
         raise _no_ray(address, error) from error
     return True
+
+
+def _knock(address: str) -> None:
+    """Ray itself tries for 20 s, loudly; an address where nobody listens is told at once."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
 
 
 def _no_ray(address: str | None, error: Exception) -> LltmRayError:

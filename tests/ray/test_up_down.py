@@ -81,3 +81,13 @@ def test_a_failed_start_is_one_sentence_and_an_exit_code(cache, tmp_path):
     assert done.returncode == 1
     assert "gone.gguf" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_address_without_a_ray_is_told_at_once(cache):
+    environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port('127.0.0.1')}"}
+    began = time.monotonic()
+    done = lltm("up", "--name", "nowhere", check=False, env=environment)
+    assert done.returncode == 2
+    assert "no Ray cluster answers there" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 15
