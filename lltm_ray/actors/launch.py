@@ -76,23 +76,31 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
     fleet = spec.fleet
     model = resolve(fleet.model, cache_dir=environment.cache_dir, offline=environment.hf_offline, progress=progress)
     gpus = _own_gpus(spec.share)
-    plan = plan_fit(read_model(model.path), budget_bytes=_budget(spec, gpus), config=fleet.engine, on_gpu=bool(gpus))
+    engine = _as_neighbour(spec)
+    plan = plan_fit(
+        read_model(model.path),
+        budget_bytes=memory_for(spec, engine, gpus),
+        config=replace(engine, tensor_split=_devices_used(engine, len(gpus))),
+        on_gpu=bool(gpus),
+    )
     served_name = fleet.served_name or model.name
-    server = _server(spec, environment, model.path, plan, served_name, host)
+    server = _server(
+        replace(spec, fleet=replace(fleet, engine=engine)), environment, model.path, plan, served_name, host
+    )
     return Launch(server=server, model=model, plan=plan, served_name=served_name, gpus=gpus)
 
 
 def _server(
     spec: EngineSpec, environment: Environment, model_path: Path, plan: MemoryPlan, alias: str, host: str
 ) -> ServerSpec:
-    fleet, engine = spec.fleet, _as_neighbour(spec)
+    fleet = spec.fleet
     binary = find_server(fleet.llama_server, environment)
     api_key = secrets.token_hex(24)
     key_file = _write_key(environment.run_dir(fleet.name, spec.run_id) / f"{spec.name}.key", api_key)
 
     def argv(port: int) -> list[str]:
         args = build_args(
-            engine,
+            fleet.engine,
             model_path=str(model_path),
             host=host,
             port=port,
@@ -143,14 +151,47 @@ def _own_gpus(share: float) -> tuple[GpuInfo, ...]:
     return own
 
 
-def _budget(spec: EngineSpec, gpus: tuple[GpuInfo, ...]) -> int:
-    """Bytes the engine may plan with: its part of its devices, or of the node's free memory."""
+def memory_for(spec: EngineSpec, engine: EngineConfig, gpus: tuple[GpuInfo, ...]) -> int | None:
+    """Bytes an engine may plan with: its part of its devices, or of its node's memory, less what else it loads.
+
+    None where nobody knows: a GPU that shares the host's memory tells no size of its own.
+    """
+    limit = spec.fleet.memory_limit_bytes
+    if any(not gpu.total_bytes for gpu in gpus):
+        return limit
     if gpus:
         part = spec.share if spec.share < 1 else 1.0
-        budget = sum(memory_budget(gpu.total_bytes, gpu.free_bytes, part) for gpu in gpus)
+        budget = _jointly(engine, [memory_budget(gpu.total_bytes, gpu.free_bytes, part) for gpu in gpus])
     else:
-        budget = available_ram_bytes()
-    return min(budget, spec.fleet.memory_limit_bytes or budget)
+        budget = available_ram_bytes() // spec.engines_on_node - (engine.cache_ram_mib or 0) * 2**20
+    return max(0, min(budget, limit or budget) - _side_files_bytes(engine))
+
+
+def _jointly(engine: EngineConfig, budgets: list[int]) -> int:
+    """What several devices hold together under the engine's way of splitting.
+
+    Without `tensor_split` llama.cpp divides by free memory, so they fill up together; with it, the device that is full
+    first bounds them all; without splitting there is but one.
+    """
+    if engine.split_mode == "none":
+        return budgets[min(engine.main_gpu, len(budgets) - 1)]
+    parts = engine.tensor_split[: len(budgets)]
+    if not any(parts):
+        return sum(budgets)
+    return min(int(budget * sum(parts) / part) for budget, part in zip(budgets, parts, strict=False) if part)
+
+
+def _devices_used(engine: EngineConfig, gpus: int) -> tuple[float, ...]:
+    """One part for each device that will hold buffers: the planner counts them."""
+    if engine.split_mode == "none" or gpus < 2:
+        return ()
+    return engine.tensor_split[:gpus] or (1.0,) * gpus
+
+
+def _side_files_bytes(engine: EngineConfig) -> int:
+    """Files that are loaded beside the model; a missing one is llama-server's to complain about."""
+    paths = [engine.mmproj, engine.model_draft, *(adapter.path for adapter in engine.lora)]
+    return sum(Path(path).stat().st_size for path in paths if path and Path(path).exists())
 
 
 def available_ram_bytes() -> int:
