@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
@@ -271,6 +271,23 @@ class FleetConfig:
         share = self.gpu_share or 0.0
         _check(share <= 1 or share == int(share), "gpu_share", share, "above 1 it must be a whole number of GPUs")
 
+    def with_absolute_paths(self) -> Self:
+        """The same settings, with every relative path as it is meant in this process's folder."""
+        engine, gateway = self.engine, self.gateway
+        engine = replace(
+            engine,
+            lora=tuple(replace(adapter, path=str(_absolute(adapter.path))) for adapter in engine.lora),
+            mmproj=_absolute(engine.mmproj),
+            model_draft=_absolute(engine.model_draft),
+            slot_save_path=_absolute(engine.slot_save_path),
+        )
+        if gateway is not None:
+            gateway = replace(gateway, api_key_file=_absolute(gateway.api_key_file))
+        model = str(_absolute(self.model)) if Path(self.model).expanduser().is_file() else self.model
+        server = self.llama_server if self.llama_server == "embedded" else _absolute(self.llama_server)
+        log_dir = _absolute(self.log_dir)
+        return replace(self, model=model, llama_server=server, log_dir=log_dir, engine=engine, gateway=gateway)
+
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
         """Read a TOML file with the fields above at its top level and tables `[engine]` and `[gateway]`.
@@ -288,6 +305,11 @@ class FleetConfig:
             raise ConfigError("config", str(path), f"cannot be read: {error}") from error
         config: Self = build(cls, merge(raw, overrides))
         return config
+
+
+def _absolute(path: str | None) -> str | None:
+    """From this process's folder: actors run in another one."""
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,16 +18,18 @@ import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import ray
 
 from lltm_ray.actors import names
-from lltm_ray.actors.calls import CALL_TIMEOUT_S, Calls, Messages
+from lltm_ray.actors.calls import Calls, Messages
+from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, OnProgress, find_fleet, start_fleet
 from lltm_ray.config import FleetConfig, build, read_environment
-from lltm_ray.errors import ConfigError, LltmRayError
+from lltm_ray.errors import ConfigError, FleetError, LltmRayError
 from lltm_ray.records import Completion, Embeddings, FleetStatus, RerankHit, StreamEvent
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class Cluster:
         """
         if config is not None and settings:
             raise ConfigError("config", sorted(settings), "give either a config or settings by name, not both")
-        config = config or build(FleetConfig, settings)
+        config = (config or build(FleetConfig, settings)).with_absolute_paths()
         owns_ray = join_ray(address)
         try:
             fleet = start_fleet(config, detached=detached, on_progress=on_progress)
@@ -187,6 +189,8 @@ class Cluster:
         self._disconnect(lambda: None)
 
     def _disconnect(self, last: Callable[[], None]) -> None:
+        if self._loop.is_closed:
+            return
         self._loop.run(self._calls.close())
         self._loop.stop()
         try:
@@ -217,12 +221,21 @@ class _Loop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run on the loop, wait here; Ctrl-C here cancels it there."""
+        if self.is_closed:
+            work.close()
+            raise FleetError("this Cluster object is closed: start or connect another one")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except CancelledError:
+            raise FleetError("this Cluster object was closed while the call ran") from None
         except BaseException:
             future.cancel()
             raise
+
+    @property
+    def is_closed(self) -> bool:
+        return self._loop.is_closed()
 
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

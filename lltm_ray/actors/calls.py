@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, cause_of, get_engine
 from lltm_ray.actors.watch import watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
@@ -16,7 +17,6 @@ from lltm_ray.routing.router import Lease, Router
 
 MAX_ATTEMPTS = 3
 """Engines tried for one call, as in the gateway."""
-CALL_TIMEOUT_S = 3600.0
 Messages = list[dict[str, Any]]
 
 
@@ -33,18 +33,21 @@ class Calls:
         self._watch = asyncio.get_running_loop().create_task(self._follow())
 
     async def close(self) -> None:
-        """Stop following; calls that run are not waited for."""
-        self._watch.cancel()
+        """Cancel whatever runs on this loop, which frees its slots, and wait until that is done."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _follow(self) -> None:
-        async for status in watch_fleet(self._fleet.directory):
+        async for status in watch_fleet(self._fleet.config.name):
             self._router.update(status.engines)
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
         """One method of the least loaded engine's actor."""
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._call(method, *args, **params)
+                return await self._call(method, *args, timeout_s=timeout_s, **params)
         except TimeoutError:
             raise DeadlineError(f"{method} on fleet {self._fleet.config.name!r}", timeout_s) from None
 
@@ -63,7 +66,11 @@ class Calls:
         tried: set[str] = set()
         while True:
             lease = await self._router.acquire(None, exclude=tried, timeout_s=timeout_s)
-            source = self._handle(lease).stream.options(num_returns="streaming").remote(messages, **params)
+            source = (
+                self._handle(lease)
+                .stream.options(num_returns="streaming")
+                .remote(messages, timeout_s=timeout_s, **params)
+            )
             delivered = False
             try:
                 while (event := await _next_event(source, deadline, timeout_s)) is not None:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 EXPIRE_AFTER_S = 6.0
 """Six missed heartbeats."""
+LATE = "no heartbeat"
+"""How the detail of such an engine begins: it may come back any moment, unlike one that failed."""
 
 
 class Table:
@@ -38,27 +40,31 @@ class Table:
         self._path = path
         self._engines: dict[str, EngineInfo] = {}
         self._gateways: dict[str, GatewayInfo] = {}
+        self._heard_s: dict[str, float] = {}
+        self.is_closed = False
         self.version = time.time_ns()  # grows across restarts too, so no watcher waits for a number that never comes
         self._load()
 
-    def register(self, info: EngineInfo, now_ns: int) -> bool:
+    def register(self, info: EngineInfo, now_s: float) -> bool:
         """Take an engine's word; true when routers should hear of it."""
         old = self._engines.get(info.name)
         restarts = old.restarts if old else 0
         if old and old.server_pid and info.server_pid and old.server_pid != info.server_pid:
             restarts += 1
-        pid = info.server_pid or (old.server_pid if old else None)
+        self._heard_s[info.name] = now_s
+        pid = info.server_pid or (old.server_pid if old and info.state is EngineState.STARTING else None)
         busy = old.slots_busy if old and old.url == info.url else 0
-        new = info.with_(restarts=restarts, server_pid=pid, slots_busy=busy, updated_unix_nano=now_ns)
+        new = info.with_(restarts=restarts, server_pid=pid, slots_busy=busy, updated_unix_nano=time.time_ns())
         self._engines[info.name] = new
         return self._changed(old, new)
 
-    def register_gateway(self, info: GatewayInfo, now_ns: int) -> bool:
+    def register_gateway(self, info: GatewayInfo, now_s: float) -> bool:
         """Take a gateway's word."""
         old = self._gateways.get(info.name)
+        self._heard_s[info.name] = now_s
         restarts = (old.restarts + (old.pid != info.pid)) if old else 0
         url = info.url or (old.url if old else "")  # a revived gateway asks us where it was
-        new = replace(info, url=url, restarts=restarts, updated_unix_nano=now_ns)
+        new = replace(info, url=url, restarts=restarts, updated_unix_nano=time.time_ns())
         self._gateways[info.name] = new
         return self._changed(old, new)
 
@@ -71,19 +77,20 @@ class Table:
     def remove(self, name: str) -> bool:
         """Forget an engine or gateway that was stopped on purpose."""
         gone = self._engines.pop(name, None) or self._gateways.pop(name, None)
+        self._heard_s.pop(name, None)
         return self._changed(gone, None)
 
-    def expire(self, now_ns: int) -> bool:
-        """Mark those whose heartbeats ended."""
-        late = f"no heartbeat for {EXPIRE_AFTER_S:.0f} s"
-        limit = now_ns - int(EXPIRE_AFTER_S * 1e9)
+    def expire(self, now_s: float) -> bool:
+        """Mark those whose heartbeats ended; by the monotonic clock, which neither jumps nor runs while we sleep."""
+        late = f"{LATE} for {EXPIRE_AFTER_S:.0f} s"
+        limit = now_s - EXPIRE_AFTER_S
         changed = False
         for name, engine in self._engines.items():
-            if engine.updated_unix_nano < limit and engine.state is not EngineState.FAILED:
+            if self._heard_s[name] < limit and engine.state not in (EngineState.FAILED, EngineState.STOPPED):
                 self._engines[name] = engine.with_(state=EngineState.FAILED, detail=late)
                 changed = True
         for name, gateway in self._gateways.items():
-            if gateway.updated_unix_nano < limit and gateway.state != "failed":
+            if self._heard_s[name] < limit and gateway.state != "failed":
                 self._gateways[name] = replace(gateway, state="failed")
                 changed = True
         return changed and self._changed(None, self)
@@ -103,15 +110,20 @@ class Table:
 
     def _save(self) -> None:
         """Whole and private (it holds the servers' keys): a new file, then a rename."""
+        if self.is_closed:
+            return
         table = {
             "engines": [asdict(engine) for engine in self._engines.values()],
             "gateways": [asdict(gateway) for gateway in self._gateways.values()],
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh = self._path.with_suffix(".new")
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-            json.dump(table, stream)
-        fresh.replace(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fresh = self._path.with_suffix(".new")
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+                json.dump(table, stream)
+            fresh.replace(self._path)
+        except OSError as error:
+            log.warning("%s cannot be written, a restart would start from heartbeats alone: %s", self._path, error)
 
     def _load(self) -> None:
         try:
@@ -121,15 +133,15 @@ class Table:
                     state=EngineState(raw["state"]),
                     gpu_ids=tuple(raw["gpu_ids"]),
                     capabilities=tuple(raw["capabilities"]),
-                    updated_unix_nano=time.time_ns(),
                 )
                 self._engines[raw["name"]] = EngineInfo(**raw)
             for raw in table["gateways"]:
-                self._gateways[raw["name"]] = GatewayInfo(**raw | {"updated_unix_nano": time.time_ns()})
+                self._gateways[raw["name"]] = GatewayInfo(**raw)
         except FileNotFoundError:
-            return
+            log.debug("%s does not exist yet", self._path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s cannot be read, engines will register anew: %s", self._path, error)
+        self._heard_s = dict.fromkeys((*self._engines, *self._gateways), time.monotonic())
 
 
 def _lasting(info: Any) -> Any:
@@ -153,11 +165,11 @@ class Directory:
     async def register(self, info: EngineInfo) -> None:
         """An engine's heartbeat or change of state."""
         self._ensure_sampler(info.node_id)
-        await self._tell(self._table.register(info, time.time_ns()))
+        await self._tell(self._table.register(info, time.monotonic()))
 
     async def register_gateway(self, info: GatewayInfo) -> None:
         """A gateway's heartbeat or change of state."""
-        await self._tell(self._table.register_gateway(info, time.time_ns()))
+        await self._tell(self._table.register_gateway(info, time.monotonic()))
 
     async def report_busy(self, busy: dict[str, int]) -> None:
         """Busy slots per engine, from a node's sampler."""
@@ -185,6 +197,7 @@ class Directory:
     async def close(self) -> None:
         """Last words before the actor is killed: the run's files go."""
         self._expiry.cancel()
+        self._table.is_closed = True  # late heartbeats must not bring the files back
         await asyncio.to_thread(shutil.rmtree, self._run_dir, ignore_errors=True)
 
     def _ensure_sampler(self, node_id: str) -> None:
@@ -202,4 +215,4 @@ class Directory:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(0.5)
-            await self._tell(self._table.expire(time.time_ns()))
+            await self._tell(self._table.expire(time.monotonic()))

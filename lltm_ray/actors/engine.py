@@ -19,8 +19,15 @@ import ray
 
 from lltm_ray.actors.launch import EngineSpec, Launch, plan_launch
 from lltm_ray.actors.remote import is_revived, node_ip
-from lltm_ray.actors.watch import HEARTBEAT_S, get_directory
-from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError
+from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
+from lltm_ray.errors import (
+    DeadlineError,
+    EngineExitedError,
+    EngineNotReadyError,
+    EngineStartError,
+    LltmRayError,
+    OverloadedError,
+)
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.llamacpp.process import ServerProcess, ServerSnapshot
 from lltm_ray.records import Completion, Embeddings, EngineInfo, EngineState, RerankHit, SlotState, StreamEvent
@@ -28,6 +35,9 @@ from lltm_ray.records import Completion, Embeddings, EngineInfo, EngineState, Re
 log = logging.getLogger(__name__)
 
 RETRY_START_S = 5.0
+CALL_TIMEOUT_S = 3600.0
+MAX_WAITING = 1000
+"""Calls that may wait for a slot of one engine."""
 Message = dict[str, Any]
 
 
@@ -39,7 +49,7 @@ class Engine:
         self._tell = tell
         self._server: ServerProcess | None = None
         self._fitted = ""
-        self._slots = asyncio.Semaphore(1)
+        self._slots, self._slots_total, self._calls = asyncio.Semaphore(1), 1, 0
         self._starting: asyncio.Task[None] | None = None
         self._closed = False
         self._info = EngineInfo(
@@ -59,19 +69,31 @@ class Engine:
         return self._info
 
     @asynccontextmanager
-    async def slot(self) -> AsyncIterator[AsyncLlamaClient]:
+    async def slot(self, timeout_s: float) -> AsyncIterator[AsyncLlamaClient]:
         """The server's HTTP face for one request that occupies a slot.
 
         Calls beyond the slots wait here and not in the server: there each would hold an HTTP thread, and /health,
-        which tells a busy server from a hung one, needs one too.
+        which tells a busy server from a hung one, needs one too. The deadline holds here as well as at the caller: a
+        driver that was killed cancels nothing.
+
+        Raises:
+            OverloadedError: too many calls wait; more would keep Ray from delivering `stop` and `info`.
+            DeadlineError: not done within `timeout_s`.
         """
-        async with self._slots:
-            try:
+        if self._calls >= self._slots_total + MAX_WAITING:
+            raise OverloadedError(f"{MAX_WAITING} calls wait for engine {self.spec.name}", retry_after_s=1.0)
+        self._calls += 1
+        try:
+            async with asyncio.timeout(timeout_s), self._slots:
                 yield self.client
-            except EngineExitedError as error:  # the client does not know whose server it talks to
-                raise EngineExitedError(self.spec.name, error.exit_code) from None
-            except EngineNotReadyError as error:
-                raise EngineNotReadyError(self.spec.name, error.state) from None
+        except TimeoutError:
+            raise DeadlineError(f"a call on engine {self.spec.name}", timeout_s) from None
+        except EngineExitedError as error:  # the client does not know whose server it talks to
+            raise EngineExitedError(self.spec.name, error.exit_code) from None
+        except EngineNotReadyError as error:
+            raise EngineNotReadyError(self.spec.name, error.state) from None
+        finally:
+            self._calls -= 1
 
     @property
     def client(self) -> AsyncLlamaClient:
@@ -104,27 +126,34 @@ class Engine:
         self._closed = True
         if self._server is not None:
             await self._server.stop(drain_s=drain_s)
+            self._server.spec.key_file.unlink(missing_ok=True)
         self._update(state=EngineState.STOPPED)
 
     async def _start(self) -> None:
         try:
             if self._server is None:
-                near = self._info.node_id == self.spec.gateway_node_id
-                host = "127.0.0.1" if near else self._info.node_ip
+                host = "127.0.0.1" if self.spec.is_local(self._info.node_id) else self._info.node_ip
                 progress = self._download_progress()
-                self._adopt(await asyncio.to_thread(plan_launch, self.spec, host=host, progress=progress))
-            assert self._server is not None  # noqa: S101 - for the type checker; _adopt made it
+                self._server = self._adopt(
+                    await asyncio.to_thread(plan_launch, self.spec, host=host, progress=progress)
+                )
+            if self._closed:  # stopped while we planned
+                raise EngineNotReadyError(self.spec.name, "stopped for good")
             await self._server.ensure_ready()
         except LltmRayError as error:
-            self._update(state=EngineState.FAILED, detail=error.message)
+            self._update(state=EngineState.STOPPED if self._closed else EngineState.FAILED, detail=error.message)
             raise
+        except Exception as error:  # the actor's border: a full disk, a folder that cannot be written, ...
+            log.exception("%s: cannot be started", self.spec.name)
+            self._update(state=EngineState.FAILED, detail=repr(error))
+            raise EngineStartError(repr(error)) from error
 
-    def _adopt(self, launch: Launch) -> None:
+    def _adopt(self, launch: Launch) -> ServerProcess:
         embeds = self.spec.fleet.engine.embeddings
         kinds = [name for name, on in (("embeddings", embeds), ("rerank", self.spec.fleet.engine.reranking)) if on]
-        self._server = ServerProcess(launch.server, self._on_change)
         self._fitted = launch.detail
-        self._slots = asyncio.Semaphore(launch.plan.n_parallel)
+        self._slots_total = launch.plan.n_parallel
+        self._slots = asyncio.Semaphore(self._slots_total)
         self._update(
             model=launch.served_name,
             api_key=launch.server.api_key,
@@ -133,6 +162,7 @@ class Engine:
             n_gpu_layers=launch.plan.n_gpu_layers,
             capabilities=tuple(kinds) or ("completion",),
         )
+        return ServerProcess(launch.server, self._on_change)
 
     def _on_change(self, now: ServerSnapshot) -> None:
         self._update(state=now.state, url=now.url, server_pid=now.pid, detail=now.detail or self._fitted)
@@ -164,38 +194,42 @@ class EngineActor:
         self._directory = get_directory(spec.fleet.name)
         self._engine = Engine(spec, node_id=context.get_node_id(), address=node_ip(), tell=self._register)
         loop = asyncio.get_running_loop()
-        self._heart = loop.create_task(self._beat())
-        if is_revived():
-            self._revival = loop.create_task(self._engine.keep_ready())
+        self._life = loop.create_task(self._live(revived=is_revived()))
 
     async def ensure_ready(self) -> EngineInfo:
         """Start if needed, wait until ready; raises what kept it from starting."""
         return await self._engine.ensure_ready()
 
-    async def chat(self, messages: list[Message], **params: Any) -> Completion:
+    async def chat(self, messages: list[Message], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
         """One chat answer; `params` as in llama-server's /v1/chat/completions."""
-        async with self._engine.slot() as client:
+        async with self._engine.slot(timeout_s) as client:
             return replace(await client.chat(messages, **params), engine=self._engine.spec.name)
 
-    async def complete(self, prompt: str | list[int], **params: Any) -> Completion:
+    async def complete(
+        self, prompt: str | list[int], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
+    ) -> Completion:
         """One completion of a raw prompt; `params` as in llama-server's /completion, `max_tokens` works too."""
-        async with self._engine.slot() as client:
+        async with self._engine.slot(timeout_s) as client:
             return replace(await client.complete(prompt, **params), engine=self._engine.spec.name)
 
-    async def stream(self, messages: list[Message], **params: Any) -> AsyncIterator[StreamEvent]:
+    async def stream(
+        self, messages: list[Message], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
+    ) -> AsyncIterator[StreamEvent]:
         """A chat answer event by event; closing the generator frees the slot."""
-        async with self._engine.slot() as client, aclosing(client.chat_stream(messages, **params)) as events:
+        async with self._engine.slot(timeout_s) as client, aclosing(client.chat_stream(messages, **params)) as events:
             async for event in events:
                 yield replace(event, engine=self._engine.spec.name)
 
-    async def embed(self, texts: str | list[str], **params: Any) -> Embeddings:
+    async def embed(self, texts: str | list[str], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Embeddings:
         """One vector for each text; the fleet must serve embeddings."""
-        async with self._engine.slot() as client:
+        async with self._engine.slot(timeout_s) as client:
             return replace(await client.embed(texts, **params), engine=self._engine.spec.name)
 
-    async def rerank(self, query: str, documents: list[str], top_n: int | None = None) -> tuple[RerankHit, ...]:
+    async def rerank(
+        self, query: str, documents: list[str], top_n: int | None = None, *, timeout_s: float = CALL_TIMEOUT_S
+    ) -> tuple[RerankHit, ...]:
         """Documents by relevance; the fleet must serve a reranker."""
-        async with self._engine.slot() as client:
+        async with self._engine.slot(timeout_s) as client:
             return await client.rerank(query, documents, top_n=top_n)
 
     async def tokenize(self, text: str, **params: Any) -> tuple[int, ...]:
@@ -222,10 +256,19 @@ class EngineActor:
         """Let running requests finish for up to `drain_s`, then end the server; the actor stays to answer `info`."""
         await self._engine.stop(drain_s)
 
+    async def _was_stopped(self) -> bool:
+        async with aclosing(watch_fleet(self._engine.spec.fleet.name)) as tables:
+            before = (await anext(tables)).engines
+        states = [engine.state for engine in before if engine.name == self._engine.spec.name]
+        return states == [EngineState.STOPPED]
+
     def _register(self, info: EngineInfo) -> None:
         self._directory.register.remote(info)
 
-    async def _beat(self) -> None:
+    async def _live(self, *, revived: bool) -> None:
+        """Heartbeats; and after Ray restarted us the server again, unless the fleet had stopped it."""
+        if revived and not await self._was_stopped():
+            self._revival = asyncio.get_running_loop().create_task(self._engine.keep_ready())
         while True:
             self._register(self._engine.info)
             await asyncio.sleep(HEARTBEAT_S)

@@ -15,12 +15,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lltm_ray.actors import names
 from lltm_ray.actors.directory import Directory
-from lltm_ray.actors.engine import EngineActor
+from lltm_ray.actors.engine import MAX_WAITING, EngineActor
 from lltm_ray.actors.gateway import GatewayActor
 from lltm_ray.actors.launch import EngineSpec
 from lltm_ray.actors.placement import Reservation, plan_placement, read_nodes, release, reserve
 from lltm_ray.actors.remote import actor
-from lltm_ray.actors.watch import get_directory
 from lltm_ray.config import FleetConfig
 from lltm_ray.errors import EngineStartError, FleetError, LltmRayError, PlacementError
 from lltm_ray.gpu.shares import SharePlan
@@ -62,16 +61,21 @@ class Fleet:
 
     def stop(self) -> None:
         """Drain the gateway, then the engines; end every actor and give the shares back."""
+        try:
+            self._drain()
+        finally:
+            for handle in (self.gateway, *self.engines.values(), self.directory):
+                if handle is not None:
+                    ray.kill(handle)
+            release(self.config.name)
+
+    def _drain(self) -> None:
         drain_s = self.config.drain_timeout_s
         if self.gateway is not None:
             gateway_s = self.config.gateway.drain_timeout_s if self.config.gateway else 0.0
             _settle([self.gateway.drain.remote(gateway_s)], gateway_s)
         _settle([self.engines[name].stop.remote(drain_s) for name in self._alive()], drain_s)
         _settle([self.directory.close.remote()], 0.0)
-        for handle in (self.gateway, *self.engines.values(), self.directory):
-            if handle is not None:
-                ray.kill(handle)
-        release(self.config.name)
 
     def _alive(self) -> list[str]:
         """Engines that can hear; others have no server, or their node is gone, and are only killed."""
@@ -83,28 +87,48 @@ class Fleet:
         return [engine.name for engine in engines if engine.state is not EngineState.FAILED]
 
 
-def start_fleet(config: FleetConfig, *, detached: bool = False, on_progress: OnProgress | None = None) -> Fleet:
+def start_fleet(
+    config: FleetConfig, *, detached: bool = False, expose: bool = False, on_progress: OnProgress | None = None
+) -> Fleet:
     """Reserve shares, start every actor, and return once all engines and the gateway are ready.
+
+    Args:
+        config: the settings.
+        detached: the fleet outlives the process that starts it.
+        expose: gateways that are not the fleet's own may be on any node.
+        on_progress: hears the status about five times a second.
 
     Raises:
         FleetError: a fleet of this name runs already.
         PlacementError: the cluster has no room.
         LltmRayError: what kept an engine or the gateway from starting. Whatever was started is ended again.
     """
-    if find_directory(config.name) is not None:
-        raise FleetError(f"fleet {config.name!r} runs already: stop it (lltm-ray down), or choose another --name")
-    reservations = reserve(config, _plan(config), detached=detached)
+    plans = _plan(config)
+    fleet = _claim_name(config, plans, detached=detached)
     try:
-        fleet = _create(config, reservations, detached=detached)
-    except BaseException:
-        release(config.name)
-        raise
-    try:
+        _populate(fleet, reserve(config, plans, detached=detached), detached=detached, expose=expose)
         _wait_ready(fleet, on_progress)
     except BaseException:
         fleet.stop()
         raise
     return fleet
+
+
+def _claim_name(config: FleetConfig, plans: tuple[SharePlan, ...], *, detached: bool) -> Fleet:
+    """The directory comes first: its name is the lock that keeps two starts of one fleet apart."""
+    run_id = secrets.token_hex(4)
+    near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = _options(detached=detached) | {"name": names.directory(config.name), "scheduling_strategy": near}
+    try:
+        directory = actor(Directory).options(**options).remote(config, run_id, tuple(plan.engine for plan in plans))
+    except ValueError:
+        why = f"fleet {config.name!r} runs already: stop it (lltm-ray down), or choose another --name"
+        raise FleetError(why) from None
+    return Fleet(config=config, run_id=run_id, directory=directory)
+
+
+def _options(*, detached: bool) -> dict[str, Any]:
+    return {"namespace": names.NAMESPACE, "lifetime": "detached" if detached else None}
 
 
 def _plan(config: FleetConfig) -> tuple[SharePlan, ...]:
@@ -129,15 +153,21 @@ def find_fleet(name: str) -> Fleet:
     if directory is None:
         raise FleetError(f"no fleet {name!r} runs on this Ray cluster: start it (lltm-ray up --name {name})")
     config, run_id, engine_names = ray.get(directory.describe.remote(), timeout=ANSWER_TIMEOUT_S)
-    engines = {engine: get_engine(name, engine) for engine in engine_names}
-    gateway = ray.get_actor(names.gateway(name, "gateway-0"), names.NAMESPACE) if config.gateway else None
+    found = {engine: _find(names.engine(name, engine)) for engine in engine_names}
+    engines = {engine: handle for engine, handle in found.items() if handle is not None}
+    gateway = _find(names.gateway(name, "gateway-0"))
     return Fleet(config=config, run_id=run_id, directory=directory, engines=engines, gateway=gateway)
 
 
 def find_directory(name: str) -> Any | None:
     """The directory of a fleet, or None when it does not run on this Ray cluster."""
+    return _find(names.directory(name))
+
+
+def _find(actor_name: str) -> Any | None:
+    """An actor by name; None when there is none (any more), so that what is left of a fleet can still be ended."""
     try:
-        return get_directory(name)
+        return ray.get_actor(actor_name, namespace=names.NAMESPACE)
     except ValueError:
         return None
 
@@ -147,31 +177,27 @@ def get_engine(fleet: str, name: str) -> Any:
     return ray.get_actor(names.engine(fleet, name), namespace=names.NAMESPACE)
 
 
-def _create(config: FleetConfig, shares: tuple[Reservation, ...], *, detached: bool) -> Fleet:
-    run_id, here = secrets.token_hex(4), ray.get_runtime_context().get_node_id()
-    common: dict[str, Any] = {"namespace": names.NAMESPACE, "lifetime": "detached" if detached else None}
-    near = NodeAffinitySchedulingStrategy(here, soft=True)
-    options = common | {"name": names.directory(config.name), "scheduling_strategy": near}
-    directory = actor(Directory).options(**options).remote(config, run_id, tuple(share.plan.engine for share in shares))
-    fleet = Fleet(config=config, run_id=run_id, directory=directory)
+def _populate(fleet: Fleet, shares: tuple[Reservation, ...], *, detached: bool, expose: bool) -> None:
+    config, here, common = fleet.config, ray.get_runtime_context().get_node_id(), _options(detached=detached)
     crowd = Counter(share.plan.node_id for share in shares)
     for share in shares:
         name = share.plan.engine
         spec = EngineSpec(
             name=name,
             fleet=config,
-            run_id=run_id,
+            run_id=fleet.run_id,
             share=share.plan.gpus,
             engines_on_node=crowd[share.plan.node_id],
             gateway_node_id=here if config.gateway else None,
+            exposed=expose,
         )
-        options = common | share.actor_options() | {"name": names.engine(config.name, name)}
+        calls = {"max_concurrency": config.engine.n_parallel + MAX_WAITING + 1000}
+        options = common | calls | share.actor_options() | {"name": names.engine(config.name, name)}
         fleet.engines[name] = actor(EngineActor).options(**options).remote(spec)
     if config.gateway is not None:
         strategy = NodeAffinitySchedulingStrategy(here, soft=False)
         options = common | {"name": names.gateway(config.name, "gateway-0"), "scheduling_strategy": strategy}
         fleet.gateway = actor(GatewayActor).options(**options).remote("gateway-0", config.name, config.gateway)
-    return fleet
 
 
 def _wait_ready(fleet: Fleet, on_progress: OnProgress | None) -> None:

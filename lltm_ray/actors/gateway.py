@@ -7,6 +7,7 @@ on uvicorn, and the Serve ingress hands the same app to Serve.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from contextlib import aclosing
 from dataclasses import replace
@@ -24,6 +25,9 @@ from lltm_ray.gateway.server import serve
 from lltm_ray.records import FleetStatus, GatewayInfo
 from lltm_ray.routing.router import Router
 
+log = logging.getLogger(__name__)
+
+RETRY_S = 5.0
 REBIND_S = 15.0
 """After a kill, how long the actor waits for its own port to come free."""
 
@@ -31,8 +35,8 @@ REBIND_S = 15.0
 class Front:
     """The ASGI app of a fleet. Keeps serving from its last table while the directory is away."""
 
-    def __init__(self, config: GatewayConfig, directory: Any) -> None:
-        self._directory = directory
+    def __init__(self, config: GatewayConfig, fleet: str) -> None:
+        self._fleet = fleet
         self._status = FleetStatus(name="")
         self._router = Router(config.queue_limit, config.queue_timeout_s)
         self.app = GatewayApp(
@@ -48,7 +52,7 @@ class Front:
 
     async def follow(self) -> None:
         """Keep the router's table true, for ever."""
-        async for status in watch_fleet(self._directory):
+        async for status in watch_fleet(self._fleet):
             self._status = status
             self._router.update(status.engines)
 
@@ -58,7 +62,7 @@ class GatewayActor:
 
     def __init__(self, name: str, fleet: str, config: GatewayConfig) -> None:
         context = ray.get_runtime_context()
-        self._name, self._config, self._directory = name, config, get_directory(fleet)
+        self._name, self._fleet, self._config, self._directory = name, fleet, config, get_directory(fleet)
         self._node_id, self._is_revived = context.get_node_id(), is_revived()
         self._info = GatewayInfo(name=name, url="", state="starting", node_id=self._node_id, pid=os.getpid())
         self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -82,15 +86,24 @@ class GatewayActor:
         self._stop.set()
 
     async def _run(self) -> None:
-        try:
-            self._config = await self._last_port() if self._is_revived else self._config
-            self._front = Front(self._config, self._directory)
-            self._tasks.append(asyncio.create_task(self._front.follow()))
-            await self._serve(self._front)
-        except Exception as error:  # noqa: BLE001 - the actor's border: whoever awaits ready() gets it
-            self._tell(state="failed")
-            if not self._up.done():
-                self._up.set_exception(error)
+        """Serve; before the first time a failure is the starter's to hear, later ones are tried again for ever."""
+        while not self._stop.is_set():
+            try:
+                self._config = await self._last_port() if self._is_revived else self._config
+                self._front = self._front or self._follow()
+                await self._serve(self._front)
+            except Exception as error:  # the actor's border: whoever awaits ready() gets it
+                log.exception("gateway %s does not serve", self._name)
+                self._tell(state="failed")
+                if not (self._is_revived or self._up.done()):
+                    self._up.set_exception(error)
+                    return
+                await asyncio.sleep(RETRY_S)
+
+    def _follow(self) -> Front:
+        front = Front(self._config, self._fleet)
+        self._tasks.append(asyncio.create_task(front.follow()))
+        return front
 
     async def _serve(self, front: Front) -> None:
         loop = asyncio.get_running_loop()
@@ -106,7 +119,7 @@ class GatewayActor:
 
     async def _last_port(self) -> GatewayConfig:
         """Clients know the address: a revived gateway comes back to it, also where port 0 once chose it."""
-        async with aclosing(watch_fleet(self._directory)) as tables:
+        async with aclosing(watch_fleet(self._fleet)) as tables:
             status = await anext(tables)
         before = [gateway.url for gateway in status.gateways if gateway.name == self._name and gateway.url]
         return replace(self._config, port=int(before[0].rpartition(":")[2])) if before else self._config
@@ -115,7 +128,8 @@ class GatewayActor:
         host = self._config.host
         shown = {"0.0.0.0": node_ip(), "::": node_ip()}.get(host, host)  # noqa: S104
         self._tell(state="ready", url=f"http://{f'[{shown}]' if ':' in shown else shown}:{port}")
-        self._up.set_result(None)
+        if not self._up.done():
+            self._up.set_result(None)
 
     def _tell(self, **changes: Any) -> None:
         self._info = replace(self._info, **changes)

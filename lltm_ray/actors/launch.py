@@ -6,7 +6,6 @@ its arguments (`llamacpp`). It blocks (it may download a model): call it from a 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from lltm_ray.config import EngineConfig, Environment, FleetConfig, read_environment
 from lltm_ray.errors import PlacementError
+from lltm_ray.gpu.host import available_ram_bytes, usable_cores
 from lltm_ray.gpu.nvml import read_inventory, visible
 from lltm_ray.gpu.shares import memory_budget
 from lltm_ray.llamacpp.binary import find_server
@@ -44,8 +44,13 @@ class EngineSpec:
     engines_on_node: int
     """Engines of this fleet on the node, which share its cores."""
     gateway_node_id: str | None
-    """Node of the only gateway: there the server binds loopback, elsewhere its node's address. None: gateways may be
-    anywhere."""
+    """Node of the only gateway; None for a fleet without one, or with gateways that are not ours."""
+    exposed: bool = False
+    """Gateways may be on any node (Ray Serve)."""
+
+    def is_local(self, node_id: str) -> bool:
+        """Whether nobody on another node needs the server of an engine on this one: then it binds loopback."""
+        return not self.exposed and self.gateway_node_id in (None, node_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +124,7 @@ def _server(
         host=host,
         model_path=str(model_path),
         api_key=api_key,
+        key_file=key_file,
         log_path=logs / f"{spec.name}.log",
         start_timeout_s=fleet.start_timeout_s,
         restart_limit=fleet.restart_limit,
@@ -136,7 +142,7 @@ def _as_neighbour(spec: EngineSpec) -> EngineConfig:
         part_mib = available_ram_bytes() // (8 * spec.engines_on_node) // 2**20
         engine = replace(engine, cache_ram_mib=min(LLAMA_CPP_CACHE_RAM_MIB, part_mib))
     if engine.n_threads is None and not spec.share:
-        engine = replace(engine, n_threads=max(1, (os.cpu_count() or 1) // spec.engines_on_node))
+        engine = replace(engine, n_threads=max(1, usable_cores() // spec.engines_on_node))
     return engine
 
 
@@ -192,15 +198,6 @@ def _side_files_bytes(engine: EngineConfig) -> int:
     """Files that are loaded beside the model; a missing one is llama-server's to complain about."""
     paths = [engine.mmproj, engine.model_draft, *(adapter.path for adapter in engine.lora)]
     return sum(Path(path).stat().st_size for path in paths if path and Path(path).exists())
-
-
-def available_ram_bytes() -> int:
-    """Free and reclaimable RAM: `MemAvailable`, else the free pages."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _write_key(path: Path, api_key: str) -> Path:

@@ -62,16 +62,20 @@ class NodeActor:
     """One per node that holds engines."""
 
     def __init__(self, fleet: str) -> None:
-        self._directory = get_directory(fleet)
+        self._fleet = fleet
         self._sampler = Sampler(ray.get_runtime_context().get_node_id())
         loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._follow()), loop.create_task(self._report())]
 
     async def _follow(self) -> None:
-        async for status in watch_fleet(self._directory):
+        async for status in watch_fleet(self._fleet):
             self._sampler.update(status.engines)
 
     async def _report(self) -> None:
         while True:
-            self._directory.report_busy.remote(await self._sampler.sample())
+            busy = await self._sampler.sample()
+            try:
+                get_directory(self._fleet).report_busy.remote(busy)
+            except ValueError as error:  # it is being restarted
+                log.debug("no directory to report to: %s", error)
             await asyncio.sleep(SAMPLE_EVERY_S)

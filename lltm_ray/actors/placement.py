@@ -69,7 +69,7 @@ def plan_placement(fleet: FleetConfig, nodes: Sequence[NodeCapacity]) -> tuple[S
     """
     gpus = fleet.gpu_share
     if gpus is None:
-        gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
+        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0  # type: ignore[no-untyped-call]
     cpus = fleet.cpu_share
     if cpus is None:
         cpus = 0.0 if gpus else default_cpu_share(fleet.engines, sum(node.cpus for node in nodes))
@@ -78,7 +78,7 @@ def plan_placement(fleet: FleetConfig, nodes: Sequence[NodeCapacity]) -> tuple[S
 
 
 def reserve(fleet: FleetConfig, plans: Sequence[SharePlan], *, detached: bool) -> tuple[Reservation, ...]:
-    """Make the groups and wait until Ray holds them all; on failure none is left behind.
+    """Make the groups and wait until Ray holds them all; on failure the caller gives them back (`release`).
 
     Raises:
         PlacementError: someone else took the room in between.
@@ -86,8 +86,6 @@ def reserve(fleet: FleetConfig, plans: Sequence[SharePlan], *, detached: bool) -
     reservations = tuple(_reserve(fleet, plan, detached=detached) for plan in plans)
     late = [item for item in reservations if not item.group.wait(RESERVE_TIMEOUT_S)]
     if late:
-        for item in reservations:
-            remove_placement_group(item.group)
         need = f"{late[0].plan.gpus:g} GPU and {late[0].plan.cpus:g} CPU"
         raise PlacementError(need, f"taken by others in the last {RESERVE_TIMEOUT_S:.0f} s")
     return reservations

@@ -43,10 +43,12 @@ def down(name: NameOption = "default") -> None:
     if state is not None and state.pid:
         _end_process(state)
     else:
-        with ERR.status("draining …"):
-            _connect(name).stop()
-        if state is not None:
-            state.forget()
+        try:
+            with ERR.status("draining …"):
+                _connect(name).stop()
+        finally:  # gone, or out of reach: either way it must not keep its name
+            if state is not None:
+                state.forget()
     OUT.print(f"{name} is down")
 
 

@@ -60,7 +60,8 @@ def up(
     }
     given = _given(settings)
     fleet = FleetConfig.from_toml(config, **given) if config else build(FleetConfig, given)
-    if RunState.load(fleet.name) is not None:
+    state = RunState.load(fleet.name)
+    if state is not None and state.pid:  # one without a process lives on a Ray cluster, which knows best
         raise FleetError(f"fleet {fleet.name!r} runs already: lltm-ray down --name {fleet.name}, or another --name")
     if read_environment().ray_address:
         _up_on_cluster(fleet, detach=detach)

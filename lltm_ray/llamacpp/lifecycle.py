@@ -75,6 +75,8 @@ class Exited:
     exit_code: int | None
     ready_for_s: float = 0.0
     port_taken: bool = False
+    error: str = ""
+    """Why there was no process at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +192,7 @@ def _exited(life: Life, event: Exited, policy: Policy) -> tuple[Life, tuple[Effe
         return _start(stopped) if life.start_wanted else (stopped, ())
     if life.state not in (EngineState.STARTING, EngineState.READY):
         return life, ()
-    why = life.doomed or f"exit code {event.exit_code}"
+    why = life.doomed or event.error or f"exit code {event.exit_code}"
     failures = 1 if event.ready_for_s >= SETTLED_AFTER_S else life.failures + 1
     life = replace(life, failures=failures, doomed="", why=why)
     retry = life.was_ready or event.port_taken

@@ -48,6 +48,8 @@ class ServerSpec:
     host: str
     model_path: str
     api_key: str = field(repr=False)
+    key_file: Path
+    """Where the server reads it; private, and gone once the engine is stopped for good."""
     log_path: Path
     start_timeout_s: float = 600.0
     restart_limit: int = 5
@@ -186,13 +188,14 @@ class ServerProcess:
     # effects ----------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        self._exit_code = None
-        self._port = free_port(self.spec.host)
-        argv = [sys.executable, "-I", "-S", _CHILD, str(os.getpid()), *self.spec.argv(self._port)]
-        keeper = threading.Thread(
-            target=self._keep, args=(argv, asyncio.get_running_loop()), name=f"keeper-{self.spec.name}", daemon=True
-        )
-        keeper.start()
+        self._exit_code, loop = None, asyncio.get_running_loop()
+        try:
+            self._port = free_port(self.spec.host)
+            argv = [sys.executable, "-I", "-S", _CHILD, str(os.getpid()), *self.spec.argv(self._port)]
+        except (OSError, LltmRayError) as error:
+            loop.call_soon(self._gone, None, str(error))
+            return
+        threading.Thread(target=self._keep, args=(argv, loop), name=f"keeper-{self.spec.name}", daemon=True).start()
 
     def _keep(self, argv: list[str], loop: asyncio.AbstractEventLoop) -> None:
         """On its own thread: make the child, wait for it, report both."""
@@ -201,9 +204,8 @@ class ServerProcess:
                 child = subprocess.Popen(
                     argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
                 )
-        except OSError as error:
-            log.warning("%s: cannot start %s: %s", self.spec.name, argv[5], error)
-            _call(loop, self._gone, None)
+        except (OSError, ValueError) as error:
+            _call(loop, self._gone, None, f"cannot start {argv[5]}: {error}")
             return
         _call(loop, self._made, child)
         child.wait()
@@ -218,7 +220,8 @@ class ServerProcess:
         else:  # a Stop came while the thread was making it
             self._run(self._terminate())
 
-    def _gone(self, child: subprocess.Popen[bytes] | None) -> None:
+    def _gone(self, child: subprocess.Popen[bytes] | None, error: str = "") -> None:
+        """The child ended, or could not be made for the reason `error`."""
         self._exit_code = child.returncode if child else None
         for task in self._tasks:  # they all look after this child
             task.cancel()
@@ -227,8 +230,9 @@ class ServerProcess:
         self._child, self._client = None, None
         ready_for_s = time.monotonic() - self._ready_since if self._ready_since else 0.0
         port_taken = self._exit_code not in (None, 0) and "bind" in self.log.tail(2048).lower()
-        exited = lifecycle.Exited(exit_code=self._exit_code, ready_for_s=ready_for_s, port_taken=port_taken)
-        self._post(exited)
+        self._post(
+            lifecycle.Exited(exit_code=self._exit_code, ready_for_s=ready_for_s, port_taken=port_taken, error=error)
+        )
 
     async def _watch(self, child: subprocess.Popen[bytes], client: AsyncLlamaClient) -> None:
         """For as long as this child lives: probe until ready, then health, load progress and the log's size."""
@@ -237,7 +241,7 @@ class ServerProcess:
         while self._child is child and self._life.state in (EngineState.READY, EngineState.DRAINING):
             await asyncio.sleep(HEALTH_EVERY_S)
             self.log.rotate()
-            with contextlib.suppress(LltmRayError):  # a miss shows as the time since the last answer
+            with contextlib.suppress(LltmRayError, TimeoutError):  # a miss shows as the time since the last answer
                 await asyncio.wait_for(_health(client), HEALTH_EVERY_S)
                 answered = time.monotonic()
             if time.monotonic() - answered > HUNG_AFTER_S and self._child is child:

@@ -21,11 +21,19 @@ def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Applicat
         config: a `FleetConfig`, or its fields. Values may be text and names dotted, as `serve run` passes them:
             `serve run lltm_ray.serve:app model=tiny engines=2 engine.n_parallel=8`.
 
+    Who may reach the endpoint is Serve's to say (`http_options`); keys are checked when `gateway.api_key_file` is set.
+    Run one ingress replica: each router counts its own claims on the slots.
+
     Raises:
-        ConfigError: an unknown or wrong setting.
+        ConfigError: an unknown or wrong setting, or an address, which Serve binds.
     """
     fleet = config if isinstance(config, FleetConfig) else build(FleetConfig, _nested(config or {}))
     gateway = fleet.gateway or GatewayConfig()
+    for name in ("host", "port"):
+        if getattr(gateway, name) != getattr(GatewayConfig(), name):
+            raise ConfigError(
+                f"gateway.{name}", getattr(gateway, name), "Serve binds the address: use its http options"
+            )
     holder = FleetHolder.bind(replace(fleet, gateway=None))
     app: Application = Ingress.bind(gateway, holder)
     return app

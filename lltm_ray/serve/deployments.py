@@ -9,30 +9,40 @@ from ray import serve
 
 from lltm_ray.actors.fleet import Fleet, start_fleet
 from lltm_ray.actors.gateway import Front
-from lltm_ray.actors.watch import get_directory
 from lltm_ray.config import FleetConfig, GatewayConfig
+from lltm_ray.errors import EngineError
 
 
 class _FleetHolder:
     """Starts the engines (the same actors as everywhere) and ends them with the application."""
 
     def __init__(self, config: FleetConfig) -> None:
-        self._fleet: Fleet = start_fleet(config)
+        self._fleet: Fleet = start_fleet(config, expose=True)
 
     def name(self) -> str:
         """The fleet's name; an answer means that its engines are ready."""
         return self._fleet.config.name
 
+    def check_health(self) -> None:
+        """Serve asks now and then; a fleet without its directory is started anew."""
+        self._fleet.status()
+
     def __del__(self) -> None:
-        self._fleet.stop()
+        if hasattr(self, "_fleet"):
+            self._fleet.stop()
 
 
 class _Ingress:
     """HTTP in, bytes from llama-server out; holds no logic of its own."""
 
     async def __init__(self, config: GatewayConfig, holder: Any) -> None:  # type: ignore[misc] # Serve awaits it
-        self._front = Front(config, get_directory(await holder.name.remote()))
+        self._front = Front(config, await holder.name.remote())
         self._following = asyncio.create_task(self._front.follow())
+
+    def check_health(self) -> None:
+        """Unhealthy when nobody keeps its table true any more."""
+        if self._following.done():
+            raise EngineError("the gateway follows its fleet no more")
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._front.app

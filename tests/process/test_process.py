@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from lltm_ray.config import EngineConfig
-from lltm_ray.errors import EngineNotReadyError, EngineStartError
+from lltm_ray.errors import ConfigError, EngineNotReadyError, EngineStartError
 from lltm_ray.llamacpp import process as module
 from lltm_ray.llamacpp.command import build_args
 from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
@@ -44,7 +44,13 @@ def make_spec(tiny, tmp_path):
             )
             return [sys.executable, "-m", "lltm_ray.llamacpp.embedded", *args]
 
-        settings = {"name": "e", "argv": argv or embedded, "host": "127.0.0.1", "model_path": str(model)}
+        settings = {
+            "name": "e",
+            "key_file": key_file,
+            "argv": argv or embedded,
+            "host": "127.0.0.1",
+            "model_path": str(model),
+        }
         return ServerSpec(**settings | {"api_key": KEY, "log_path": tmp_path / "e.log", **changes})
 
     return make
@@ -103,9 +109,38 @@ async def test_a_frozen_server_is_found_and_replaced(make_spec, monkeypatch):
     async with running(make_spec()) as server:
         first = await server.ensure_ready()
         os.kill(first.pid, signal.SIGSTOP)
-        await until(lambda: server.snapshot().restarts == 1)
+        seen = []
+        await until(lambda: seen.append(server.snapshot().detail) or server.snapshot().restarts == 1)
+        assert "no answer to /health for 1 s" in seen[-1]
         assert (await server.ensure_ready()).pid != first.pid
         assert not is_alive(first.pid)
+
+
+async def test_a_short_stall_is_survived(make_spec, monkeypatch):
+    monkeypatch.setattr(module, "HEALTH_EVERY_S", 0.2)
+    monkeypatch.setattr(module, "HUNG_AFTER_S", 5.0)
+    async with running(make_spec()) as server:
+        first = await server.ensure_ready()
+        os.kill(first.pid, signal.SIGSTOP)
+        await asyncio.sleep(1.5)
+        os.kill(first.pid, signal.SIGCONT)
+        await asyncio.sleep(1.0)
+        assert await server.client.tokenize("still here")
+        assert (server.snapshot().pid, server.snapshot().restarts) == (first.pid, 0)
+
+
+async def test_an_impossible_command_line_is_told_and_wedges_nothing(make_spec):
+    def impossible(port):
+        raise ConfigError("served_name", "a,b", "no commas")
+
+    async with running(make_spec(argv=impossible)) as server:
+        with pytest.raises(EngineStartError, match="no commas"):
+            await server.ensure_ready()
+        with pytest.raises(EngineStartError, match="no commas"):
+            await server.ensure_ready()
+    async with running(make_spec(argv=lambda port: ["/bin/true\0"])) as server:
+        with pytest.raises(EngineStartError, match="cannot start"):
+            await server.ensure_ready()
 
 
 async def test_a_broken_model_is_told_with_exit_code_and_log(make_spec, tmp_path):
@@ -180,9 +215,10 @@ def test_the_server_dies_with_its_parent_however_that_dies(make_spec, tmp_path, 
 import asyncio, sys
 from pathlib import Path
 from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
-argv = lambda port: [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", {str(tiny)!r}, "--port", str(port)]
+argv = lambda port: [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", model, "--port", str(port)]
 log = Path({str(tmp_path / "child.log")!r})
-spec = ServerSpec(name="e", argv=argv, host="127.0.0.1", model_path={str(tiny)!r}, api_key="", log_path=log)
+model = {str(tiny)!r}
+spec = ServerSpec(name="e", argv=argv, host="127.0.0.1", model_path=model, api_key="", key_file=log, log_path=log)
 async def main():
     server = ServerProcess(spec)
     print((await server.ensure_ready()).pid, flush=True)

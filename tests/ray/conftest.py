@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import urllib.request
 import warnings
 
@@ -55,14 +56,26 @@ def cluster(ray_cluster, request):
 
 @pytest.fixture(autouse=True)
 def no_orphans(ray_cluster):
-    """A test that leaves a server behind which no engine owns has failed."""
+    """A test that leaves a fleet behind, or a server that no engine owns, has failed."""
+    before = directories()
     yield
-    owned = set()
-    for entry in ray.util.list_named_actors(all_namespaces=True):
-        if ":directory" in entry["name"]:
-            directory = ray.get_actor(entry["name"], namespace=entry["namespace"])
-            owned |= {engine.server_pid for engine in ray.get(directory.status.remote(), timeout=30).engines}
-    assert servers() <= owned
+    deadline = time.monotonic() + 5  # killed actors take a moment to be gone
+    while directories() - before or servers() - owned():
+        assert time.monotonic() < deadline, (directories() - before, servers() - owned())
+        time.sleep(0.05)
+
+
+def directories():
+    return {entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if ":directory" in entry["name"]}
+
+
+def owned():
+    """Pids of servers that some fleet's directory knows."""
+    pids = set()
+    for name in directories():
+        directory = ray.get_actor(name, namespace=names.NAMESPACE)
+        pids |= {engine.server_pid for engine in ray.get(directory.status.remote(), timeout=30).engines}
+    return pids
 
 
 def servers():

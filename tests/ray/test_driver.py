@@ -115,6 +115,35 @@ def test_another_driver_finds_the_fleet_and_leaves_it_running(cluster):
     assert {engine.state for engine in cluster.status().engines} == {EngineState.READY}
 
 
+def test_closing_frees_the_slots_of_calls_in_flight_and_tells_their_threads(cluster):
+    other, outcome = lltm_ray.Cluster.connect(cluster.name), []
+
+    def call():
+        try:
+            outcome.append(other.chat(HI, max_tokens=100_000, ignore_eos=True))
+        except FleetError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    while not busy(cluster):
+        time.sleep(0.02)
+    other.close()
+    thread.join(10)
+    assert "closed while the call ran" in str(outcome[0])
+    until_idle(cluster)
+    other.close()  # a second time does nothing
+    with pytest.raises(FleetError, match="is closed"):
+        other.chat(HI)
+
+
+def test_a_call_ends_at_its_deadline_also_when_its_driver_does_not_cancel_it(cluster):
+    call = cluster.engines[0].chat.remote(HI, max_tokens=100_000, ignore_eos=True, timeout_s=0.5)
+    with pytest.raises(DeadlineError):
+        ray.get(call)
+    until_idle(cluster)
+
+
 def test_an_unknown_fleet_is_told_with_the_command_that_starts_one(ray_cluster):
     with pytest.raises(FleetError, match="lltm-ray up --name nowhere"):
         lltm_ray.Cluster.connect("nowhere")
