@@ -6,6 +6,7 @@ Field docstrings give the unit, the llama-server flag, and the reason of the def
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import tomllib
@@ -34,7 +35,7 @@ def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> Non
 def _check_range(settings: Any, **limits: tuple[float, float]) -> None:
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
-        _check(value is None or low <= value <= high, name, value, f"must be from {low:g} to {high:g}")
+        _check(value is None or low <= value <= high, name, value, f"must be from {low} to {high}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,13 +180,13 @@ class GatewayConfig:
     port: int = 8000
     """0 takes a free one."""
     api_key_file: str | None = None
-    """File with one API key a line; its lines may be rotated while the gateway runs only by a restart."""
-    max_body_bytes: int = 64 * 2**20
-    """Largest request body; 64 MiB lets a few images through."""
+    """File with one API key a line, read when the gateway starts."""
+    max_body_bytes: int = 16 * 2**20
+    """Largest request body; 16 MiB lets a few images through. A server takes many times a text's size to read it."""
     max_header_bytes: int = 64 * 2**10
     """Largest request head."""
     queue_limit: int = 256
-    """Requests that may wait for a slot; the next one gets 429."""
+    """Requests that may wait for a slot of one model; the next one gets 429."""
     queue_timeout_s: float = 60.0
     """Longest wait for a slot."""
     request_timeout_s: float = 3600.0
@@ -327,7 +328,9 @@ def build(cls: type[Any], raw: Mapping[str, Any], where: str = "") -> Any:
     known = {item.name for item in fields(cls)}
     values = {}
     for name, value in raw.items():
-        _check(name in known, where + name, value, f"unknown setting; known are {', '.join(sorted(known))}")
+        near = " or ".join(difflib.get_close_matches(name, known, n=2))
+        guess = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
+        _check(name in known, where + name, value, f"unknown setting; {guess}")
         values[name] = _convert(hints[name], value, where + name)
     try:
         return cls(**values)
@@ -347,7 +350,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if float in choices and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     right = type(value) in choices
-    _check(right, name, value, f"must be {' or '.join(choice.__name__ for choice in choices)}")
+    kinds = (f"a table [{name}]" if is_dataclass(choice) else choice.__name__ for choice in choices)
+    _check(right, name, value, f"must be {' or '.join(kinds)}")
     return value
 
 

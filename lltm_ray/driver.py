@@ -28,6 +28,9 @@ from lltm_ray.actors import names
 from lltm_ray.actors.calls import Calls, Messages
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, OnProgress, find_fleet, start_fleet
+from lltm_ray.actors.launch import check_here
+from lltm_ray.actors.remote import take_auth_mode
+from lltm_ray.actors.runstate import RunState
 from lltm_ray.config import FleetConfig, build, read_environment
 from lltm_ray.errors import ConfigError, FleetError, LltmRayError
 from lltm_ray.records import Completion, Embeddings, FleetStatus, RerankHit, StreamEvent
@@ -72,6 +75,8 @@ class Cluster:
         if config is not None and settings:
             raise ConfigError("config", sorted(settings), "give either a config or settings by name, not both")
         config = (config or build(FleetConfig, settings)).with_absolute_paths()
+        if not (ray.is_initialized() or address or read_environment().ray_address):
+            check_here(config)
         owns_ray = join_ray(address)
         try:
             fleet = start_fleet(config, detached=detached, on_progress=on_progress)
@@ -87,11 +92,16 @@ class Cluster:
 
         Args:
             name: the fleet's.
-            address: Ray cluster. None: `RAY_ADDRESS`, or the one started last on this machine.
+            address: Ray cluster. None: `RAY_ADDRESS`, else where `lltm-ray up` started that fleet on this machine, else
+                the Ray that was started last here.
 
         Raises:
             FleetError: no such fleet, or no Ray cluster.
         """
+        state = None if address or read_environment().ray_address else RunState.load(name)
+        if state is not None:
+            address = state.ray_address
+            take_auth_mode(state.ray_auth_mode)
         owns_ray = join_ray(address, existing_only=True)
         try:
             fleet = find_fleet(name)

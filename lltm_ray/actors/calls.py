@@ -101,7 +101,7 @@ class Calls:
         if not isinstance(error, EngineError) or len(tried) + 1 >= MAX_ATTEMPTS:
             return False
         tried.add(lease.engine.name)
-        self._router.suspect(lease.engine.name)
+        self._router.suspect(lease.engine)
         return True
 
     def _handle(self, lease: Lease) -> Any:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from lltm_ray.config import EngineConfig, Environment, FleetConfig, read_environment
 from lltm_ray.errors import PlacementError
+from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.server import bind
 from lltm_ray.gpu.host import available_ram_bytes, usable_cores
 from lltm_ray.gpu.nvml import read_inventory, visible
 from lltm_ray.gpu.shares import memory_budget
@@ -93,6 +95,22 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
         replace(spec, fleet=replace(fleet, engine=engine)), environment, model.path, plan, served_name, host
     )
     return Launch(server=server, model=model, plan=plan, served_name=served_name, gpus=gpus)
+
+
+def check_here(config: FleetConfig) -> None:
+    """What can be told wrong before Ray is started, when everything will run on this machine. Downloads nothing.
+
+    Raises:
+        ModelError, ServerBinaryError, ConfigError: as the fleet would, some seconds later.
+    """
+    environment = read_environment()
+    find_server(config.llama_server, environment)
+    if Path(config.model).suffix == ".gguf" and ":" not in config.model:
+        read_model(resolve(config.model, cache_dir=environment.cache_dir).path)
+    if config.gateway is not None:
+        if config.gateway.api_key_file is not None:
+            ApiKeys.from_file(config.gateway.api_key_file)
+        bind(config.gateway).close()
 
 
 def _server(

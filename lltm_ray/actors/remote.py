@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
 import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 
 def actor(cls: type[Any]) -> Any:
@@ -19,6 +21,15 @@ def actor(cls: type[Any]) -> Any:
 def node_ip() -> str:
     """This node's address as other nodes reach it."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def take_auth_mode(mode: str) -> None:
+    """Use a cluster's token mode, unless RAY_AUTH_MODE says otherwise.
+
+    Ray finds the mode out by itself for "auto", not for an address; it reads the variable only when it is imported.
+    """
+    if mode == "token" and "RAY_AUTH_MODE" not in os.environ:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def is_revived() -> bool:

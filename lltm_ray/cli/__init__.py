@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from lltm_ray import __version__
 
 COMMANDS = {
     "demo": "demo:demo",
@@ -34,8 +36,16 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lltm_ray {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def lltm_ray() -> None:
+def lltm_ray(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """A fleet of llama.cpp servers on Ray: one engine per GPU share, behind one OpenAI-compatible endpoint."""
 
 

@@ -135,7 +135,7 @@ class _Run:
         async with await self._post(body, record) as response:
             record.engine = response.headers.get("x-lltm-engine", "")
             if response.status >= 400:
-                record.error, record.detail = f"http {response.status}", (await response.text())[:300]
+                record.error, record.detail = f"http {response.status}", (await response.text(errors="replace"))[:300]
                 return
             reader = AnswerReader()
             if not self.plan.stream:
@@ -209,13 +209,21 @@ def _body(plan: LoadPlan, model: str, prompt: str, number: int) -> bytes:
 
 async def _first_model(session: aiohttp.ClientSession, plan: LoadPlan) -> str:
     async with session.get("v1/models") as response:
-        text = await response.text()
+        text = await response.text(errors="replace")
         if response.status >= 400:
             raise UpstreamError(response.status, text)
-    listed = json.loads(text).get("data") or []
-    if not listed:
-        raise ModelNotFoundError("", f"{plan.url} lists none; name one with --model")
-    return str(listed[0]["id"])
+    try:
+        listed = json.loads(text)["data"]
+        if not listed:
+            raise ModelNotFoundError("", f"{plan.url} lists none; name one with --model")
+        return str(listed[0]["id"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise _no_server(plan, "v1/models", text) from error
+
+
+def _no_server(plan: LoadPlan, path: str, text: str) -> LltmRayError:
+    said = " ".join(text.split())[:80]
+    return LltmRayError(f"{plan.url} is no OpenAI-compatible server: /{path} answered {said!r}; check the URL")
 
 
 async def _size_prompts(session: aiohttp.ClientSession, plan: LoadPlan, model: str) -> PromptMaker:
@@ -225,10 +233,13 @@ async def _size_prompts(session: aiohttp.ClientSession, plan: LoadPlan, model: s
         prompt = PromptMaker(words, plan.seed).make(-words)
         probe = LoadPlan(url=plan.url, max_tokens=1, stream=False, seed=plan.seed)
         async with session.post("v1/chat/completions", data=_body(probe, model, prompt, 0)) as response:
-            text = await response.text()
+            text = await response.text(errors="replace")
             if response.status >= 400:
                 raise UpstreamError(response.status, text)
         reader = AnswerReader()
-        reader.take_whole(text.encode())
+        try:
+            reader.take_whole(text.encode())
+        except (ValueError, TypeError, AttributeError) as error:
+            raise _no_server(plan, "v1/chat/completions", text) from error
         counts.append(reader.input_tokens)
     return PromptMaker.sized(plan.prompt_tokens, plan.seed, dict(zip(_PROBE_WORDS, counts, strict=True)))

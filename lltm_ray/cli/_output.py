@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -17,8 +18,10 @@ from rich.table import Table
 
 from lltm_ray.errors import ConfigError, LltmRayError
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+PIPE_WIDTH = 200
+"""Columns where nobody looks at a terminal: lines are for programs and files then, and paths must stay whole."""
+OUT = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+ERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 UrlOption = Annotated[str, typer.Option(help="Base URL of a gateway or of one llama-server.")]

@@ -130,7 +130,8 @@ def show(result: LoadResult) -> None:
         ("per token", result.per_token_ms),
         ("generator late by", result.lateness_ms),
     )
-    print_table(("ms", "p50", "p95", "p99"), [_row(name, measured) for name, measured in rows])
+    title = "of successful requests only" if result.errors else None
+    print_table(("ms", "p50", "p95", "p99"), [_row(name, measured) for name, measured in rows], title=title)
     if result.engines:
         print_table(("engine", "requests"), list(result.engines.items()), title="\nserved by")
     if result.errors:

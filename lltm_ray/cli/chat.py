@@ -22,7 +22,8 @@ from lltm_ray.records import StreamEvent, Timings, Usage
 
 HELP = "/reset forgets the conversation, /quit (or Ctrl-D) ends, Ctrl-C stops an answer"
 _CONNECT_TIMEOUT_S = 5.0
-_CONTROLS = {code: None for code in range(32) if chr(code) not in "\n\t"} | {127: None}
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""C0, DEL and C1: U+009B alone starts an escape sequence on many terminals."""
 
 _Prompt = Annotated[
     str | None, typer.Argument(help="The question. Left out: standard input if piped, else a dialogue.")
@@ -121,6 +122,9 @@ class Endpoint:
                     yield response
         except (requests.RequestException, EngineExitedError) as error:
             raise self._translated(error) from error
+        except LltmRayError as error:
+            error.args = (error.message.translate(_CONTROLS),)  # it may quote what the server said
+            raise
 
     def _translated(self, error: Exception) -> LltmRayError:
         if isinstance(error, ValueError):  # requests' own errors of a URL are ValueErrors
@@ -211,5 +215,5 @@ def _summary(last: StreamEvent, *, stopped: bool) -> str:
         decode_s = timings.predicted_ms / 1e3 or timings.total_s - timings.ttft_s
         parts.append(f"first after {timings.ttft_s * 1e3:.0f} ms")
         parts.append(f"{usage.output_tokens / decode_s:.1f} tokens/s" if decode_s else "")
-    parts.append(f"engine {last.engine}" if last.engine else "")
+    parts.append(f"engine {last.engine.translate(_CONTROLS)}" if last.engine else "")
     return ", ".join(part for part in parts if part)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from lltm_ray.actors.runstate import RunState
 from lltm_ray.cli._output import ERR, OUT, JsonFlag, errors_end_the_command, print_json, print_table
-from lltm_ray.cli._state import RunState
 from lltm_ray.config import read_environment
+from lltm_ray.driver import Cluster
 from lltm_ray.errors import FleetError
 from lltm_ray.records import FleetStatus
-
-if TYPE_CHECKING:
-    from lltm_ray.driver import Cluster
 
 NameOption = Annotated[str, typer.Option(help="The fleet's name.")]
 DOWN_TIMEOUT_S = 120.0
@@ -56,11 +54,7 @@ def _connect(name: str) -> Cluster:
     state = RunState.load(name)
     if state is None and read_environment().ray_address is None:
         raise FleetError(f"no fleet {name!r} runs here: start it (lltm-ray up --name {name}), or set RAY_ADDRESS")
-    if state and state.ray_auth_mode:
-        os.environ.setdefault("RAY_AUTH_MODE", state.ray_auth_mode)
-    from lltm_ray.driver import Cluster  # Ray reads the mode when it is imported
-
-    return Cluster.connect(name, address=state.ray_address if state else None)
+    return Cluster.connect(name)
 
 
 def _end_process(state: RunState) -> None:

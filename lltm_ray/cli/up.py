@@ -15,8 +15,8 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
+from lltm_ray.actors.runstate import RunState
 from lltm_ray.cli._output import ERR, OUT, errors_end_the_command
-from lltm_ray.cli._state import RunState
 from lltm_ray.config import FleetConfig, build, read_environment
 from lltm_ray.driver import Cluster
 from lltm_ray.errors import FleetError
@@ -38,6 +38,7 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port of the endpoint; 0 takes a free one.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with one API key a line.")] = None,
     name: Annotated[str | None, typer.Option(help="The fleet's name, for several on one cluster.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="Pooling of embeddings: mean, cls, last, rank.")] = None,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="Serve embeddings.")] = False,
     memory_limit_gib: Annotated[float | None, typer.Option(help="Memory an engine may plan with, GiB.")] = None,
     llama_server: Annotated[Path | None, typer.Option(help="Path of llama-server.")] = None,
@@ -55,7 +56,7 @@ def up(
         "gpu_share": gpu_share,
         "llama_server": str(llama_server) if llama_server else None,
         "memory_limit_bytes": int(memory_limit_gib * 2**30) if memory_limit_gib else None,
-        "engine": {"n_parallel": n_parallel, "n_ctx": ctx, "embeddings": embeddings or None},
+        "engine": {"n_parallel": n_parallel, "n_ctx": ctx, "embeddings": embeddings or None, "pooling": pooling},
         "gateway": {"host": host, "port": port, "api_key_file": str(api_key_file) if api_key_file else None},
     }
     given = _given(settings)
@@ -81,7 +82,7 @@ def _up_here(fleet: FleetConfig) -> None:
     """Ray and the fleet live in this process."""
     with _start(fleet) as cluster:
         stop = _stop_signals()
-        state = RunState.of(cluster, holds_fleet=True)
+        state = _state(cluster, holds_fleet=True)
         state.save()
         try:
             _tell_ready(state, foreground=True)
@@ -95,7 +96,7 @@ def _up_on_cluster(fleet: FleetConfig, *, detach: bool) -> None:
     """The fleet lives on a Ray cluster that somebody else keeps."""
     cluster = _start(fleet, detached=detach)
     stop = _stop_signals()
-    state = RunState.of(cluster, holds_fleet=not detach)
+    state = _state(cluster, holds_fleet=not detach)
     state.save()
     _tell_ready(state, foreground=not detach)
     if detach:
@@ -107,6 +108,10 @@ def _up_on_cluster(fleet: FleetConfig, *, detach: bool) -> None:
     finally:
         cluster.stop()
         state.forget()
+
+
+def _state(cluster: Cluster, *, holds_fleet: bool) -> RunState:
+    return RunState.of_this_process(cluster.name, cluster.ray_address, cluster.endpoint, holds_fleet=holds_fleet)
 
 
 def _start(fleet: FleetConfig, **options: Any) -> Cluster:
@@ -164,7 +169,8 @@ def _detach() -> None:
             env=os.environ | {_READY_ENV: str(writer)},
         )
     os.close(writer)
-    with ERR.status("starting in the background …"), os.fdopen(reader) as pipe:
+    ERR.print(f"starting in the background; its log is {log}", soft_wrap=True)
+    with os.fdopen(reader) as pipe:
         line = pipe.read()  # ends when the child says so, or ends
     if line:
         OUT.print(line)

@@ -19,7 +19,7 @@ from lltm_ray.gateway.headers import find, request_id
 from lltm_ray.gateway.protocol import EXTENSION
 from lltm_ray.gateway.relay import Relay
 from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope, Send, encode, send_error
-from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_model, read_pin
+from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_pin, understand
 from lltm_ray.gateway.upstream import UpstreamPool
 from lltm_ray.records import FleetStatus
 from lltm_ray.routing.router import Router
@@ -38,6 +38,8 @@ CHEAP = (
 """POST routes that any ready engine of the model answers without a slot."""
 _log = logging.getLogger(__name__)
 KEPT_RECORDS = 1024
+MAX_TARGET_BYTES = 8192
+"""Longest path and query; llama-server hangs up on ones that are too long for it, and does not say so."""
 LINGER_S = 2.0
 """How long a refused body is read and dropped, so that the refusal reaches a client that only writes."""
 _DRAINING = b'{"error":{"message":"the gateway is shutting down","type":"unavailable_error","code":503}}'
@@ -170,6 +172,10 @@ class GatewayApp:
 
     def _check_head(self, request: Request) -> None:
         size_bytes = len(request.path) + len(request.query)
+        if size_bytes > MAX_TARGET_BYTES:
+            error = RequestTooLargeError("target", size_bytes, MAX_TARGET_BYTES)
+            error.http_status = 414
+            raise error
         for name, value in request.headers:
             size_bytes += len(name) + len(value)
         if size_bytes > self._config.max_header_bytes:
@@ -211,7 +217,7 @@ class GatewayApp:
             guard.watch(request.receive, request.link)
             request.only = read_pin(request)
             if reads_model:
-                request.model = read_model(request.body)
+                await understand(request)
             await self._relay.forward(request, needs_slot=needs_slot)
         except asyncio.CancelledError:
             cause = guard.absorb()

@@ -30,7 +30,7 @@ class ApiKeys:
             ConfigError: the file cannot be read or holds no key.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark first
             mode = Path(path).stat().st_mode
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError("api_key_file", str(path), f"cannot be read: {error}") from error

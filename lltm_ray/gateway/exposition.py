@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-def merge_metrics(texts: Iterable[tuple[str, str]]) -> str:
+def merge_metrics(texts: Iterable[tuple[str, str]], silent: Iterable[str] = ()) -> str:
     """Join expositions: each sample gets `engine="name"`, each family its HELP and TYPE once and its samples together.
 
     Args:
         texts: engine name and its text, in the format
             https://prometheus.io/docs/instrumenting/exposition_formats/ (version 0.0.4).
+        silent: names of engines that gave no text; each gets a comment at the end.
     """
     heads: dict[str, dict[str, str]] = {}
     samples: dict[str, list[str]] = {}
@@ -29,6 +30,7 @@ def merge_metrics(texts: Iterable[tuple[str, str]]) -> str:
     lines: list[str] = []
     for family, found in samples.items():
         lines += [*heads.get(family, {}).values(), *found]
+    lines += [f"# engine {' '.join(engine.split())} did not answer" for engine in silent]
     return "\n".join(lines) + "\n" if lines else ""
 
 

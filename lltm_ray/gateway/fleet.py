@@ -50,6 +50,7 @@ class Fleet:
     def __init__(self, router: Router, pool: UpstreamPool) -> None:
         self._router = router
         self._pool = pool
+        self._silent: set[tuple[str, bytes]] = set()
 
     async def models(self) -> dict[str, Any]:
         """`/v1/models`: each served name once, as one of its engines describes it, with engine counts."""
@@ -79,30 +80,46 @@ class Fleet:
         return good[0][1] | {"engines": [{"name": name} | props for name, props in good]}
 
     async def slots(self, engines: Sequence[EngineInfo]) -> list[dict[str, Any]]:
-        """`/slots`: every engine's slots, each with `engine`."""
+        """`/slots`: every engine's slots, each with `engine`; one that does not answer is only in the log."""
         return _tagged(await self._ask_all(engines, b"/slots"))
 
     async def lora_adapters(self, engines: Sequence[EngineInfo]) -> list[dict[str, Any]]:
         """`GET /lora-adapters`: every engine's adapters, each with `engine`."""
         return _tagged(await self._ask_all(engines, b"/lora-adapters"))
 
-    async def set_lora_adapters(self, engines: Sequence[EngineInfo], body: bytes) -> tuple[int, Any]:
-        """`POST /lora-adapters` to all of them: status and JSON, llama-server's own when all agree."""
+    async def set_lora_adapters(
+        self, engines: Sequence[EngineInfo], body: bytes, *, absent: Sequence[EngineInfo] = ()
+    ) -> tuple[int, Any]:
+        """`POST /lora-adapters` to all of them, exactly once each.
+
+        Args:
+            engines: those that can be asked.
+            body: llama-server's own JSON.
+            absent: engines that should have it too and are not ready; they count as failures.
+
+        Returns:
+            Status and JSON, llama-server's own when all agree.
+        """
         answers = await self._ask_all(engines, b"/lora-adapters", body)
         failed = [answer for answer in answers if answer.status != 200]
-        if not failed:
+        if not failed and not absent:
             return 200, {"success": True}
-        told = "; ".join(f"{each.engine.name}: {each.body[:300].decode('utf-8', 'replace')}" for each in failed)
-        status = failed[0].status or 503
+        told = [f"{each.engine.name}: {each.body[:300].decode('utf-8', 'replace')}" for each in failed]
+        told += [f"{engine.name}: is {engine.state}" for engine in absent]
+        status = (failed[0].status if failed else 0) or 503
         kind = "invalid_request_error" if status == 400 else "server_error"
-        message = f"{len(failed)} of {len(answers)} engines did not take the adapters: {told}"
+        asked = len(engines) + len(absent)
+        message = f"{len(told)} of {asked} engines did not take the adapters: {'; '.join(told)}"
         return status, {"error": {"message": message, "type": kind, "code": status}}
 
     async def metrics(self, engines: Sequence[EngineInfo]) -> bytes:
-        """`/metrics`: every engine's samples with a label `engine`. Each scrape resets llama.cpp's rate gauges."""
+        """`/metrics`: every engine's samples with a label `engine`, a comment for each engine that gave none.
+
+        Each scrape resets llama.cpp's rate gauges.
+        """
         answers = await self._ask_all(engines, b"/metrics")
         texts = [(each.engine.name, each.body.decode("utf-8", "replace")) for each in answers if each.status == 200]
-        return merge_metrics(texts).encode("utf-8")
+        return merge_metrics(texts, [each.engine.name for each in answers if each.status != 200]).encode("utf-8")
 
     async def _ask_all(self, engines: Iterable[EngineInfo], target: bytes, body: bytes | None = None) -> list[Answer]:
         return await asyncio.gather(*(self._ask(engine, target, body) for engine in engines))
@@ -111,13 +128,26 @@ class Fleet:
         headers: Headers = [(b"authorization", b"Bearer " + engine.api_key.encode("utf-8"))] if engine.api_key else []
         method = b"GET" if body is None else b"POST"
         request = build_request(method, target, engine.url, headers, body or b"")
+        fetch = self._pool.fetch(engine.url, request, limit_bytes=_ANSWER_LIMIT_BYTES, fresh=body is not None)
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
-                status, _, answer = await self._pool.fetch(engine.url, request, limit_bytes=_ANSWER_LIMIT_BYTES)
+                status, _, answer = await fetch
         except (OSError, TimeoutError) as error:
-            _log.warning("engine %s: %s unanswered: %s", engine.name, target.decode("ascii"), error or "timeout")
-            return Answer(engine, 0, (str(error) or "timeout").encode("utf-8"))
+            why = str(error) or f"no answer within {ASK_TIMEOUT_S:g} s"
+            self._note(engine, target, why)
+            return Answer(engine, 0, why.encode("utf-8"))
+        self._note(engine, target, "" if status == 200 else f"status {status}")
         return Answer(engine, status, answer)
+
+    def _note(self, engine: EngineInfo, target: bytes, trouble: str) -> None:
+        """Log an engine's silence once, however often it is asked, and its end."""
+        key, path = (engine.name, target), target.decode("ascii")
+        if trouble and key not in self._silent:
+            self._silent.add(key)
+            _log.warning("engine %s: %s unanswered: %s", engine.name, path, trouble)
+        elif not trouble and key in self._silent:
+            self._silent.discard(key)
+            _log.warning("engine %s: %s is answered again", engine.name, path)
 
 
 def _tagged(answers: Iterable[Answer]) -> list[dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from lltm_ray.config import GatewayConfig
+from lltm_ray.errors import DeadlineError
 from lltm_ray.gateway.fleet import Fleet
 from lltm_ray.gateway.request import Handler, Request, read_body, read_model, read_pin
 from lltm_ray.records import EngineInfo, FleetStatus
@@ -72,11 +74,23 @@ class FleetRoutes:
         await request.reply_json(await self._fleet.lora_adapters(self._engines_for(request)))
 
     async def _set_lora_adapters(self, request: Request) -> None:
-        body = await read_body(request.receive, request.headers, self._config.max_body_bytes)
+        limit_s = self._config.request_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                body = await read_body(request.receive, request.headers, self._config.max_body_bytes)
+        except TimeoutError:
+            raise DeadlineError("the request", limit_s) from None
         read_model(body)  # refuses what is not JSON; the list itself names no model
-        name = self._router.resolve(request.param("model"), read_pin(request))
-        engines = [engine for engine in self._engines_for(request) if engine.model == name]
-        status, answer = await self._fleet.set_lora_adapters(engines, body)
+        only = read_pin(request)
+        name = self._router.resolve(request.param("model"), only)
+        listed = [engine for engine in self._router.engines(name) if only in (None, engine.name)]
+        ready = set(self._router.ready(name))
+        engines = [engine for engine in listed if engine in ready]
+        if not engines:
+            raise self._router.not_ready(name, only)
+        # From here on to the end, even if the client leaves: half a fleet with other adapters helps nobody.
+        absent = [engine for engine in listed if engine not in ready]
+        status, answer = await self._fleet.set_lora_adapters(engines, body, absent=absent)
         await request.reply_json(answer, status)
 
     async def _fleet_status(self, request: Request) -> None:

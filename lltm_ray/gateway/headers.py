@@ -65,10 +65,10 @@ _NO_ORIGIN = (b"access-control-allow-origin", b"")
 
 def _connection_options(headers: Iterable[tuple[bytes, bytes]]) -> frozenset[bytes]:
     """Header names that `Connection` declares hop-by-hop for this message."""
-    value = find(headers, b"connection")
-    if value is None or value.lower() == b"keep-alive":
+    values = [value for name, value in headers if name == b"connection"]
+    if not values or (len(values) == 1 and values[0].lower() == b"keep-alive"):
         return frozenset()
-    return frozenset(option.strip().lower() for option in value.split(b","))
+    return frozenset(option.strip().lower() for option in b",".join(values).split(b","))
 
 
 def build_request(method: bytes, target: bytes, url: str, headers: Headers, body: bytes) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, MutableSequence
 from dataclasses import dataclass, field
@@ -11,8 +12,12 @@ from urllib.parse import parse_qs
 from lltm_ray.errors import ConfigError, RequestTooLargeError
 from lltm_ray.gateway.accounting import Ends, RequestRecord
 from lltm_ray.gateway.headers import find
+from lltm_ray.gateway.join import as_stream
 from lltm_ray.gateway.replies import ClientLink, Receive, Send, send_json, send_reply
 from lltm_ray.gateway.upstream import Headers
+
+INLINE_BYTES = 2**20
+"""Bodies up to this are parsed on the event loop: a thread would cost more than it saves."""
 
 
 class ClientGoneError(ConnectionError):
@@ -35,6 +40,9 @@ class Request:
     arrived_at: float
     record: RequestRecord
     body: bytes = b""
+    body_json: Any = None
+    streamed: bytes | None = None
+    """What to send instead of `body` so that the engine streams an answer that goes to the client whole."""
     model: str | None = None
     only: str | None = None
     """Engine the request is pinned to."""
@@ -116,17 +124,48 @@ async def read_body(receive: Receive, headers: Headers, limit_bytes: int) -> byt
             return part if len(parts) == 1 else b"".join(parts)
 
 
+async def understand(request: Request) -> None:
+    """Parse the body, once: `body_json`, `model` and `streamed`; a long one off the event loop, which others use.
+
+    Raises:
+        ConfigError: as `read_model`.
+    """
+    if len(request.body) > INLINE_BYTES:
+        await asyncio.to_thread(_understand, request)
+    else:
+        _understand(request)
+
+
+def _understand(request: Request) -> None:
+    request.body_json = parse_json(request.body)
+    request.model = model_of(request.body_json)
+    request.streamed = as_stream(request.path, request.body_json)
+
+
+def parse_json(body: bytes) -> Any:
+    """A body's value.
+
+    Raises:
+        ConfigError: not JSON.
+    """
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        shown = body[:80].decode("utf-8", "replace")
+        raise ConfigError("body", shown, f"is not JSON: {error or 'it is nested too deeply'}") from error
+
+
 def read_model(body: bytes) -> str | None:
     """The `model` of a JSON body; None if it has none, or is no object (the engine says what it wants).
 
     Raises:
         ConfigError: not JSON, or `model` is no string.
     """
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        shown = body[:80].decode("utf-8", "replace")
-        raise ConfigError("body", shown, f"is not JSON: {error or 'it is nested too deeply'}") from error
+    return model_of(parse_json(body))
+
+
+def model_of(parsed: Any) -> str | None:
+    """The `model` of a parsed body; errors as `read_model`."""
     model = parsed.get("model") if isinstance(parsed, dict) else None
     if model is not None and not isinstance(model, str):
         raise ConfigError("model", model, "must be a string that names a served model")

@@ -250,16 +250,18 @@ class UpstreamPool:
         self._idle: dict[str, list[Connection]] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 
-    async def open(self, url: str, request: Sequence[bytes]) -> Connection:
+    async def open(self, url: str, request: Sequence[bytes], *, fresh: bool = False) -> Connection:
         """Send a request and wait for the answer's head; give the connection to `release` afterwards.
 
         A pooled connection that the server had closed already (not a byte came back) is replaced by a fresh one, once.
+        The server may have read the request by then, so requests that must not run twice take `fresh`, which uses no
+        pooled connection and sends once.
 
         Raises:
             ConnectFailedError: no connection within `connect_timeout_s`.
             UpstreamBrokenError: it broke before the head.
         """
-        pooled = self._take(url)
+        pooled = None if fresh else self._take(url)
         if pooled is not None:
             try:
                 return await self._exchange(pooled, request)
@@ -270,12 +272,11 @@ class UpstreamPool:
 
     def release(self, connection: Connection) -> None:
         """Pool a connection whose answer was read to its end; abort it in any other state."""
-        stack = self._idle.setdefault(connection.url, [])
-        if not connection.is_reusable or len(stack) >= self._idle_limit:
+        if not connection.is_reusable or len(self._idle.get(connection.url, ())) >= self._idle_limit:
             connection.abort()
             return
         connection.park()
-        stack.append(connection)
+        self._idle.setdefault(connection.url, []).append(connection)
         if self._sweeper is None:
             self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
@@ -299,13 +300,15 @@ class UpstreamPool:
         """Idle connections, over all servers."""
         return sum(len(stack) for stack in self._idle.values())
 
-    async def fetch(self, url: str, request: Sequence[bytes], *, limit_bytes: int) -> tuple[int, Headers, bytes]:
-        """A whole exchange: status, headers (lower-case names) and body.
+    async def fetch(
+        self, url: str, request: Sequence[bytes], *, limit_bytes: int, fresh: bool = False
+    ) -> tuple[int, Headers, bytes]:
+        """A whole exchange: status, headers (lower-case names) and body; `fresh` as in `open`.
 
         Raises:
             ConnectFailedError, UpstreamBrokenError: as `open` and `Connection.read_all`.
         """
-        connection = await self.open(url, request)
+        connection = await self.open(url, request, fresh=fresh)
         try:
             body = await connection.read_all(limit_bytes)
             return connection.status, connection.headers, body

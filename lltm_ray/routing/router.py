@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from lltm_ray.errors import ConfigError, EngineNotReadyError, LltmRayError, ModelNotFoundError, OverloadedError
 from lltm_ray.records import EngineInfo, EngineState
-from lltm_ray.routing.policy import EngineView, choose
+from lltm_ray.routing.policy import choose
+from lltm_ray.routing.queue import Lease, Queues, Row, Waiter, describe, identity, is_hopeless
+
+__all__ = ["SUSPECT_S", "Lease", "Router"]
 
 SUSPECT_S = 1.0
 """How long an engine is skipped after a failed connection, unless the directory shows a new server sooner."""
@@ -24,58 +25,22 @@ _SERVICE_WEIGHT = 0.1
 """Weight of the newest service time in its moving average: the last 20 or so requests decide."""
 
 
-@dataclass(slots=True)
-class _Row(EngineView):
-    """One server's life in the table. A restarted server gets a new row, so old claims die with the old one."""
-
-    info: EngineInfo = field(kw_only=True)
-    suspicions: int = 0
-    """Failed connections whose cool-down is not over."""
-    listed: bool = True
-
-    @property
-    def identity(self) -> tuple[str, int | None]:
-        return self.info.url, self.info.server_pid
-
-
-@dataclass(slots=True, eq=False)
-class Lease:
-    """A claimed slot. Give it back with `Router.release`, in a `finally`."""
-
-    engine: EngineInfo
-    model: str
-    claimed_at: float
-    _row: _Row = field(repr=False)
-    released: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Waiter:
-    model: str
-    only: str | None
-    exclude: frozenset[str]
-    grant: asyncio.Future[Lease]
-    queued: bool = True
-
-
 class Router:
     """Least-loaded routing over slots with a bounded FIFO queue for each model.
 
     Args:
-        queue_limit: requests that may wait, over all models; 0 rejects at once when every slot is busy.
+        queue_limit: requests that may wait for one model; 0 rejects at once when every slot is busy.
         queue_timeout_s: longest wait when `acquire` is not told otherwise.
         clock: monotonic seconds, only to measure how long slots are held.
     """
 
     def __init__(self, queue_limit: int, queue_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._queue_limit = queue_limit
         self._queue_timeout_s = queue_timeout_s
         self._clock = clock
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[str, Row] = {}
         self._models: tuple[str, ...] = ()
-        self._ready: dict[str, list[_Row]] = {}
-        self._queues: dict[str, deque[_Waiter]] = {}
-        self._waiting = 0
+        self._ready: dict[str, list[Row]] = {}
+        self._queues = Queues(queue_limit)
         self._suspects = 0
         self._serial = 0
         self._rejected = 0
@@ -84,7 +49,10 @@ class Router:
     # --- the table
 
     def update(self, engines: Iterable[EngineInfo]) -> None:
-        """Take the directory's table. Engines that are missing from it take no more requests."""
+        """Take the directory's table. Engines that are missing from it take no more requests.
+
+        Requests that wait for what cannot come any more get their `EngineNotReadyError` in this step.
+        """
         fresh = {info.name: info for info in engines}
         for name, row in list(self._rows.items()):
             if name not in fresh:
@@ -98,26 +66,32 @@ class Router:
         for row in self._rows.values():
             if row.listed and row.info.state is EngineState.READY and row.slots_total > 0:
                 self._ready.setdefault(row.model, []).append(row)
-        for model in list(self._queues):
+        for model in self._queues.models():
             self._dispatch(model)
+            self._dismiss(model)
 
     def _merge(self, name: str, info: EngineInfo) -> None:
         row = self._rows.get(name)
-        if row is None or row.identity != (info.url, info.server_pid) or row.model != info.model:
-            self._rows[name] = _Row(name, info.model, info.slots_total, info=info)
+        if row is None or row.identity != identity(info) or row.model != info.model:
+            self._rows[name] = Row(name, info.model, info.slots_total, info=info)
             return
         row.info, row.slots_total, row.listed = info, info.slots_total, True
 
-    def suspect(self, engine_name: str) -> None:
-        """A connection to this engine failed: skip it for `SUSPECT_S`, or until its server is another one."""
-        row = self._rows.get(engine_name)
-        if row is None:
+    def suspect(self, engine: EngineInfo | str) -> None:
+        """A connection to this engine failed: skip it for `SUSPECT_S`, or until its server is another one.
+
+        Args:
+            engine: as it was when the connection failed; if its server is another one by now, nothing happens. A name
+                means whatever server the engine has now.
+        """
+        row = self._rows.get(engine if isinstance(engine, str) else engine.name)
+        if row is None or (isinstance(engine, EngineInfo) and row.identity != identity(engine)):
             return
         row.suspicions += 1
         self._suspects += 1
         asyncio.get_running_loop().call_later(SUSPECT_S, self._cooled, row)
 
-    def _cooled(self, row: _Row) -> None:
+    def _cooled(self, row: Row) -> None:
         row.suspicions -= 1
         self._suspects -= 1
         self._dispatch(row.model)
@@ -172,16 +146,17 @@ class Router:
     def pick(self, model: str | None, *, only: str | None = None, exclude: Collection[str] = frozenset()) -> EngineInfo:
         """A ready engine for a request that needs no slot; the one used longest ago.
 
+        Suspected engines come last and, among equals in that, excluded ones: better one that may answer than none.
+
         Raises:
             ConfigError, ModelNotFoundError: as `resolve`.
             EngineNotReadyError: none is ready.
         """
         name = self.resolve(model, only)
-        rows = [row for row in self._candidates(name) if only in (None, row.name)]
-        rows = [row for row in rows if row.name not in exclude] or rows
+        rows = [row for row in self._ready.get(name, []) if only in (None, row.name)]
         if not rows:
-            raise self._not_ready(name)
-        row = min(rows, key=lambda each: each.last_used)
+            raise self.not_ready(name, only)
+        row = min(rows, key=lambda each: (each.suspicions > 0, each.name in exclude, each.last_used))
         self._serial += 1
         row.last_used = self._serial
         return row.info
@@ -189,7 +164,7 @@ class Router:
     def snapshot(self) -> dict[str, Any]:
         """Claims and queues as JSON: `{"waiting": {model: n}, "rejected": n, "engines": {name: {...}}}`."""
         return {
-            "waiting": {model: len(queue) for model, queue in self._queues.items()},
+            "waiting": {model: self._queues.count(model) for model in self._queues.models()},
             "rejected": self._rejected,
             "engines": {
                 row.name: {
@@ -219,7 +194,7 @@ class Router:
         Args:
             model: served name; None as in `resolve`.
             timeout_s: longest wait; None is the router's own.
-            exclude: engines to avoid. They are used all the same when no other engine of the model is ready.
+            exclude: engines to avoid as long as another one of the model has a free slot.
             only: pin the request to this engine.
 
         Raises:
@@ -232,9 +207,10 @@ class Router:
         lease = self._claim(name, avoid, only)
         if lease is not None:
             return lease
-        self._check_hope(name, only)
-        if self._waiting >= self._queue_limit:
-            raise self._overloaded(name, f"all slots are busy and {self._waiting} requests wait")
+        if is_hopeless(self._listed(name, only)):
+            raise self.not_ready(name, only)
+        if self._queues.is_full(name):
+            raise self._overloaded(name, f"all slots are busy and {self._queues.count(name)} requests wait")
         return await self._wait(name, avoid, only, self._queue_timeout_s if timeout_s is None else timeout_s)
 
     def release(self, lease: Lease) -> None:
@@ -242,21 +218,20 @@ class Router:
         if lease.released:
             return
         lease.released = True
-        row = lease._row
+        row = lease.row
         row.busy -= 1
         took_s = self._clock() - lease.claimed_at
         mean_s = self._service_s.get(row.model, took_s)
         self._service_s[row.model] = mean_s + _SERVICE_WEIGHT * (took_s - mean_s)
         if not row.listed and not row.busy and self._rows.get(row.name) is row:
             del self._rows[row.name]
-        if self._waiting:
+        if self._queues:
             self._dispatch(row.model)
 
     async def _wait(self, model: str, exclude: frozenset[str], only: str | None, timeout_s: float) -> Lease:
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(model, only, exclude, loop.create_future())
-        self._queues.setdefault(model, deque()).append(waiter)
-        self._waiting += 1
+        waiter = Waiter(model, only, exclude, loop.create_future())
+        self._queues.join(waiter)
         timer = loop.call_later(timeout_s, self._expire, waiter, timeout_s)
         try:
             return await waiter.grant
@@ -267,15 +242,16 @@ class Router:
             raise
         finally:
             timer.cancel()
-            self._forget(waiter)
+            self._queues.leave(waiter)
 
     def _claim(self, model: str, exclude: frozenset[str], only: str | None) -> Lease | None:
         rows = self._candidates(model)
         if only is not None:
             rows = [row for row in rows if row.name == only]
-        elif exclude and all(row.name in exclude for row in self._ready.get(model, [])):
             exclude = frozenset()
         name = choose(rows, model=model, exclude=exclude)
+        if name is None and exclude:
+            name = choose(rows, model=model)
         if name is None:
             return None
         row = self._rows[name]
@@ -284,59 +260,52 @@ class Router:
         row.last_used = self._serial
         return Lease(row.info, model, self._clock(), row)
 
-    def _candidates(self, model: str) -> list[_Row]:
+    def _candidates(self, model: str) -> list[Row]:
         rows = self._ready.get(model, [])
         return [row for row in rows if not row.suspicions] if self._suspects else rows
 
+    def _listed(self, model: str, only: str | None) -> list[Row]:
+        rows = self._rows.values()
+        return [row for row in rows if row.listed and row.model == model and only in (None, row.name)]
+
     def _dispatch(self, model: str) -> None:
-        queue = self._queues.get(model)
-        if not queue:
-            return
-        for waiter in list(queue):
+        for waiter in self._queues.of(model):
             if waiter.grant.done():
                 continue
             lease = self._claim(model, waiter.exclude, waiter.only)
             if lease is not None:
                 waiter.grant.set_result(lease)
-                self._forget(waiter)
-            elif waiter.only is None and not waiter.exclude:
-                return  # nothing is free for a waiter without wishes, so nothing is free at all
-
-    def _forget(self, waiter: _Waiter) -> None:
-        if not waiter.queued:
-            return
-        waiter.queued = False
-        queue = self._queues[waiter.model]
-        queue.remove(waiter)
-        self._waiting -= 1
-        if not queue:
-            del self._queues[waiter.model]
+                self._queues.leave(waiter)
+            elif waiter.only is None:
+                return  # nothing is free for a waiter without a pin, so nothing is free at all
 
     # --- refusals
 
-    def _expire(self, waiter: _Waiter, waited_s: float) -> None:
+    def not_ready(self, model: str, only: str | None = None) -> EngineNotReadyError:
+        """The error that says why no engine of a model, or not the pinned one, can be used now."""
+        return EngineNotReadyError(f"for model {model!r}", f"not ready: {describe(self._listed(model, only))}")
+
+    def _dismiss(self, model: str) -> None:
+        waiters = [waiter for waiter in self._queues.of(model) if not waiter.grant.done()]
+        hopeless = {only for only in {waiter.only for waiter in waiters} if is_hopeless(self._listed(model, only))}
+        for waiter in waiters:
+            if waiter.only in hopeless:
+                self._queues.leave(waiter)
+                waiter.grant.set_exception(self.not_ready(model, waiter.only))
+
+    def _expire(self, waiter: Waiter, waited_s: float) -> None:
         if waiter.grant.done():
             return
-        self._forget(waiter)
-        no_engine = not any(waiter.only in (None, row.name) for row in self._ready.get(waiter.model, []))
+        self._queues.leave(waiter)
         error: LltmRayError
-        if no_engine:
-            error = self._not_ready(waiter.model)
-        else:
+        if any(waiter.only in (None, row.name) for row in self._candidates(waiter.model)):
             error = self._overloaded(waiter.model, f"no slot came free within {waited_s:g} s")
+        else:
+            error = self.not_ready(waiter.model, waiter.only)
         waiter.grant.set_exception(error)
-
-    def _check_hope(self, model: str, only: str | None) -> None:
-        states = {info.state for info in self.engines(model) if only in (None, info.name)}
-        if states == {EngineState.FAILED}:
-            raise self._not_ready(model)
-
-    def _not_ready(self, model: str) -> EngineNotReadyError:
-        states = ", ".join(f"{info.name} is {info.state}" for info in self.engines(model)) or "it left the fleet"
-        return EngineNotReadyError(f"for model {model!r}", f"not ready: {states}")
 
     def _overloaded(self, model: str, why: str) -> OverloadedError:
         self._rejected += 1
         slots = sum(row.slots_total for row in self._ready.get(model, [])) or 1
-        ahead = len(self._queues.get(model, ())) + 1
+        ahead = self._queues.count(model) + 1
         return OverloadedError(why, max(1.0, self._service_s.get(model, 1.0) * ahead / slots))

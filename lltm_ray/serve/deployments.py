@@ -48,7 +48,6 @@ class _Ingress:
         return self._front.app
 
 
-FleetHolder: Any = serve.deployment(name="fleet", num_replicas=1, ray_actor_options={"num_cpus": 0})(_FleetHolder)
-Ingress: Any = serve.deployment(name="gateway", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000)(
-    serve.ingress()(_Ingress)
-)
+_COMMON: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "logging_config": {"enable_access_log": False}}
+FleetHolder: Any = serve.deployment(name="fleet", num_replicas=1, **_COMMON)(_FleetHolder)
+Ingress: Any = serve.deployment(name="gateway", max_ongoing_requests=10_000, **_COMMON)(serve.ingress()(_Ingress))

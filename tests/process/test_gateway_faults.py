@@ -13,7 +13,7 @@ from lltm_ray.gateway.upstream import UpstreamPool
 from lltm_ray.routing import router as router_module
 
 GOOD = b'{"ok":true,"usage":{"prompt_tokens":3,"completion_tokens":1}}'
-BODY = b'{"prompt":"a"}'
+BODY = b'{"prompt":"a","stream":true}'  # what a client wants streamed goes upstream byte for byte
 
 
 async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:

@@ -46,6 +46,9 @@ def test_a_detached_fleet_is_seen_used_and_taken_down(cache):
         bench = json.loads(lltm("bench", *url, "--requests", "64", "--max-tokens", "8", "--json").stdout)
         assert (bench["ok"], bench["errors"]) == (64, {})
         assert lltm("chat", "hi", *url, "--max-tokens", "8").stdout.strip()
+        script = "import lltm_ray; print(lltm_ray.Cluster.connect('cli').complete('hi', max_tokens=8).engine)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+        assert "engine-" in done.stdout, done.stderr
         again = lltm("up", "--name", "cli", "--detach", check=False)
         assert again.returncode == 1
         assert "runs already" in again.stderr

@@ -2,8 +2,9 @@
 
 import json
 
-from lltm_ray.actors.directory import EXPIRE_AFTER_S, Table
+from lltm_ray.actors.directory import EXPIRE_AFTER_S, LATE, Table
 from lltm_ray.records import EngineInfo, EngineState, GatewayInfo
+from lltm_ray.routing.queue import LATE_DETAIL
 
 NOW = 1000.0
 
@@ -46,6 +47,8 @@ def test_silence_makes_an_engine_failed_and_a_word_brings_it_back(tmp_path):
     assert not table.expire(NOW + EXPIRE_AFTER_S * 0.9)
     assert table.expire(NOW + EXPIRE_AFTER_S * 1.1)
     assert table.status().engines[0].state is EngineState.FAILED
+    assert table.status().engines[0].detail.startswith(LATE)
+    assert LATE == LATE_DETAIL, "routers know by these words that it may come back"
     assert not table.expire(NOW + EXPIRE_AFTER_S * 1.2), "told once"
     assert table.register(engine(), NOW + 10)
     assert table.status().engines[0].state is EngineState.READY

@@ -5,6 +5,7 @@ import pytest
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
 from lltm_ray.records import EngineInfo, EngineState
 from lltm_ray.routing import router as router_module
+from lltm_ray.routing.queue import LATE_DETAIL
 from lltm_ray.routing.router import Router
 
 
@@ -24,8 +25,9 @@ def busy(router: Router) -> dict[str, int]:
 
 
 async def waiting(router: Router, count: int) -> None:
-    while sum(router.snapshot()["waiting"].values()) != count:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(2):
+        while sum(router.snapshot()["waiting"].values()) != count:
+            await asyncio.sleep(0)
 
 
 async def test_requests_alternate_between_equal_engines():
@@ -216,12 +218,115 @@ async def test_a_suspicion_ends_when_the_directory_shows_a_new_server():
     assert (await task).engine.server_pid == 2
 
 
-async def test_excluded_engines_are_used_only_when_there_is_no_other():
+async def test_a_model_that_is_down_does_not_take_the_places_of_a_healthy_one():
+    router = make(engine("a", model="down", state=EngineState.STARTING), engine("b", model="up"), queue_limit=2)
+    tasks = [asyncio.create_task(router.acquire("down")) for _ in range(2)]
+    await waiting(router, 2)
+    lease = await router.acquire("up")
+    tasks.append(asyncio.create_task(router.acquire("up")))
+    await waiting(router, 3)
+    with pytest.raises(OverloadedError, match="2 requests wait"):
+        await router.acquire("down")
+    router.release(lease)
+    router.release(await tasks[2])
+    for task in tasks:
+        task.cancel()
+
+
+@pytest.mark.parametrize("table", [[engine("a", state=EngineState.FAILED)], []], ids=["failed", "left"])
+async def test_waiters_are_told_at_once_when_the_last_engine_of_their_model_is_gone(table):
+    router = make(engine("a", state=EngineState.STARTING), timeout_s=60)
+    tasks = [asyncio.create_task(router.acquire("m", only=only)) for only in (None, "a")]
+    await waiting(router, 2)
+    router.update(table)
+    async with asyncio.timeout(5):
+        for task in tasks:
+            with pytest.raises(EngineNotReadyError, match="a is failed" if table else "left the fleet"):
+                await task
+    assert router.snapshot()["waiting"] == {}
+
+
+async def test_a_pinned_waiter_is_told_when_its_engine_fails_while_others_wait_on():
+    router = make(engine("a"), engine("b"), timeout_s=60)
+    held = [await router.acquire("m") for _ in range(2)]
+    free = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 1)
+    pinned = asyncio.create_task(router.acquire("m", only="a"))
+    await waiting(router, 2)
+    router.update([engine("a", state=EngineState.FAILED), engine("b")])
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineNotReadyError, match=r"a is failed$"):
+            await pinned
+    assert not free.done()
+    router.release(held[1])
+    assert (await free).engine.name == "b"
+
+
+async def test_a_waiter_cancelled_in_the_step_that_tells_it_the_end_is_just_cancelled():
+    router = make(engine("a", state=EngineState.STARTING))
+    task = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 1)
+    router.update([])
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_an_engine_that_failed_only_by_its_silence_is_waited_for():
+    silent = engine("a", state=EngineState.FAILED).with_(detail=f"{LATE_DETAIL} for 15 s")
+    router = make(silent, timeout_s=60)
+    task = asyncio.create_task(router.acquire("m"))
+    await waiting(router, 1)
+    router.update([silent, engine("b", state=EngineState.FAILED)])
+    await asyncio.sleep(0)
+    assert not task.done()
+    router.update([engine("a", pid=2)])
+    assert (await task).engine.server_pid == 2
+
+
+async def test_a_failure_of_a_server_that_was_replaced_meanwhile_is_not_held_against_the_new_one():
+    router = make(engine("a"))
+    old = router.pick("m")
+    router.update([engine("a", pid=2)])
+    router.suspect(old)
+    assert not router.snapshot()["engines"]["a"]["is_suspect"]
+    router.suspect(router.pick("m"))
+    assert router.snapshot()["engines"]["a"]["is_suspect"]
+
+
+async def test_a_retry_uses_the_engine_it_avoids_when_the_others_are_busy_and_it_is_well_again(monkeypatch):
+    monkeypatch.setattr(router_module, "SUSPECT_S", 0.02)
+    router = make(engine("a"), engine("b"))
+    await router.acquire("m", only="b")
+    router.suspect(router.engines("m")[0])
+    async with asyncio.timeout(2):
+        assert (await router.acquire("m", exclude={"a"})).engine.name == "a"
+
+
+async def test_a_request_without_a_slot_goes_to_a_suspect_rather_than_nowhere():
+    router = make(engine("a"), engine("b"))
+    router.suspect("a")
+    assert [router.pick("m").name for _ in range(2)] == ["b", "b"]
+    assert router.pick("m", exclude={"b"}).name == "b", "an avoided engine that answers is better than a suspect"
+    assert router.pick("m", only="a").name == "a"
+    router.suspect("b")
+    assert router.pick("m", exclude={"a"}).name == "b"
+
+
+async def test_a_refusal_says_which_engines_did_not_answer():
+    router = make(engine("a"), engine("b", state=EngineState.STARTING))
+    router.suspect("a")
+    with pytest.raises(EngineNotReadyError, match="a is ready but did not answer just now, b is starting"):
+        await router.acquire("m", timeout_s=0.01)
+
+
+async def test_excluded_engines_are_used_only_when_no_other_has_a_free_slot():
     router = make(engine("a"), engine("b"))
     first = await router.acquire("m", exclude={"b"})
     assert first.engine.name == "a"
     router.release(first)
     assert (await router.acquire("m", exclude={"a", "b"}, timeout_s=0)).engine.name in ("a", "b")
+    assert (await router.acquire("m", exclude={"b"}, timeout_s=0)).engine.name in ("a", "b")
 
 
 async def test_a_pinned_waiter_neither_takes_another_engine_nor_blocks_those_behind_it():

@@ -8,21 +8,33 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lltm_ray.errors import EngineNotReadyError, OverloadedError
 from lltm_ray.records import EngineInfo, EngineState
-from lltm_ray.routing.router import Lease, Router
+from lltm_ray.routing.queue import LATE_DETAIL
+from lltm_ray.routing.router import SUSPECT_S, Lease, Router
 
 NAMES = ("a", "b", "c")
 MODELS = {"a": "m", "b": "m", "c": "n"}
+QUEUE_LIMIT = 3
+QUEUE_TIMEOUT_S = 60.0
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """Its clock is ours; it never sleeps, because there is always something to run."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
 
 
 class RouterMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
-        self.router = Router(queue_limit=6, queue_timeout_s=60)
+        self.loop = Loop()
+        self.router = Router(QUEUE_LIMIT, QUEUE_TIMEOUT_S)
         self.table: dict[str, EngineInfo] = {}
         self.leases: list[Lease] = []
         self.tasks: list[asyncio.Task[Lease]] = []
-        self.wishes: dict[asyncio.Task[Lease], tuple[str, frozenset[str]]] = {}
+        self.wishes: dict[asyncio.Task[Lease], tuple[str, str | None]] = {}
         self.pids = dict.fromkeys(NAMES, 1)
         self.allowed: dict[str, int] = {}
 
@@ -39,7 +51,7 @@ class RouterMachine(RuleBasedStateMachine):
         assert all(row["slots_busy"] == 0 for row in rows["engines"].values())
 
     def run(self) -> None:
-        """Let the loop go on until nothing changes; waiters of one model must end in the order they came."""
+        """Let the loop go on until nothing changes; waiters of one model and pin must end in the order they came."""
 
         async def settle() -> None:
             for _ in range(4):
@@ -67,13 +79,13 @@ class RouterMachine(RuleBasedStateMachine):
         name=st.sampled_from(NAMES),
         slots=st.integers(0, 3),
         restarts=st.booleans(),
-        state=st.sampled_from([EngineState.READY, EngineState.STARTING, EngineState.DRAINING]),
+        state=st.sampled_from([EngineState.READY, EngineState.STARTING, EngineState.DRAINING, EngineState.FAILED]),
+        detail=st.sampled_from(["", f"{LATE_DETAIL} for 15 s"]),
     )
-    def set_engine(self, name: str, slots: int, restarts: bool, state: EngineState) -> None:
+    def set_engine(self, name: str, slots: int, restarts: bool, state: EngineState, detail: str = "") -> None:
         self.pids[name] = pid = self.pids[name] + restarts
-        self.table[name] = EngineInfo(
-            name=name, model=MODELS[name], state=state, url=f"http://{name}:{pid}", slots_total=slots, server_pid=pid
-        )
+        info = EngineInfo(name=name, model=MODELS[name], state=state, detail=detail)
+        self.table[name] = info.with_(url=f"http://{name}:{pid}", slots_total=slots, server_pid=pid)
         self.update()
 
     @rule(name=st.sampled_from(NAMES))
@@ -90,13 +102,33 @@ class RouterMachine(RuleBasedStateMachine):
         for name, row in self.router.snapshot()["engines"].items():
             self.allowed[name] = max(row["slots_total"], row["slots_busy"])
 
-    @rule(model=st.sampled_from("mn"), exclude=st.sets(st.sampled_from(NAMES)))
-    def ask(self, model: str, exclude: set[str]) -> None:
-        if model in self.router.models():
-            task = self.loop.create_task(self.router.acquire(model, exclude=exclude))
-            self.tasks.append(task)
-            self.wishes[task] = model, frozenset(exclude)
-            self.run()
+    @rule(model=st.sampled_from("mn"), exclude=st.sets(st.sampled_from(NAMES)), only=st.none() | st.sampled_from(NAMES))
+    def ask(self, model: str, exclude: set[str], only: str | None) -> None:
+        if model not in self.router.models() or (only and (only not in self.table or MODELS[only] != model)):
+            return
+        full = self.router.snapshot()["waiting"].get(model, 0) == QUEUE_LIMIT
+        task = self.loop.create_task(self.router.acquire(model, exclude=exclude, only=only))
+        self.tasks.append(task)
+        self.wishes[task] = model, only
+        self.run()
+        if not full and task.done():
+            assert not isinstance(task.exception(), OverloadedError), "refused beside a queue with places"
+
+    @rule(name=st.sampled_from(NAMES), is_old=st.booleans())
+    def suspect(self, name: str, is_old: bool) -> None:
+        async def go() -> None:
+            before = self.router.snapshot()
+            info = self.table[name]
+            self.router.suspect(info.with_(server_pid=-1) if is_old else info)
+            assert not is_old or self.router.snapshot() == before, "a server that is gone told on the new one"
+
+        if name in self.table:
+            self.loop.run_until_complete(go())
+
+    @rule(seconds=st.sampled_from([SUSPECT_S, QUEUE_TIMEOUT_S]))
+    def advance(self, seconds: float) -> None:
+        self.loop.now += seconds
+        self.run()
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), cancel_first_waiter=st.booleans())
@@ -133,21 +165,29 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_beside_a_slot_it_could_use(self) -> None:
-        shown = self.router.snapshot()
-        for model in shown["waiting"]:
-            ready = [
-                (name, row)
-                for name, row in shown["engines"].items()
-                if row["model"] == model and row["state"] == "ready" and row["slots_total"] > 0
-            ]
-            queue = self.router._queues[model]
-            for waiter in queue:
-                names = {name for name, _ in ready} - set(waiter.exclude) or {name for name, _ in ready}
-                assert all(row["slots_busy"] >= row["slots_total"] for name, row in ready if name in names)
+        engines = self.router.snapshot()["engines"]
+        for model in self.router.snapshot()["waiting"]:
+            usable = {
+                name
+                for name, row in engines.items()
+                if row["model"] == model and row["state"] == "ready" and not row["is_suspect"]
+                if row["slots_busy"] < row["slots_total"]
+            }
+            for waiter in self.router._queues.of(model):
+                assert not usable & ({waiter.only} if waiter.only else usable)
+
+    @invariant()
+    def nobody_waits_without_hope(self) -> None:
+        for model in self.router.snapshot()["waiting"]:
+            for waiter in self.router._queues.of(model):
+                infos = [info for info in self.router.engines(model) if waiter.only in (None, info.name)]
+                assert any(info.state is not EngineState.FAILED or info.detail for info in infos)
 
     @invariant()
     def the_number_of_waiters_is_the_number_of_unfinished_requests(self) -> None:
-        assert sum(self.router.snapshot()["waiting"].values()) == len(self.tasks) == self.router._waiting
+        counts = self.router.snapshot()["waiting"].values()
+        assert sum(counts) == len(self.tasks)
+        assert all(count <= QUEUE_LIMIT for count in counts)
 
 
 RouterMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

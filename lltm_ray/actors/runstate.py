@@ -1,4 +1,4 @@
-"""What `up --detach` leaves for `status` and `down`: one small file a fleet, in the cache folder."""
+"""Where the fleets of this machine run: a small file each, written by `up`, read by `status`, `down`, `connect`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from lltm_ray.config import read_environment
-
-if TYPE_CHECKING:
-    from lltm_ray.driver import Cluster
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +37,12 @@ class RunState:
         _path(self.name).unlink(missing_ok=True)
 
     @classmethod
-    def of(cls, cluster: Cluster, *, holds_fleet: bool) -> Self:
+    def of_this_process(cls, name: str, ray_address: str, endpoint: str | None, *, holds_fleet: bool) -> Self:
         """The state of a fleet that this process has just started."""
         return cls(
-            name=cluster.name,
-            ray_address=cluster.ray_address,
-            endpoint=cluster.endpoint or "",
+            name=name,
+            ray_address=ray_address,
+            endpoint=endpoint or "",
             ray_auth_mode=os.environ.get("RAY_AUTH_MODE", ""),
             pid=os.getpid() if holds_fleet else 0,
             pid_started=started_at(os.getpid()) if holds_fleet else "",

@@ -1,0 +1,151 @@
+"""Whole answers that the gateway joins from a stream, before real llama.cpp servers."""
+
+import asyncio
+import io
+import json
+from contextlib import ExitStack
+
+import aiohttp
+import pytest
+from gateway_harness import MODEL, Engine, gateway, real_engine
+
+from lltm_ray.models.tiny import ensure_tiny
+
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "hello"}],
+    "max_tokens": 8,
+    "temperature": 0,
+    "seed": 1,
+}
+_VOLATILE = {"id", "created", "created_at", "completed_at", "timings", "id_slot", "cached_tokens"}
+_VOLATILE |= {"cache_read_input_tokens", "input_tokens_details", "prompt_tokens_details", "modified_at"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return ensure_tiny(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny, tmp_path_factory):
+    with ExitStack() as stack:
+        folder = tmp_path_factory.mktemp("engines")
+        yield tuple(stack.enter_context(real_engine(name, tiny, folder)) for name in ("e0", "e1"))
+
+
+def infos(pair: tuple[Engine, ...]):
+    return [engine.info for engine in pair]
+
+
+async def busy_slots(gate, engine: Engine) -> int:
+    async with gate.http.get(f"{engine.info.url}/slots", headers=engine.headers) as reply:
+        return sum(slot["is_processing"] for slot in await reply.json())
+
+
+async def until_free(gate, engine: Engine, busy: int = 0) -> None:
+    async with asyncio.timeout(5):
+        while await busy_slots(gate, engine) != busy:
+            await asyncio.sleep(0.02)
+
+
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"prompt": "hello"},
+    "/completion": {"prompt": "hello", "n_predict": 8},
+}
+GRAMMAR = {"grammar": 'root ::= "a" "é" "€" "b"'}
+SAME = [
+    {},
+    {"max_tokens": 1, "n_predict": 1},
+    {"stop": [":"]},
+    {"stop": ["3:zz"], "n_predict": 3, "max_tokens": 3},
+    {"stop": ["M [qq"]},
+    {"n_probs": 2, "logprobs": 2, "return_tokens": True},
+    {"timings_per_token": True},
+    {"verbose": True},
+    {"return_progress": True},
+    {"response_format": {"type": "json_object"}, "max_tokens": 8},
+    {"grammar": 'root ::= ""'},
+    {"grammar": "bad"},
+    {"n": 2},
+    GRAMMAR | {"n_predict": 30, "max_tokens": 30},
+    GRAMMAR | {"n_predict": 4, "max_tokens": 4},
+]
+
+
+def settled(value):  # keys in their order, so that it counts too
+    if isinstance(value, dict):
+        return [(key, settled(item)) for key, item in value.items() if key not in _VOLATILE]
+    return [settled(item) for item in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("path", ["/completion", "/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("extra", SAME)
+async def test_an_answer_joined_from_a_stream_is_the_one_the_server_sends_whole(pair, path, extra):
+    extra = extra | ({"logprobs": True} if "chat" in path and "logprobs" in extra else {})
+    body = BODIES[path] | {"max_tokens": 4, "n_predict": 4, "seed": 1, "temperature": 0} | extra
+    async with gateway(*infos(pair)) as gate:
+        async with gate.http.post(f"{pair[0].info.url}{path}", json=body, headers=pair[0].headers) as reply:
+            direct = reply.status, reply.headers["content-type"], settled(await reply.json())
+        async with gate.http.post(f"{gate.url}{path}", json=body) as reply:
+            assert (reply.status, reply.headers["content-type"], settled(await reply.json())) == direct
+            assert int(reply.headers["content-length"])
+        assert gate.app.records[-1].ttft_s <= gate.app.records[-1].total_s
+
+
+WHOLE_LONG = CHAT | {"max_tokens": 7000, "ignore_eos": True}
+
+
+async def test_a_client_that_leaves_a_whole_answer_frees_its_slot_at_once(pair):
+    async with gateway(pair[0].info) as gate:
+        with pytest.raises(asyncio.TimeoutError):
+            await gate.http.post(
+                f"{gate.url}/v1/chat/completions", json=WHOLE_LONG, timeout=aiohttp.ClientTimeout(total=0.3)
+            )
+        async with asyncio.timeout(1.5):
+            await until_free(gate, pair[0])
+        await gate.idle()
+        assert gate.app.records[-1].error == "client gone"
+
+
+async def test_a_deadline_of_a_whole_answer_is_a_504_and_frees_its_slot_at_once(pair):
+    async with gateway(pair[0].info, request_timeout_s=0.3) as gate:
+        async with gate.http.post(f"{gate.url}/v1/chat/completions", json=WHOLE_LONG) as reply:
+            assert reply.status == 504
+        async with asyncio.timeout(1.5):
+            await until_free(gate, pair[0])
+
+
+async def test_a_whole_answer_whose_engine_is_killed_comes_whole_from_another(pair, tiny, tmp_path):
+    body = CHAT | {"max_tokens": 1500, "ignore_eos": True}
+    with real_engine("doomed", tiny, tmp_path) as doomed:
+        async with gateway(doomed.info) as gate:
+            asked = asyncio.create_task(gate.http.post(f"{gate.url}/v1/chat/completions", json=body))
+            async with asyncio.timeout(5):
+                while await busy_slots(gate, doomed) == 0:
+                    await asyncio.sleep(0.01)
+            gate.router.update([doomed.info, pair[0].info])
+            doomed.process.kill()
+            async with await asked as reply:
+                assert (reply.status, reply.headers["x-lltm-engine"]) == (200, "e0")
+                text = (await reply.json())["choices"]
+            assert gate.app.records[-1].attempts == 2
+        async with gateway(pair[0].info) as gate:
+            url = f"{pair[0].info.url}/v1/chat/completions"
+            async with gate.http.post(url, json=body, headers=pair[0].headers) as reply:
+                assert (await reply.json())["choices"] == text
+
+
+async def test_a_target_over_8_kib_is_a_414_that_no_engine_sees(pair):
+    async with gateway(*infos(pair)) as gate:
+        async with gate.http.post(f"{gate.url}/completion?{'x' * 8200}", json=BODIES["/completion"]) as reply:
+            assert (reply.status, (await reply.json())["error"]["code"]) == (414, 414)
+        assert gate.app.records[-1].attempts == 0
+
+
+async def test_a_body_over_a_mebibyte_is_understood_as_well(pair):
+    async with gateway(*infos(pair)) as gate:
+        body = json.dumps(BODIES["/completion"] | {"unused": "x" * (2**20 + 1)}).encode()
+        async with gate.http.post(f"{gate.url}/completion", data=io.BytesIO(body)) as reply:
+            assert (reply.status, (await reply.json())["tokens_predicted"]) == (200, 8)
