@@ -234,6 +234,7 @@ class GatewayApp:
         if read_pin(request) is None and len(known) > 1:
             names = ", ".join(engine.name for engine in known)
             raise ConfigError("engine", None, f"slots belong to engines: name one with ?engine=, of {names}")
+        request.once = True
         await self._forward(request, needs_slot=False, reads_model=False)
 
 

@@ -76,7 +76,7 @@ class Relay:
                 self._router.suspect(engine)
                 if request.is_started:
                     raise EngineExitedError(engine.name) from error
-                if record.attempts >= self._max_attempts or breaks == _MAX_BREAKS:
+                if request.once or record.attempts >= self._max_attempts or breaks == _MAX_BREAKS:
                     raise EngineNotReadyError(engine.name, f"unreachable: {error}") from error
                 tried.add(engine.name)
             finally:
@@ -95,7 +95,7 @@ class Relay:
         headers = upstream_headers(request.headers, engine.api_key, request.id)
         method = request.method.encode("ascii")
         data = build_request(method, request.target, engine.url, headers, request.streamed or request.body)
-        connection = await self._pool.open(engine.url, data)
+        connection = await self._pool.open(engine.url, data, fresh=request.once)
         try:
             if connection.status == 503 and request.record.attempts < self._max_attempts:
                 raise _LoadingError("its server is loading (503)")

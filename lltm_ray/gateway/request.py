@@ -41,6 +41,8 @@ class Request:
     record: RequestRecord
     body: bytes = b""
     body_json: Any = None
+    once: bool = False
+    """Must not run twice: sent on a connection of its own, and to one engine."""
     streamed: bytes | None = None
     """What to send instead of `body` so that the engine streams an answer that goes to the client whole."""
     model: str | None = None

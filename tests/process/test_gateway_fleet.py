@@ -106,3 +106,17 @@ async def test_an_engine_silent_on_slots_is_logged_once_per_change(caplog, monke
 async def test_a_fleet_answer_without_engines_is_empty(path):
     async with gateway(away("a")) as gate:
         assert await get(gate, path) in ("[]", "")
+
+
+async def test_a_slot_action_never_runs_twice():
+    async def answer_then_break(request: bytes, writer: asyncio.StreamWriter) -> None:
+        if request.startswith(b"POST /slots"):
+            writer.close()
+        else:
+            writer.write(whole(b'{"tokens":[]}'))
+
+    async with FakeEngine(answer_then_break) as engine, gateway(engine_info("e", engine.url)) as gate:
+        assert (await post(gate, "/tokenize"))[0] == 200  # leaves a connection in the pool
+        status, _ = await post(gate, "/slots/0?action=save")
+        assert status == 503
+        assert sum(request.startswith(b"POST /slots") for request in engine.requests) == 1

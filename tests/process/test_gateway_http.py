@@ -15,7 +15,7 @@ from lltm_ray.gateway.headers import build_request, upstream_headers
 from lltm_ray.gateway.upstream import UpstreamBrokenError, UpstreamPool
 
 GOOD = b'{"ok":true}'
-BODY = b'{"prompt":"a"}'
+BODY = b'{"prompt":"a","stream":true}'  # asked for as a stream it goes upstream byte for byte
 HIDDEN = b"GET /lltm/status HTTP/1.1\r\nhost: x\r\n\r\n"
 UPGRADES = {
     "h2c": b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABk\r\n",

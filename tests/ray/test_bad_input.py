@@ -68,7 +68,7 @@ CASES = {
         EngineStartError,
         "no-such-flag",
     ),
-    "unknown setting": (lambda tiny, folder: {"engines_": 2}, ConfigError, r"unknown setting; did you mean engines\?"),
+    "unknown setting": (lambda tiny, folder: {"engines_": 2}, ConfigError, "unknown setting; did you mean engines"),
     "wrong type": (lambda tiny, folder: {"engines": "two"}, ConfigError, "engines='two': must be int"),
     "odd share": (lambda tiny, folder: {"gpu_share": 1.5}, ConfigError, "whole number of GPUs"),
     "no GPU to see": (lambda tiny, folder: {"engines": 1, "gpu_share": 0.5}, PlacementError, "0.5 GPU"),
