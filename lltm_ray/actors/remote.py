@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from typing import Any
@@ -29,6 +30,7 @@ def take_auth_mode(mode: str) -> None:
     Ray finds the mode out by itself for "auto", not for an address; it reads the variable only when it is imported.
     """
     if mode == "token" and "RAY_AUTH_MODE" not in os.environ:
+        logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
         maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
