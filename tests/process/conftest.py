@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gateway_harness import Engine, real_engine
 
 from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
-from lltm_ray.models.tiny import TinyShape, write_tiny
+from lltm_ray.models.tiny import TinyShape, ensure_tiny, write_tiny
 
 # The child ends when its stdin does, so it cannot outlive the tests however they die.
 _CHILD = """
@@ -167,3 +168,17 @@ async def faces(request: pytest.FixtureRequest) -> AsyncIterator[Faces]:
     yield make
     for face in made:
         await face.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model."""
+    return ensure_tiny(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Engine, ...]]:
+    """Two real servers for a gateway to stand before."""
+    with ExitStack() as stack:
+        folder = tmp_path_factory.mktemp("engines")
+        yield tuple(stack.enter_context(real_engine(name, tiny, folder)) for name in ("e0", "e1"))

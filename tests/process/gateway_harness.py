@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,16 @@ from lltm_ray.routing.router import Router
 
 SLOTS = 2
 MODEL = "tiny"
+CHAT = {
+    "model": MODEL,
+    "messages": [{"role": "user", "content": "hello"}],
+    "max_tokens": 8,
+    "temperature": 0,
+    "seed": 1,
+}
+VOLATILE = {"id", "created", "created_at", "completed_at", "timings", "id_slot", "cached_tokens", "modified_at"}
+VOLATILE |= {"cache_read_input_tokens", "input_tokens_details", "prompt_tokens_details"}
+"""What differs in the same answer from one run to the next."""
 # The child ends when its stdin does, so it cannot outlive the tests however they die.
 _CHILD = """
 import os, sys, xllamacpp
@@ -69,6 +79,11 @@ def real_engine(name: str, model: Path, log_dir: Path) -> Iterator[Engine]:
             yield Engine(engine_info(name, url, process.pid), process)
         finally:
             process.kill()
+
+
+def infos(engines: Iterable[Engine]) -> list[EngineInfo]:
+    """As the directory's table."""
+    return [engine.info for engine in engines]
 
 
 def engine_info(name: str, url: str, pid: int = 1, *, model: str = MODEL, slots: int = SLOTS) -> EngineInfo:

@@ -3,48 +3,21 @@
 import asyncio
 import json
 import re
-from contextlib import ExitStack
 
 import aiohttp
 import openai
 import pytest
-from gateway_harness import MODEL, SLOTS, Engine, gateway, raw, real_engine
+from gateway_harness import CHAT, MODEL, SLOTS, VOLATILE, Engine, gateway, infos, raw, real_engine
 
 from lltm_ray.errors import ConfigError
-from lltm_ray.models.tiny import ensure_tiny
 from lltm_ray.records import EngineState
 
-CHAT = {
-    "model": MODEL,
-    "messages": [{"role": "user", "content": "hello"}],
-    "max_tokens": 8,
-    "temperature": 0,
-    "seed": 1,
-}
 LONG = CHAT | {"max_tokens": 7000, "stream": True}
-_VOLATILE = {"id", "created", "created_at", "completed_at", "timings", "id_slot", "cached_tokens"}
-_VOLATILE |= {"cache_read_input_tokens", "input_tokens_details", "prompt_tokens_details", "modified_at"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return ensure_tiny(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def pair(tiny, tmp_path_factory):
-    with ExitStack() as stack:
-        folder = tmp_path_factory.mktemp("engines")
-        yield tuple(stack.enter_context(real_engine(name, tiny, folder)) for name in ("e0", "e1"))
-
-
-def infos(pair: tuple[Engine, ...]):
-    return [engine.info for engine in pair]
 
 
 def steady(value):  # without what differs from one run to the next
     if isinstance(value, dict):
-        return {key: steady(item) for key, item in value.items() if key not in _VOLATILE}
+        return {key: steady(item) for key, item in value.items() if key not in VOLATILE}
     return [steady(item) for item in value] if isinstance(value, list) else value
 
 

@@ -3,39 +3,10 @@
 import asyncio
 import io
 import json
-from contextlib import ExitStack
 
 import aiohttp
 import pytest
-from gateway_harness import MODEL, Engine, gateway, real_engine
-
-from lltm_ray.models.tiny import ensure_tiny
-
-CHAT = {
-    "model": MODEL,
-    "messages": [{"role": "user", "content": "hello"}],
-    "max_tokens": 8,
-    "temperature": 0,
-    "seed": 1,
-}
-_VOLATILE = {"id", "created", "created_at", "completed_at", "timings", "id_slot", "cached_tokens"}
-_VOLATILE |= {"cache_read_input_tokens", "input_tokens_details", "prompt_tokens_details", "modified_at"}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return ensure_tiny(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def pair(tiny, tmp_path_factory):
-    with ExitStack() as stack:
-        folder = tmp_path_factory.mktemp("engines")
-        yield tuple(stack.enter_context(real_engine(name, tiny, folder)) for name in ("e0", "e1"))
-
-
-def infos(pair: tuple[Engine, ...]):
-    return [engine.info for engine in pair]
+from gateway_harness import CHAT, VOLATILE, Engine, gateway, infos, real_engine
 
 
 async def busy_slots(gate, engine: Engine) -> int:
@@ -76,7 +47,7 @@ SAME = [
 
 def settled(value):  # keys in their order, so that it counts too
     if isinstance(value, dict):
-        return [(key, settled(item)) for key, item in value.items() if key not in _VOLATILE]
+        return [(key, settled(item)) for key, item in value.items() if key not in VOLATILE]
     return [settled(item) for item in value] if isinstance(value, list) else value
 
 

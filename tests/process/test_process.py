@@ -15,16 +15,10 @@ from lltm_ray.errors import ConfigError, EngineNotReadyError, EngineStartError
 from lltm_ray.llamacpp import process as module
 from lltm_ray.llamacpp.command import build_args
 from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
-from lltm_ray.models.tiny import ensure_tiny
 from lltm_ray.records import EngineState
 
 KEY = "0123456789abcdef"
 LONG = {"max_tokens": 20_000, "ignore_eos": True}
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return ensure_tiny(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
