@@ -61,6 +61,10 @@ def up(
     }
     given = _given(settings)
     fleet = FleetConfig.from_toml(config, **given) if config else build(FleetConfig, given)
+    _run(fleet, detach=detach)
+
+
+def _run(fleet: FleetConfig, *, detach: bool) -> None:
     state = RunState.load(fleet.name)
     if state is not None and state.pid:  # one without a process lives on a Ray cluster, which knows best
         raise FleetError(f"fleet {fleet.name!r} runs already: lltm-ray down --name {fleet.name}, or another --name")
