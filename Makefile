@@ -18,7 +18,7 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready
-	$(BIN)/python tests/peers/direct.py
+	$(BIN)/python -m tests.peers $(ARGS)
 
 native: $(VENV)/.ready
 	LLTM_RAY_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --editable .
@@ -28,7 +28,7 @@ lock: # after a change of pyproject's dependencies; needs uv
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \
 	  --custom-compile-command "make lock" --output-file requirements.lock pyproject.toml
 
-clean:
+clean: # .bench, the peers of `make bench`, is kept: it takes minutes to make
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/.ready: pyproject.toml requirements.lock

@@ -6,169 +6,38 @@ Field docstrings give the unit, the llama-server flag, and the reason of the def
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
+from lltm_ray._engine_config import CACHE_TYPES, POOLING, SPLIT_MODES, EngineConfig, LoraAdapter
+from lltm_ray._settings import build, merge
+from lltm_ray._settings import check as _check
+from lltm_ray._settings import check_choice as _check_choice
+from lltm_ray._settings import check_range as _check_range
 from lltm_ray.errors import ConfigError
 
-CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
-SPLIT_MODES = ("none", "layer", "row", "tensor")
-POOLING = ("none", "mean", "cls", "last", "rank")
+__all__ = [
+    "CACHE_TYPES",
+    "POOLING",
+    "SPLIT_MODES",
+    "EngineConfig",
+    "Environment",
+    "FleetConfig",
+    "GatewayConfig",
+    "LoraAdapter",
+    "ModelConfig",
+    "build",
+    "merge",
+    "read_environment",
+]
+ROUTING_POLICIES = ("residency", "least-loaded", "round-robin", "consistent-hash", "prefix-hash")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
-
-
-def _check(ok: bool, name: str, value: Any, why: str) -> None:
-    if not ok:
-        raise ConfigError(name, value, why)
-
-
-def _check_choice(name: str, value: str | None, choices: tuple[str, ...]) -> None:
-    _check(value is None or value in choices, name, value, f"must be one of {', '.join(choices)}")
-
-
-def _check_range(settings: Any, **limits: tuple[float, float]) -> None:
-    for name, (low, high) in limits.items():
-        value = getattr(settings, name)
-        _check(value is None or low <= value <= high, name, value, f"must be from {low} to {high}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraAdapter:
-    """A GGUF LoRA adapter and its scale (`--lora-scaled`)."""
-
-    path: str
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """One llama-server. Every field becomes a flag of it; `None` leaves the choice to the planner or to llama.cpp."""
-
-    n_ctx: int | None = None
-    """Tokens of KV cache, shared by all slots (`--ctx-size`). None: the largest that fits the share, at most the
-    model's trained context for each slot."""
-    n_parallel: int = 4
-    """Slots (`--parallel`); 4 is llama-server's own automatic choice."""
-    n_batch: int = 2048
-    """Logical batch in tokens (`--batch-size`)."""
-    n_ubatch: int = 512
-    """Physical batch in tokens (`--ubatch-size`); sizes the compute buffer."""
-    n_gpu_layers: int | None = None
-    """Layers on the GPU (`--n-gpu-layers`). None: as many as fit the share."""
-    split_mode: str = "layer"
-    """How a model is split over several GPUs (`--split-mode none|layer|row|tensor`)."""
-    tensor_split: tuple[float, ...] = ()
-    """Proportions per GPU (`--tensor-split`)."""
-    main_gpu: int = 0
-    """GPU for small tensors when not splitting (`--main-gpu`), counted among the engine's own GPUs."""
-    flash_attn: str = "auto"
-    """`--flash-attn on|off|auto`."""
-    cache_type_k: str = "f16"
-    """KV cache type of keys (`--cache-type-k`)."""
-    cache_type_v: str = "f16"
-    """KV cache type of values (`--cache-type-v`); a quantized type needs flash attention."""
-    kv_unified: bool = False
-    """One KV buffer for all slots (`--kv-unified`); off, so that each slot owns n_ctx / n_parallel."""
-    cache_ram_mib: int | None = None
-    """Host-memory prompt cache in MiB (`--cache-ram`); 0 turns it off, which also keeps tenants apart. None: an eighth
-    of the node's free memory, divided among its engines, at most llama.cpp's own 8192."""
-    cache_reuse: int | None = None
-    """Smallest chunk in tokens to reuse by KV shifting (`--cache-reuse`)."""
-    swa_full: bool = False
-    """Full-size cache for sliding-window layers (`--swa-full`)."""
-    context_shift: bool = False
-    """Shift the context when it is full instead of ending (`--context-shift`)."""
-    slot_prompt_similarity: float | None = None
-    """How similar a prompt must be to reuse a slot, 0..1 (`--slot-prompt-similarity`)."""
-    n_threads: int | None = None
-    """CPU threads for decode (`--threads`). None: on a GPU llama.cpp's choice, else the node's cores divided among its
-    engines."""
-    n_threads_batch: int | None = None
-    """CPU threads for prefill (`--threads-batch`)."""
-    n_threads_http: int | None = None
-    """HTTP threads (`--threads-http`). None: more than twice the slots, so that /health answers under full load."""
-    use_mmap: bool = True
-    """Map the model file (`--load-mode mmap`, else `none`)."""
-    use_mlock: bool = False
-    """Lock the model in memory (`--load-mode mlock`)."""
-    lora: tuple[LoraAdapter, ...] = ()
-    """Adapters loaded at start (`--lora-scaled`)."""
-    mmproj: str | None = None
-    """Multimodal projector GGUF (`--mmproj`)."""
-    model_draft: str | None = None
-    """Draft model GGUF for speculative decoding (`--spec-draft-model`)."""
-    draft_max: int | None = None
-    """Most drafted tokens (`--spec-draft-n-max`)."""
-    draft_min: int | None = None
-    """Fewest drafted tokens (`--spec-draft-n-min`)."""
-    draft_p_min: float | None = None
-    """Least probability to go on drafting, 0..1 (`--spec-draft-p-min`)."""
-    n_gpu_layers_draft: int | None = None
-    """Draft layers on the GPU (`--spec-draft-ngl`)."""
-    embeddings: bool = False
-    """Serve embeddings (`--embeddings`)."""
-    reranking: bool = False
-    """Serve reranking (`--reranking`)."""
-    pooling: str | None = None
-    """`--pooling none|mean|cls|last|rank`."""
-    chat_template: str | None = None
-    """Template text or a built-in name (`--chat-template`)."""
-    jinja: bool = True
-    """Use the model's Jinja template (`--jinja`); tools need it."""
-    reasoning_format: str = "auto"
-    """Where thinking goes (`--reasoning-format none|deepseek|deepseek-legacy|auto`)."""
-    rope_freq_base: float | None = None
-    """`--rope-freq-base`."""
-    rope_freq_scale: float | None = None
-    """`--rope-freq-scale`."""
-    slot_save_path: str | None = None
-    """Folder for saved slots (`--slot-save-path`)."""
-    sleep_idle_s: int | None = None
-    """Unload after so many idle seconds (`--sleep-idle-seconds`)."""
-    warmup: bool = True
-    """Run once before serving (`--warmup`)."""
-    extra_args: tuple[str, ...] = ()
-    """Further llama-server arguments, as they are; the embedded engine refuses those it does not know."""
-
-    def __post_init__(self) -> None:
-        _check_range(
-            self,
-            n_ctx=(8, 2**31),
-            n_parallel=(1, 1024),
-            n_batch=(1, 2**20),
-            n_ubatch=(1, 2**20),
-            n_gpu_layers=(0, 100_000),
-            main_gpu=(0, 127),
-            cache_ram_mib=(-1, 2**31),
-            n_threads=(1, 4096),
-            n_threads_batch=(1, 4096),
-            n_threads_http=(1, 65_536),
-            slot_prompt_similarity=(0, 1),
-            draft_p_min=(0, 1),
-            draft_max=(0, 1024),
-            draft_min=(0, 1024),
-            sleep_idle_s=(1, 2**31),
-        )
-        _check_choice("split_mode", self.split_mode, SPLIT_MODES)
-        _check_choice("flash_attn", self.flash_attn, ("on", "off", "auto"))
-        _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPES)
-        _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPES)
-        _check_choice("pooling", self.pooling, POOLING)
-        _check_choice("reasoning_format", self.reasoning_format, ("none", "deepseek", "deepseek-legacy", "auto"))
-        quantized_v = self.cache_type_v not in ("f32", "f16", "bf16")
-        _check(
-            not (quantized_v and self.flash_attn == "off"),
-            "cache_type_v",
-            self.cache_type_v,
-            "a quantized V cache needs flash_attn on or auto",
-        )
-        _check(all(part >= 0 for part in self.tensor_split), "tensor_split", self.tensor_split, "parts must be >= 0")
+_FILE = re.compile(r"(?:.*[/:])?(?P<stem>[^/:]+?)(?:-\d{5}-of-\d{5})?\.gguf(?:@.*)?\Z", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,9 +57,20 @@ class GatewayConfig:
     queue_limit: int = 256
     """Requests that may wait for a slot of one model; the next one gets 429."""
     queue_timeout_s: float = 60.0
-    """Longest wait for a slot."""
+    """Longest wait for an answer to begin; a request may ask for less (`x-lltm-deadline-ms`)."""
     request_timeout_s: float = 3600.0
     """Longest life of one request, first byte to last."""
+    policy: str = "residency"
+    """Who chooses the engine: `residency` (where the prompt is cached, by expected time), or for comparison
+    `least-loaded`, `round-robin`, `consistent-hash`, `prefix-hash`."""
+    processes: int = 1
+    """Gateway processes that share the port; each owns its part of every engine's slots."""
+    failover: bool = True
+    """Continue a stream on another engine when its own dies after the first byte."""
+    ledger: bool = True
+    """Keep an account of every request's tokens, for `lltm-ray explain` and for drift against the engines' counters."""
+    ledger_requests: int = 100_000
+    """Requests the account keeps; the oldest go first."""
     max_attempts: int = 3
     """Engines tried for one request before its first byte."""
     connect_timeout_s: float = 2.0
@@ -206,11 +86,14 @@ class GatewayConfig:
             max_header_bytes=(1024, 2**24),
             queue_limit=(0, 10**7),
             queue_timeout_s=(0, 10**6),
+            processes=(1, 64),
+            ledger_requests=(1, 10**8),
             request_timeout_s=(0.001, 10**7),
             max_attempts=(1, 100),
             connect_timeout_s=(0.001, 600),
             drain_timeout_s=(0, 10**5),
         )
+        _check_choice("policy", self.policy, ROUTING_POLICIES)
         _check(bool(self.host), "host", self.host, "must be an address")
         _check(
             self.is_loopback or self.api_key_file is not None,
@@ -226,6 +109,65 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One model of a fleet that serves several (`[[models]]`); None: as the fleet has it, where it has that field."""
+
+    model: str
+    """As `FleetConfig.model`."""
+    served_name: str | None = None
+    engines: int = 1
+    """Engines at start. 0: the first request starts one and waits for it; needs `max_engines`."""
+    min_engines: int | None = None
+    """Never fewer. None: load may shrink it to `engines`; idling (`idle_timeout_s`) or room for others may take all."""
+    max_engines: int | None = None
+    """Never more; None: `engines`."""
+    gpu_share: float | None = None
+    cpu_share: float | None = None
+    engine: EngineConfig | None = None
+    idle_timeout_s: float | None = None
+    """Without requests for so long, its engines are stopped down to `min_engines` or 0; the next request starts one."""
+    pinned: bool = False
+    """Never stopped to make room for another model."""
+    priority: int = 0
+    """Models of lower priority make room first."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.model), "model", self.model, "must name a model")
+        _check_elastic(self)
+
+    @property
+    def name(self) -> str:
+        """What clients write into `model`: the served name, else the catalogue name or the file's stem."""
+        file = _FILE.match(self.model)
+        stem = file["stem"] if file else Path(self.model).stem if "/" in self.model else self.model
+        return self.served_name or stem
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of its engines may change."""
+        return self.idle_timeout_s is not None or self.engines not in (0, self.max_engines) or not self.engines
+
+
+def _check_elastic(settings: ModelConfig | FleetConfig) -> None:
+    _check_range(
+        settings,
+        engines=(0, 100_000),
+        min_engines=(0, 100_000),
+        max_engines=(1, 100_000),
+        idle_timeout_s=(0.1, 10**7),
+        gpu_share=(0, 1024),
+        cpu_share=(0, 4096),
+    )
+    share = settings.gpu_share or 0.0
+    _check(share <= 1 or share == int(share), "gpu_share", share, "above 1 it must be a whole number of GPUs")
+    low, most = settings.min_engines or 0, settings.max_engines
+    _check(settings.engines > 0 or most is not None, "engines", 0, "needs max_engines >= 1: requests start an engine")
+    most = settings.engines if most is None else most
+    _check(settings.engines <= most, "engines", settings.engines, f"must be at most max_engines={most}")
+    _check(low <= most, "min_engines", low, f"must be at most max_engines={most}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig:
     """A fleet: how many engines of which model, on which shares, behind which gateway."""
 
@@ -236,6 +178,18 @@ class FleetConfig:
     served_name: str | None = None
     """What clients write into `model`. None: the catalogue name, or the file's stem."""
     engines: int = 1
+    """At start; this, the next three and the shares are as in `ModelConfig`."""
+    min_engines: int | None = None
+    max_engines: int | None = None
+    idle_timeout_s: float | None = None
+    models: tuple[ModelConfig, ...] = ()
+    """Several models; `model`, `engines` and their like above then stand in each of these instead."""
+    scale_up_wait_s: float = 2.0
+    """An engine is added while the queue's predicted wait is above this; below it a start costs more than it gains."""
+    scale_down_after_s: float = 60.0
+    """An engine is taken away after the others would have been under 60 % busy for so long."""
+    room_timeout_s: float = 600.0
+    """How long a start waits for room, e.g. until Ray's autoscaler has added a node."""
     gpu_share: float | None = None
     """GPUs per engine: 0 is CPU only, 0.5 half a GPU, 2 two whole ones. None: 1 where the cluster has GPUs, else 0."""
     cpu_share: float | None = None
@@ -259,39 +213,69 @@ class FleetConfig:
     def __post_init__(self) -> None:
         _check(bool(_NAME.match(self.name)), "name", self.name, "letters, digits, '.', '_', '-'; at most 63")
         _check(bool(self.model), "model", self.model, "must name a model")
+        _check_elastic(self)
         _check_range(
             self,
-            engines=(1, 100_000),
-            gpu_share=(0, 1024),
-            cpu_share=(0, 4096),
+            scale_up_wait_s=(0, 10**6),
+            scale_down_after_s=(0, 10**7),
+            room_timeout_s=(0, 10**7),
             memory_limit_bytes=(1, 2**50),
             start_timeout_s=(0.1, 10**6),
             restart_limit=(0, 10**6),
             drain_timeout_s=(0, 10**5),
         )
-        share = self.gpu_share or 0.0
-        _check(share <= 1 or share == int(share), "gpu_share", share, "above 1 it must be a whole number of GPUs")
+        self._check_models()
+
+    def _check_models(self) -> None:
+        for name in ("model", "served_name", "engines", "min_engines", "max_engines") if self.models else ():
+            value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            _check(value == default, name, value, "belongs into each entry of models, since there are several")
+        names = [model.name for model in self.models]
+        for name in names:
+            _check(names.count(name) == 1, "models.served_name", name, "two models have it: give one another name")
+
+    def served(self) -> tuple[ModelConfig, ...]:
+        """Every model with the fleet's settings where it has none of its own; one, where `models` is empty."""
+        shared = ("gpu_share", "cpu_share", "engine", "idle_timeout_s")
+        alone = ("model", "served_name", "engines", "min_engines", "max_engines")
+        models = self.models or (ModelConfig(**{name: getattr(self, name) for name in alone}),)
+        return tuple(
+            replace(
+                model,
+                served_name=model.name,
+                max_engines=model.max_engines or model.engines,
+                **{name: getattr(self, name) for name in shared if getattr(model, name) is None},
+            )
+            for model in models
+        )
+
+    def for_model(self, model: ModelConfig) -> Self:
+        """The fleet as an engine of one of its `served` models sees it: that model alone."""
+        own = ("model", "served_name", "engines", "min_engines", "max_engines", "idle_timeout_s")
+        changes: dict[str, Any] = {name: getattr(model, name) for name in (*own, "gpu_share", "cpu_share", "engine")}
+        return replace(self, models=(), **changes)
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether engines may be started and stopped while it runs."""
+        return any(model.is_elastic for model in self.served())
 
     def with_absolute_paths(self) -> Self:
         """The same settings, with every relative path as it is meant in this process's folder."""
-        engine, gateway = self.engine, self.gateway
-        engine = replace(
-            engine,
-            lora=tuple(replace(adapter, path=str(_absolute(adapter.path))) for adapter in engine.lora),
-            mmproj=_absolute(engine.mmproj),
-            model_draft=_absolute(engine.model_draft),
-            slot_save_path=_absolute(engine.slot_save_path),
-        )
+        gateway, server, log_dir = self.gateway, self.llama_server, _absolute(self.log_dir)
         if gateway is not None:
             gateway = replace(gateway, api_key_file=_absolute(gateway.api_key_file))
-        model = str(_absolute(self.model)) if Path(self.model).expanduser().is_file() else self.model
-        server = self.llama_server if self.llama_server == "embedded" else _absolute(self.llama_server)
-        log_dir = _absolute(self.log_dir)
-        return replace(self, model=model, llama_server=server, log_dir=log_dir, engine=engine, gateway=gateway)
+        models = tuple(
+            replace(each, model=_absolute_model(each.model), engine=each.engine and _absolute_engine(each.engine))
+            for each in self.models
+        )
+        server = server if server == "embedded" else _absolute(server)
+        changes: dict[str, Any] = {"llama_server": server, "log_dir": log_dir, "gateway": gateway, "models": models}
+        return replace(self, model=_absolute_model(self.model), engine=_absolute_engine(self.engine), **changes)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
-        """Read a TOML file with the fields above at its top level and tables `[engine]` and `[gateway]`.
+        """Read a TOML file with the fields above at its top level and tables `[engine]`, `[gateway]`, `[[models]]`.
 
         Args:
             path: the file.
@@ -308,51 +292,23 @@ class FleetConfig:
         return config
 
 
+def _absolute_engine(engine: EngineConfig) -> EngineConfig:
+    return replace(
+        engine,
+        lora=tuple(replace(adapter, path=str(_absolute(adapter.path))) for adapter in engine.lora),
+        mmproj=_absolute(engine.mmproj),
+        model_draft=_absolute(engine.model_draft),
+        slot_save_path=_absolute(engine.slot_save_path),
+    )
+
+
+def _absolute_model(model: str) -> str:
+    return str(_absolute(model)) if Path(model).expanduser().is_file() else model
+
+
 def _absolute(path: str | None) -> str | None:
     """From this process's folder: actors run in another one."""
     return None if path is None else str(Path(path).expanduser().absolute())
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, tables merged field by field."""
-    merged = dict(base)
-    for name, value in over.items():
-        inner = merged.get(name)
-        merged[name] = merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def build(cls: type[Any], raw: Mapping[str, Any], where: str = "") -> Any:
-    """Make a settings dataclass from plain data, naming any field that is unknown or of a wrong type."""
-    hints = get_type_hints(cls)
-    known = {item.name for item in fields(cls)}
-    values = {}
-    for name, value in raw.items():
-        near = " or ".join(difflib.get_close_matches(name, known, n=2))
-        guess = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
-        _check(name in known, where + name, value, f"unknown setting; {guess}")
-        values[name] = _convert(hints[name], value, where + name)
-    try:
-        return cls(**values)
-    except TypeError as error:  # a required field is missing
-        raise ConfigError(where.rstrip(".") or cls.__name__, dict(raw), str(error)) from error
-
-
-def _convert(hint: Any, value: Any, name: str) -> Any:
-    if get_origin(hint) is tuple:
-        _check(isinstance(value, list | tuple), name, value, "must be a list")
-        return tuple(_convert(get_args(hint)[0], item, name) for item in value)
-    choices = [choice for choice in (get_args(hint) or (hint,)) if choice is not type(None)]
-    if value is None and type(None) in get_args(hint):
-        return None
-    if is_dataclass(choices[0]) and isinstance(value, Mapping):
-        return build(choices[0], value, f"{name}.")  # type: ignore[arg-type]
-    if float in choices and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    right = type(value) in choices
-    kinds = (f"a table [{name}]" if is_dataclass(choice) else choice.__name__ for choice in choices)
-    _check(right, name, value, f"must be {' or '.join(kinds)}")
-    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -76,7 +76,8 @@ class Cluster:
             raise ConfigError("config", sorted(settings), "give either a config or settings by name, not both")
         config = (config or build(FleetConfig, settings)).with_absolute_paths()
         if not (ray.is_initialized() or address or read_environment().ray_address):
-            check_here(config)
+            for model in config.served():
+                check_here(config.for_model(model))
         owns_ray = join_ray(address)
         try:
             fleet = start_fleet(config, detached=detached, on_progress=on_progress)
@@ -121,6 +122,7 @@ class Cluster:
     @property
     def engines(self) -> list[Any]:
         """Actor handles in name order: `ray.get(cluster.engines[0].chat.remote(messages))`."""
+        self._fleet.refresh()
         return list(self._fleet.engines.values())
 
     @property

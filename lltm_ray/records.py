@@ -22,6 +22,19 @@ class EngineState(StrEnum):
     FAILED = "failed"
 
 
+class ModelState(StrEnum):
+    """Whether a served model can answer now."""
+
+    COLD = "cold"
+    """No engine; a request for it starts one."""
+    STARTING = "starting"
+    READY = "ready"
+    WAITING = "waiting for room"
+    """Its start waits until Ray finds a place for it."""
+    FAILED = "failed"
+    """Its last start failed; tried again after a pause while somebody asks for it."""
+
+
 class FinishReason(StrEnum):
     """Why generation ended, in OpenAI's words."""
 
@@ -190,6 +203,12 @@ class EngineInfo:
     detail: str = ""
     """One line for people: load progress, why it failed, what was shrunk to fit."""
     capabilities: tuple[str, ...] = ("completion",)
+    cache_ram_tokens: int = 0
+    """Tokens that its server's host-memory prompt cache has room for."""
+    kv_unified: bool = False
+    """Its slots share one KV buffer, and an idle one is cleared when another starts."""
+    slot_folder: str = ""
+    """Where its server saves slots, on its own node; empty where it saves none."""
     updated_unix_nano: int = 0
 
     def with_(self, **changes: Any) -> EngineInfo:
@@ -204,6 +223,58 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerCounters:
+    """One server's own account, as its node's sampler read it."""
+
+    engine: str
+    server_pid: int
+    prompt_tokens: float
+    """Prompt tokens it computed since it started."""
+    generated_tokens: float
+    busy: int
+    """Requests in its slots or waiting for one, at that moment."""
+    asked_unix_nano: int
+    """When it was asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDemand:
+    """What is asked of one model, as one gateway sees it, or all of them together."""
+
+    model: str
+    """Served name."""
+    waiting: int = 0
+    running: int = 0
+    predicted_wait_s: float = 0.0
+    """Of the request that would join the queue now."""
+    last_request_unix_nano: int = 0
+    rejected: int = 0
+    """Refused for want of a slot since the gateway started."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the directory knows of one served model, also while it has no engine."""
+
+    name: str
+    state: ModelState
+    engines: int = 0
+    """Those that are ready."""
+    min_engines: int = 0
+    max_engines: int = 1
+    is_elastic: bool = False
+    """Whether its engines come and go with demand."""
+    detail: str = ""
+    woken_unix_nano: int = 0
+    """When a request last asked for it while no engine was ready; 0 once one is."""
+
+    @property
+    def is_startable(self) -> bool:
+        """Whether a request for it should wait although no engine is ready."""
+        return self.is_elastic and self.state is not ModelState.FAILED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayInfo:
     """What the directory knows of one gateway."""
 
@@ -214,6 +285,7 @@ class GatewayInfo:
     pid: int = 0
     restarts: int = 0
     updated_unix_nano: int = 0
+    demand: tuple[ModelDemand, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,12 +308,15 @@ class FleetStatus:
     name: str
     engines: tuple[EngineInfo, ...] = ()
     gateways: tuple[GatewayInfo, ...] = ()
+    models: tuple[ModelInfo, ...] = ()
+    """Every served model, in the order of the settings."""
     version: int = 0
 
     def public(self) -> dict[str, Any]:
-        """As JSON: `{"name", "engines": [...], "gateways": [...]}`, without keys."""
+        """As JSON: `{"name", "models": [...], "engines": [...], "gateways": [...]}`, without keys."""
         return {
             "name": self.name,
+            "models": [asdict(model) for model in self.models],
             "engines": [engine.public() for engine in self.engines],
             "gateways": [asdict(gateway) for gateway in self.gateways],
         }

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import ray
 
+from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
-from lltm_ray.actors.fleet import Fleet, cause_of, get_engine
+from lltm_ray.actors.fleet import Fleet, get_engine
 from lltm_ray.actors.watch import watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
-from lltm_ray.records import Completion, StreamEvent
-from lltm_ray.routing.router import Lease, Router
+from lltm_ray.records import Completion, StreamEvent, Timings
+from lltm_ray.routing.policy import Ask
+from lltm_ray.routing.prompt import prompt_key, reply_key
+from lltm_ray.routing.router import Lease, Router, Served
 
 MAX_ATTEMPTS = 3
 """Engines tried for one call, as in the gateway."""
 Messages = list[dict[str, Any]]
+_PATHS = {"chat": "/v1/chat/completions", "complete": "/completion"}
 
 
 class Calls:
@@ -25,11 +30,12 @@ class Calls:
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
-        self._router = Router(queue_limit=2**31, queue_timeout_s=CALL_TIMEOUT_S)
+        self._router = Router(2**31, CALL_TIMEOUT_S, wake=fleet.directory.wake.remote)
 
     async def open(self) -> None:
         """Learn the fleet's table and keep it true from here on."""
-        self._router.update((await self._fleet.directory.status.remote()).engines)
+        status = await self._fleet.directory.status.remote()
+        self._router.update(status.engines, status.models)
         self._watch = asyncio.get_running_loop().create_task(self._follow())
 
     async def close(self) -> None:
@@ -41,7 +47,7 @@ class Calls:
 
     async def _follow(self) -> None:
         async for status in watch_fleet(self._fleet.config.name):
-            self._router.update(status.engines)
+            self._router.update(status.engines, status.models)
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
         """One method of the least loaded engine's actor."""
@@ -63,18 +69,23 @@ class Calls:
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
         """Tried elsewhere as long as no event was delivered."""
         deadline = asyncio.get_running_loop().time() + timeout_s
+        ask = _ask("chat", messages, timeout_s=timeout_s, **params)
         tried: set[str] = set()
         while True:
-            lease = await self._router.acquire(None, exclude=tried, timeout_s=timeout_s)
+            lease = await self._router.acquire(ask, exclude=tried)
             source = (
                 self._handle(lease)
                 .stream.options(num_returns="streaming")
                 .remote(messages, timeout_s=timeout_s, **params)
             )
-            delivered = False
+            delivered, served, text = False, None, []
             try:
                 while (event := await _next_event(source, deadline, timeout_s)) is not None:
                     delivered = True
+                    self._router.began(lease)
+                    text.append(event.text)
+                    if event.timings is not None:
+                        served = _served("chat", event.timings, "".join(text))
                     yield event
                 return
             except LltmRayError as error:
@@ -82,19 +93,23 @@ class Calls:
                     raise
             finally:
                 ray.cancel(source)
-                self._router.release(lease)
+                self._router.release(lease, served)
 
     async def _call(self, method: str, *args: Any, **params: Any) -> Any:
+        ask = _ask(method, *args, **params)
         tried: set[str] = set()
         while True:
-            lease = await self._router.acquire(None, exclude=tried)
+            lease, served = await self._router.acquire(ask, exclude=tried), None
             try:
-                return await _awaited(getattr(self._handle(lease), method).remote(*args, **params))
+                answer = await _awaited(getattr(self._handle(lease), method).remote(*args, **params))
+                if isinstance(answer, Completion):
+                    served = _served(method, answer.timings, answer.text)
+                return answer
             except LltmRayError as error:
                 if not self._may_retry(error, lease, tried):
                     raise
             finally:
-                self._router.release(lease)
+                self._router.release(lease, served)
 
     def _may_retry(self, error: LltmRayError, lease: Lease, tried: set[str]) -> bool:
         """An engine that is gone or going has given nothing: another one may."""
@@ -109,6 +124,25 @@ class Calls:
         if name not in self._fleet.engines:
             self._fleet.engines[name] = get_engine(self._fleet.config.name, name)
         return self._fleet.engines[name]
+
+
+def _ask(method: str, *args: Any, timeout_s: float, **params: Any) -> Ask:
+    """As the gateway asks for the same request; the slot is llama-server's choice, for others claim some too."""
+    body = params | {"messages" if method == "chat" else "prompt": args[0] if args else None}
+    path = _PATHS.get(method, "")
+    limit = params.get("max_tokens")
+    latest_s = time.monotonic() + timeout_s
+    return Ask(
+        model=params.get("model") or "",
+        key=prompt_key(path, body),
+        max_tokens=limit,
+        deadline_s=latest_s,
+        can_pin=False,
+    )
+
+
+def _served(method: str, timings: Timings, text: str) -> Served:
+    return Served(timings=timings, reply=reply_key(_PATHS[method], text))
 
 
 class _first_error:  # noqa: N801 - used as a statement

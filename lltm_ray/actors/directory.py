@@ -11,8 +11,10 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,23 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lltm_ray.actors.node import NodeActor
 from lltm_ray.actors.remote import actor
 from lltm_ray.config import FleetConfig, read_environment
-from lltm_ray.records import EngineInfo, EngineState, FleetStatus, GatewayInfo
+from lltm_ray.records import (
+    EngineInfo,
+    EngineState,
+    FleetStatus,
+    GatewayInfo,
+    ModelDemand,
+    ModelInfo,
+    ModelState,
+    ServerCounters,
+)
 
 log = logging.getLogger(__name__)
 
 EXPIRE_AFTER_S = 6.0
 """Six missed heartbeats."""
+WAKE_EVERY_S = 0.5
+"""Every gateway wakes a model for every request; the news is told this often."""
 LATE = "no heartbeat"
 """How the detail of such an engine begins: it may come back any moment, unlike one that failed."""
 
@@ -35,8 +48,14 @@ LATE = "no heartbeat"
 class Table:
     """Latest word of every engine and gateway, with a version that grows with every change that matters to routers."""
 
-    def __init__(self, fleet: str, path: Path) -> None:
+    def __init__(self, fleet: str, path: Path, models: tuple[ModelInfo, ...] = ()) -> None:
         self._fleet = fleet
+        self._models = {model.name: model for model in models}
+        self._notes: dict[str, tuple[ModelState, str]] = {}
+        self._woken: dict[str, int] = {}
+        self._retired: set[str] = set()
+        self._removed: set[str] = set()
+        self._newest = -1
         self._path = path
         self._engines: dict[str, EngineInfo] = {}
         self._gateways: dict[str, GatewayInfo] = {}
@@ -47,6 +66,12 @@ class Table:
 
     def register(self, info: EngineInfo, now_s: float) -> bool:
         """Take an engine's word; true when routers should hear of it."""
+        if info.name in self._removed:  # its last heartbeat was under way
+            return False
+        if info.name in self._retired and info.state in (EngineState.READY, EngineState.STARTING):
+            info = info.with_(state=EngineState.DRAINING)
+        if info.state is EngineState.READY:
+            self._woken.pop(info.model, None)
         old = self._engines.get(info.name)
         restarts = old.restarts if old else 0
         if old and old.server_pid and info.server_pid and old.server_pid != info.server_pid:
@@ -75,7 +100,9 @@ class Table:
                 self._engines[name] = self._engines[name].with_(slots_busy=count)
 
     def remove(self, name: str) -> bool:
-        """Forget an engine or gateway that was stopped on purpose."""
+        """Forget an engine or gateway that was stopped on purpose; its name is not used again."""
+        self._removed.add(name)
+        self._retired.discard(name)
         gone = self._engines.pop(name, None) or self._gateways.pop(name, None)
         self._heard_s.pop(name, None)
         return self._changed(gone, None)
@@ -95,11 +122,56 @@ class Table:
                 changed = True
         return changed and self._changed(None, self)
 
+    def retire(self, name: str) -> bool:
+        """From here on an engine takes no more requests, whatever its heartbeats say."""
+        self._retired.add(name)
+        engine = self._engines.get(name)
+        return engine is not None and self.register(engine, self._heard_s[name])
+
+    def new_name(self, taken: Collection[str]) -> str:
+        """For an engine that is about to be made; not one that was ever used, as far as we know, nor `taken`."""
+        used = {*self._engines, *self._removed, *taken}
+        numbers = [int(name.removeprefix("engine-")) for name in used if re.fullmatch(r"engine-\d+", name)]
+        self._newest = max(self._newest, *numbers, -1) + 1
+        return f"engine-{self._newest}"
+
+    def wake(self, model: str) -> bool:
+        """A request asks for a model; news unless it can be served, or was told a moment ago."""
+        now, last = time.time_ns(), self._woken.get(model, 0)
+        if model not in self._models or self._model(self._models[model]).engines:
+            return False
+        if now - last < WAKE_EVERY_S * 1e9:
+            return False
+        self._woken[model] = now
+        self.version += 1
+        return True
+
+    def note_models(self, notes: dict[str, tuple[ModelState, str]]) -> bool:
+        """What the controller knows of models beyond their engines: why one does not start, or waits."""
+        if notes == self._notes:
+            return False
+        self._notes = notes
+        for model, (state, _detail) in notes.items():
+            if state is ModelState.FAILED:  # those who asked are told
+                self._woken.pop(model, None)
+        self.version += 1
+        return True
+
+    def _model(self, model: ModelInfo) -> ModelInfo:
+        states = [engine.state for engine in self._engines.values() if engine.model == model.name]
+        state, detail = self._notes.get(model.name, (ModelState.COLD, ""))
+        ready = states.count(EngineState.READY)
+        if ready or EngineState.STARTING in states:
+            state = ModelState.READY if ready else ModelState.STARTING
+        woken = self._woken.get(model.name, 0)
+        return replace(model, state=state, engines=ready, detail=detail, woken_unix_nano=woken)
+
     def status(self) -> FleetStatus:
         """Everything, in name order."""
         engines = tuple(self._engines[name] for name in sorted(self._engines))
         gateways = tuple(self._gateways[name] for name in sorted(self._gateways))
-        return FleetStatus(name=self._fleet, engines=engines, gateways=gateways, version=self.version)
+        models = tuple(self._model(model) for model in self._models.values())
+        return FleetStatus(name=self._fleet, engines=engines, gateways=gateways, models=models, version=self.version)
 
     def _changed(self, old: Any, new: Any) -> bool:
         if _lasting(old) == _lasting(new):
@@ -136,6 +208,7 @@ class Table:
                 )
                 self._engines[raw["name"]] = EngineInfo(**raw)
             for raw in table["gateways"]:
+                raw["demand"] = tuple(ModelDemand(**each) for each in raw["demand"])
                 self._gateways[raw["name"]] = GatewayInfo(**raw)
         except FileNotFoundError:
             log.debug("%s does not exist yet", self._path)
@@ -148,7 +221,21 @@ def _lasting(info: Any) -> Any:
     """Without what every heartbeat changes."""
     if isinstance(info, EngineInfo):
         return info.with_(updated_unix_nano=0, slots_busy=0)
-    return replace(info, updated_unix_nano=0) if isinstance(info, GatewayInfo) else info
+    return replace(info, updated_unix_nano=0, demand=()) if isinstance(info, GatewayInfo) else info
+
+
+def models_of(config: FleetConfig) -> tuple[ModelInfo, ...]:
+    """What the table lists of each model before anything is known of its engines."""
+    return tuple(
+        ModelInfo(
+            name=model.name,
+            state=ModelState.COLD,
+            min_engines=model.min_engines or 0,
+            max_engines=model.max_engines or model.engines,
+            is_elastic=config.is_elastic,
+        )
+        for model in config.served()
+    )
 
 
 class Directory:
@@ -157,9 +244,10 @@ class Directory:
     def __init__(self, config: FleetConfig, run_id: str, engines: tuple[str, ...]) -> None:
         self._plan = (config, run_id, engines)
         self._run_dir = read_environment().run_dir(config.name, run_id)
-        self._table = Table(config.name, self._run_dir / "directory.json")
+        self._table = Table(config.name, self._run_dir / "directory.json", models_of(config))
         self._news = asyncio.Condition()
         self._samplers: dict[str, Any] = {}
+        self._counters: dict[str, ServerCounters] = {}
         self._expiry = asyncio.get_running_loop().create_task(self._expire())
 
     async def register(self, info: EngineInfo) -> None:
@@ -175,9 +263,35 @@ class Directory:
         """Busy slots per engine, from a node's sampler."""
         self._table.report_busy(busy)
 
+    async def report_counters(self, counters: list[ServerCounters]) -> None:
+        """Servers' own token counters, from a node's sampler."""
+        self._counters |= {each.engine: each for each in counters}
+
+    async def counters(self) -> list[ServerCounters]:
+        """The latest counters of each engine that exists."""
+        known = {engine.name for engine in self._table.status().engines}
+        self._counters = {name: each for name, each in self._counters.items() if name in known}
+        return list(self._counters.values())
+
     async def remove(self, name: str) -> None:
         """Forget what was stopped on purpose."""
         await self._tell(self._table.remove(name))
+
+    async def retire(self, name: str) -> None:
+        """Show an engine as draining from here on: routers give it no more requests."""
+        await self._tell(self._table.retire(name))
+
+    async def new_name(self, taken: tuple[str, ...]) -> str:
+        """A name for one more engine."""
+        return self._table.new_name({*self._plan[2], *taken})
+
+    async def wake(self, model: str) -> None:
+        """A request asks for a model that has no ready engine."""
+        await self._tell(self._table.wake(model))
+
+    async def note_models(self, notes: dict[str, tuple[ModelState, str]]) -> None:
+        """The controller's words on models that do not start, or wait for room."""
+        await self._tell(self._table.note_models(notes))
 
     async def describe(self) -> tuple[FleetConfig, str, tuple[str, ...]]:
         """Settings, run id and engine names, for those who find the fleet by its name."""

@@ -18,6 +18,7 @@ from typing import Any
 import ray
 
 from lltm_ray.actors.launch import EngineSpec, Launch, plan_launch
+from lltm_ray.actors.orphan import end_this_actor, until_orphaned
 from lltm_ray.actors.remote import is_revived, node_ip
 from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
 from lltm_ray.errors import (
@@ -30,6 +31,7 @@ from lltm_ray.errors import (
 )
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.llamacpp.process import ServerProcess, ServerSnapshot
+from lltm_ray.llamacpp.slot_folder import OwnedFolder
 from lltm_ray.records import Completion, Embeddings, EngineInfo, EngineState, RerankHit, SlotState, StreamEvent
 
 log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Engine:
         self._tell = tell
         self._server: ServerProcess | None = None
         self._fitted = ""
+        self._slots_folder: OwnedFolder | None = None
         self._slots, self._slots_total, self._calls = asyncio.Semaphore(1), 1, 0
         self._starting: asyncio.Task[None] | None = None
         self._closed = False
@@ -127,6 +130,8 @@ class Engine:
         if self._server is not None:
             await self._server.stop(drain_s=drain_s)
             self._server.spec.key_file.unlink(missing_ok=True)
+        if self._slots_folder is not None:
+            await asyncio.to_thread(self._slots_folder.remove)
         self._update(state=EngineState.STOPPED)
 
     async def _start(self) -> None:
@@ -152,6 +157,7 @@ class Engine:
         embeds = self.spec.fleet.engine.embeddings
         kinds = [name for name, on in (("embeddings", embeds), ("rerank", self.spec.fleet.engine.reranking)) if on]
         self._fitted = launch.detail
+        self._slots_folder = launch.slots
         self._slots_total = launch.plan.n_parallel
         self._slots = asyncio.Semaphore(self._slots_total)
         self._update(
@@ -161,6 +167,9 @@ class Engine:
             n_ctx=launch.plan.n_ctx,
             n_gpu_layers=launch.plan.n_gpu_layers,
             capabilities=tuple(kinds) or ("completion",),
+            slot_folder=launch.slot_folder,
+            cache_ram_tokens=launch.cache_ram_tokens,
+            kv_unified=self.spec.fleet.engine.kv_unified,
         )
         return ServerProcess(launch.server, self._on_change)
 
@@ -194,7 +203,7 @@ class EngineActor:
         self._directory = get_directory(spec.fleet.name)
         self._engine = Engine(spec, node_id=context.get_node_id(), address=node_ip(), tell=self._register)
         loop = asyncio.get_running_loop()
-        self._life = loop.create_task(self._live(revived=is_revived()))
+        self._tasks = [loop.create_task(work) for work in (self._live(revived=is_revived()), self._end_with_fleet())]
 
     async def ensure_ready(self) -> EngineInfo:
         """Start if needed, wait until ready; raises what kept it from starting."""
@@ -264,6 +273,13 @@ class EngineActor:
 
     def _register(self, info: EngineInfo) -> None:
         self._directory.register.remote(info)
+
+    async def _end_with_fleet(self) -> None:
+        spec = self._engine.spec
+        await until_orphaned(spec.fleet.name, spec.run_id)
+        log.warning("%s ends itself: fleet %r is gone", spec.name, spec.fleet.name)
+        await self._engine.stop(0.0)
+        await asyncio.to_thread(end_this_actor)
 
     async def _live(self, *, revived: bool) -> None:
         """Heartbeats; and after Ray restarted us the server again, unless the fleet had stopped it."""

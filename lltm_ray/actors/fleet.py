@@ -7,21 +7,30 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lltm_ray.actors import names
+from lltm_ray.actors.controller import ControllerActor, ControllerSpec
+from lltm_ray.actors.crew import Crew, cause_of, end_engine, end_leftovers, find, find_engines, options
 from lltm_ray.actors.directory import Directory
-from lltm_ray.actors.engine import MAX_WAITING, EngineActor
-from lltm_ray.actors.gateway import GatewayActor
-from lltm_ray.actors.launch import EngineSpec
-from lltm_ray.actors.placement import Reservation, plan_placement, read_nodes, release, reserve
+from lltm_ray.actors.gateway import GatewayActor, port_of
+from lltm_ray.actors.placement import (
+    Reservation,
+    engines_beside,
+    name_engines,
+    plan_placement,
+    read_nodes,
+    release,
+    reserve,
+    resolve_models,
+)
 from lltm_ray.actors.remote import actor
-from lltm_ray.config import FleetConfig
-from lltm_ray.errors import EngineStartError, FleetError, LltmRayError, PlacementError
+from lltm_ray.config import FleetConfig, GatewayConfig, ModelConfig
+from lltm_ray.errors import EngineStartError, FleetError, PlacementError
 from lltm_ray.gpu.shares import SharePlan
 from lltm_ray.records import EngineState, FleetStatus
 
@@ -41,7 +50,9 @@ class Fleet:
     run_id: str
     directory: Any
     engines: dict[str, Any] = field(default_factory=dict)
-    gateway: Any | None = None
+    gateways: dict[str, Any] = field(default_factory=dict)
+    controller: Any | None = None
+    """Of an elastic fleet."""
 
     def status(self) -> FleetStatus:
         """The directory's table now; waits while Ray restarts the directory.
@@ -61,19 +72,28 @@ class Fleet:
 
     def stop(self) -> None:
         """Drain the gateway, then the engines; end every actor and give the shares back."""
+        if self.controller is not None:  # first of all: it would start new ones
+            ray.kill(self.controller)
+        self.refresh()
         try:
             self._drain()
         finally:
-            for handle in (self.gateway, *self.engines.values(), self.directory):
-                if handle is not None:
-                    ray.kill(handle)
+            for handle in (*self.gateways.values(), self.directory):
+                ray.kill(handle)
+            for name in self.engines:
+                end_engine(self.config.name, name)
             release(self.config.name)
+
+    def refresh(self) -> None:
+        """See engines that were started or stopped since."""
+        if self.config.is_elastic:
+            found = find_engines(self.config.name)  # an actor ends with its first handle: keep those we have
+            self.engines = {name: self.engines.get(name, handle) for name, handle in found.items()}
 
     def _drain(self) -> None:
         drain_s = self.config.drain_timeout_s
-        if self.gateway is not None:
-            gateway_s = self.config.gateway.drain_timeout_s if self.config.gateway else 0.0
-            _settle([self.gateway.drain.remote(gateway_s)], gateway_s)
+        gateway_s = self.config.gateway.drain_timeout_s if self.config.gateway else 0.0
+        _settle([gateway.drain.remote(gateway_s) for gateway in self.gateways.values()], gateway_s)
         _settle([self.engines[name].stop.remote(drain_s) for name in self._alive()], drain_s)
         _settle([self.directory.close.remote()], 0.0)
 
@@ -84,7 +104,8 @@ class Fleet:
         except FleetError as error:
             log.warning("%s; its engines are ended without a drain", error)
             return []
-        return [engine.name for engine in engines if engine.state is not EngineState.FAILED]
+        lost = {engine.name for engine in engines if engine.state is EngineState.FAILED}
+        return [name for name in self.engines if name not in lost]
 
 
 def start_fleet(
@@ -103,10 +124,12 @@ def start_fleet(
         PlacementError: the cluster has no room.
         LltmRayError: what kept an engine or the gateway from starting. Whatever was started is ended again.
     """
-    plans = _plan(config)
+    models, plans = _plan(config)
     fleet = _claim_name(config, plans, detached=detached)
     try:
-        _populate(fleet, reserve(config, plans, detached=detached), detached=detached, expose=expose)
+        end_leftovers(config.name)
+        shares = reserve(config, plans, detached=detached)
+        _populate(fleet, models, shares, detached=detached, expose=expose)
         _wait_ready(fleet, on_progress)
     except BaseException:
         fleet.stop()
@@ -117,26 +140,28 @@ def start_fleet(
 def _claim_name(config: FleetConfig, plans: tuple[SharePlan, ...], *, detached: bool) -> Fleet:
     """The directory comes first: its name is the lock that keeps two starts of one fleet apart."""
     run_id = secrets.token_hex(4)
-    near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = _options(detached=detached) | {"name": names.directory(config.name), "scheduling_strategy": near}
+    own = options(detached=detached) | {"name": names.directory(config.name), "scheduling_strategy": _near()}
     try:
-        directory = actor(Directory).options(**options).remote(config, run_id, tuple(plan.engine for plan in plans))
+        directory = actor(Directory).options(**own).remote(config, run_id, tuple(plan.engine for plan in plans))
     except ValueError:
         why = f"fleet {config.name!r} runs already: stop it (lltm-ray down), or choose another --name"
         raise FleetError(why) from None
     return Fleet(config=config, run_id=run_id, directory=directory)
 
 
-def _options(*, detached: bool) -> dict[str, Any]:
-    return {"namespace": names.NAMESPACE, "lifetime": "detached" if detached else None}
+def _near() -> NodeAffinitySchedulingStrategy:
+    """On the node of whoever starts the fleet, as long as it lives."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
-def _plan(config: FleetConfig) -> tuple[SharePlan, ...]:
+def _plan(config: FleetConfig) -> tuple[tuple[ModelConfig, ...], tuple[SharePlan, ...]]:
     """A plan on what is free; Ray's view of that trails a fleet that has just been stopped by a moment."""
     deadline = time.monotonic() + VIEW_LAG_S
     while True:
+        nodes = read_nodes()
+        models = resolve_models(config, nodes)
         try:
-            return plan_placement(config, read_nodes())
+            return models, plan_placement(name_engines(models), nodes)
         except PlacementError:
             if time.monotonic() > deadline:
                 raise
@@ -153,23 +178,23 @@ def find_fleet(name: str) -> Fleet:
     if directory is None:
         raise FleetError(f"no fleet {name!r} runs on this Ray cluster: start it (lltm-ray up --name {name})")
     config, run_id, engine_names = ray.get(directory.describe.remote(), timeout=ANSWER_TIMEOUT_S)
-    found = {engine: _find(names.engine(name, engine)) for engine in engine_names}
+    found = find_engines(name) if config.is_elastic else {each: find(names.engine(name, each)) for each in engine_names}
     engines = {engine: handle for engine, handle in found.items() if handle is not None}
-    gateway = _find(names.gateway(name, "gateway-0"))
-    return Fleet(config=config, run_id=run_id, directory=directory, engines=engines, gateway=gateway)
+    processes = config.gateway.processes if config.gateway else 0
+    gateways = {each: find(names.gateway(name, each)) for each in names.gateways(processes)}
+    return Fleet(
+        config=config,
+        run_id=run_id,
+        directory=directory,
+        engines=engines,
+        gateways={each: handle for each, handle in gateways.items() if handle is not None},
+        controller=find(names.controller(name)),
+    )
 
 
 def find_directory(name: str) -> Any | None:
     """The directory of a fleet, or None when it does not run on this Ray cluster."""
-    return _find(names.directory(name))
-
-
-def _find(actor_name: str) -> Any | None:
-    """An actor by name; None when there is none (any more), so that what is left of a fleet can still be ended."""
-    try:
-        return ray.get_actor(actor_name, namespace=names.NAMESPACE)
-    except ValueError:
-        return None
+    return find(names.directory(name))
 
 
 def get_engine(fleet: str, name: str) -> Any:
@@ -177,34 +202,45 @@ def get_engine(fleet: str, name: str) -> Any:
     return ray.get_actor(names.engine(fleet, name), namespace=names.NAMESPACE)
 
 
-def _populate(fleet: Fleet, shares: tuple[Reservation, ...], *, detached: bool, expose: bool) -> None:
-    config, here, common = fleet.config, ray.get_runtime_context().get_node_id(), _options(detached=detached)
+def _populate(
+    fleet: Fleet,
+    models: tuple[ModelConfig, ...],
+    shares: tuple[Reservation, ...],
+    *,
+    detached: bool,
+    expose: bool,
+) -> None:
+    config, here = fleet.config, ray.get_runtime_context().get_node_id()
     crowd = Counter(share.plan.node_id for share in shares)
-    for share in shares:
-        name = share.plan.engine
-        spec = EngineSpec(
-            name=name,
-            fleet=config,
-            run_id=fleet.run_id,
-            share=share.plan.gpus,
-            engines_on_node=crowd[share.plan.node_id],
-            gateway_node_id=here if config.gateway else None,
-            exposed=expose,
+    crew = Crew(config=config, run_id=fleet.run_id, gateway_node_id=here if config.gateway else None, exposed=expose)
+    for share, model in zip(shares, name_engines(models).values(), strict=True):
+        beside = engines_beside(models, len(read_nodes()), crowd[share.plan.node_id]) if config.is_elastic else 0
+        fleet.engines[share.plan.engine] = crew.make(
+            model, share, engines_on_node=beside or crowd[share.plan.node_id], detached=detached
         )
-        calls = {"max_concurrency": config.engine.n_parallel + MAX_WAITING + 1000}
-        options = common | calls | share.actor_options() | {"name": names.engine(config.name, name)}
-        fleet.engines[name] = actor(EngineActor).options(**options).remote(spec)
     if config.gateway is not None:
-        strategy = NodeAffinitySchedulingStrategy(here, soft=False)
-        options = common | {"name": names.gateway(config.name, "gateway-0"), "scheduling_strategy": strategy}
-        fleet.gateway = actor(GatewayActor).options(**options).remote("gateway-0", config.name, config.gateway)
+        fleet.gateways = _make_gateways(config, config.gateway, here, detached=detached)
+    if config.is_elastic:
+        own = options(detached=detached) | {"name": names.controller(config.name), "scheduling_strategy": _near()}
+        fleet.controller = actor(ControllerActor).options(**own).remote(ControllerSpec(crew=crew, models=models))
+
+
+def _make_gateways(config: FleetConfig, gateway: GatewayConfig, node_id: str, *, detached: bool) -> dict[str, Any]:
+    """One or several on a node. The first alone may look for a free port; the others share it."""
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    made: dict[str, Any] = {}
+    for name in names.gateways(gateway.processes):
+        own = options(detached=detached) | {"name": names.gateway(config.name, name), "scheduling_strategy": strategy}
+        made[name] = actor(GatewayActor).options(**own).remote(name, config.name, gateway)
+        if gateway.processes > 1 and not gateway.port:
+            gateway = replace(gateway, port=port_of(unwrap(made[name].ready.remote()).url))
+    return made
 
 
 def _wait_ready(fleet: Fleet, on_progress: OnProgress | None) -> None:
     """Every engine and the gateway ready, or the first reason why not."""
     pending = [engine.ensure_ready.remote() for engine in fleet.engines.values()]
-    if fleet.gateway is not None:
-        pending.append(fleet.gateway.ready.remote())
+    pending += [gateway.ready.remote() for gateway in fleet.gateways.values()]
     while pending:
         done, pending = ray.wait(pending, num_returns=len(pending), timeout=0.2)
         for result in done:
@@ -221,11 +257,6 @@ def unwrap(result: Any) -> Any:
         raise cause_of(error) from None
     except ray.exceptions.RayActorError as error:
         raise EngineStartError(f"Ray lost its actor: {error}") from None
-
-
-def cause_of(error: ray.exceptions.RayTaskError) -> BaseException:
-    """Our own error inside Ray's wrapper, or the wrapper itself."""
-    return error.cause if isinstance(error.cause, LltmRayError) else error
 
 
 def _settle(calls: list[Any], expected_s: float) -> None:

@@ -1,7 +1,6 @@
 """GatewayActor: the HTTP front of a fleet as a process of its own.
 
-`Front` (the app, its router, and the follower that keeps the router's table true) is all there is; the actor serves it
-on uvicorn, and the Serve ingress hands the same app to Serve.
+`front` is all there is to it; the actor serves it on uvicorn.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from typing import Any
 
 import ray
 
+from lltm_ray.actors.front import Front
 from lltm_ray.actors.remote import is_revived, node_ip
 from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import ConfigError
-from lltm_ray.gateway.app import GatewayApp
-from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.moves import MoveReport
 from lltm_ray.gateway.server import serve
-from lltm_ray.records import FleetStatus, GatewayInfo
-from lltm_ray.routing.router import Router
+from lltm_ray.records import GatewayInfo
 
 log = logging.getLogger(__name__)
 
@@ -32,33 +30,8 @@ REBIND_S = 15.0
 """After a kill, how long the actor waits for its own port to come free."""
 
 
-class Front:
-    """The ASGI app of a fleet. Keeps serving from its last table while the directory is away."""
-
-    def __init__(self, config: GatewayConfig, fleet: str) -> None:
-        self._fleet = fleet
-        self._status = FleetStatus(name="")
-        self._router = Router(config.queue_limit, config.queue_timeout_s)
-        self.app = GatewayApp(
-            router=self._router,
-            config=config,
-            keys=ApiKeys.from_file(config.api_key_file) if config.api_key_file else ApiKeys(),
-            status=lambda: self._status,
-        )
-
-    def snapshot(self) -> dict[str, Any]:
-        """Claims and queues of its router."""
-        return self._router.snapshot()
-
-    async def follow(self) -> None:
-        """Keep the router's table true, for ever."""
-        async for status in watch_fleet(self._fleet):
-            self._status = status
-            self._router.update(status.engines)
-
-
 class GatewayActor:
-    """One per fleet, on the node of whoever started it."""
+    """On the node of whoever started the fleet; several of them share the port."""
 
     def __init__(self, name: str, fleet: str, config: GatewayConfig) -> None:
         context = ray.get_runtime_context()
@@ -79,10 +52,22 @@ class GatewayActor:
         """Claims and queues of its router: `{"waiting", "rejected", "engines"}`."""
         return self._front.snapshot() if self._front else {}
 
+    async def move_caches(self, engine: str, deadline_s: float) -> MoveReport:
+        """Close an engine here, and move the conversations that this gateway knows of to engines that stay."""
+        await asyncio.shield(self._up)
+        assert self._front is not None  # noqa: S101 - it serves
+        return await self._front.app.migrator.drain(engine, deadline_s)
+
+    async def open_engine(self, engine: str) -> None:
+        """Send requests to a drained engine again."""
+        if self._front is not None:
+            self._front.app.migrator.undrain(engine)
+
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, let running ones finish for up to `timeout_s`, close the socket."""
         if self._front is not None:
             await self._front.app.drain(timeout_s)
+            await asyncio.to_thread(self._front.close)
         self._stop.set()
 
     async def _run(self) -> None:
@@ -101,7 +86,7 @@ class GatewayActor:
                 await asyncio.sleep(RETRY_S)
 
     def _follow(self) -> Front:
-        front = Front(self._config, self._fleet)
+        front = Front(self._config, self._fleet, self._name)
         self._tasks.append(asyncio.create_task(front.follow()))
         return front
 
@@ -122,7 +107,7 @@ class GatewayActor:
         async with aclosing(watch_fleet(self._fleet)) as tables:
             status = await anext(tables)
         before = [gateway.url for gateway in status.gateways if gateway.name == self._name and gateway.url]
-        return replace(self._config, port=int(before[0].rpartition(":")[2])) if before else self._config
+        return replace(self._config, port=port_of(before[0])) if before else self._config
 
     def _serving(self, port: int) -> None:
         host = self._config.host
@@ -137,5 +122,10 @@ class GatewayActor:
 
     async def _beat(self) -> None:
         while True:
-            self._tell()
+            self._tell(demand=self._front.demand() if self._front else ())
             await asyncio.sleep(HEARTBEAT_S)
+
+
+def port_of(url: str) -> int:
+    """The port in a gateway's URL."""
+    return int(url.rpartition(":")[2])

@@ -22,6 +22,7 @@ from lltm_ray.gpu.shares import memory_budget
 from lltm_ray.llamacpp.binary import find_server
 from lltm_ray.llamacpp.command import build_args
 from lltm_ray.llamacpp.process import ServerSpec
+from lltm_ray.llamacpp.slot_folder import OwnedFolder, SlotFolder, own_folder, sweep_folders
 from lltm_ray.models.gguf import read_model
 from lltm_ray.models.memory import MemoryPlan, plan_fit
 from lltm_ray.models.resolve import ResolvedModel, resolve
@@ -64,6 +65,12 @@ class Launch:
     plan: MemoryPlan
     served_name: str
     gpus: tuple[GpuInfo, ...]
+    cache_ram_tokens: int
+    """What the server's host-memory prompt cache has room for."""
+    slots: OwnedFolder | None = None
+    """Where its slots are saved, where nobody chose a folder; removed with the engine."""
+    slot_folder: str = ""
+    """The same, or the folder that somebody chose; empty where none can be saved."""
 
     @property
     def detail(self) -> str:
@@ -91,10 +98,34 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
         on_gpu=bool(gpus),
     )
     served_name = fleet.served_name or model.name
-    server = _server(
-        replace(spec, fleet=replace(fleet, engine=engine)), environment, model.path, plan, served_name, host
+    slots = _own_slots(spec, environment)
+    engine = replace(engine, slot_save_path=str(slots.path)) if slots else engine
+    try:
+        server = _server(
+            replace(spec, fleet=replace(fleet, engine=engine)), environment, model.path, plan, served_name, host
+        )
+    except BaseException:
+        if slots:
+            slots.remove()
+        raise
+    return Launch(
+        server=server,
+        model=model,
+        plan=plan,
+        served_name=served_name,
+        gpus=gpus,
+        cache_ram_tokens=_cache_ram_tokens(engine.cache_ram_mib or 0, plan),
+        slots=slots,
+        slot_folder=engine.slot_save_path or "",
     )
-    return Launch(server=server, model=model, plan=plan, served_name=served_name, gpus=gpus)
+
+
+def _cache_ram_tokens(cache_ram_mib: int, plan: MemoryPlan) -> int:
+    """Tokens in the host-memory prompt cache: each takes there what it takes in a slot. -1 MiB is no limit."""
+    kv_bytes = plan.estimate.kv_device_bytes + plan.estimate.kv_host_bytes
+    if cache_ram_mib < 0 or not kv_bytes:
+        return 2**31
+    return cache_ram_mib * 2**20 * plan.n_ctx // kv_bytes
 
 
 def check_here(config: FleetConfig) -> None:
@@ -147,6 +178,17 @@ def _server(
         start_timeout_s=fleet.start_timeout_s,
         restart_limit=fleet.restart_limit,
     )
+
+
+def _own_slots(spec: EngineSpec, environment: Environment) -> OwnedFolder | None:
+    """A private folder for the slots of a server that has some and was given none; what dead runs left is removed."""
+    engine = spec.fleet.engine
+    if engine.slot_save_path and Path(engine.slot_save_path).is_dir():
+        SlotFolder(engine.slot_save_path).sweep()
+    if engine.slot_save_path or engine.embeddings or engine.reranking or "--slot-save-path" in engine.extra_args:
+        return None
+    sweep_folders(environment.cache_dir / "run")
+    return own_folder(environment.run_dir(spec.fleet.name, spec.run_id) / "slots", spec.name)
 
 
 def _as_neighbour(spec: EngineSpec) -> EngineConfig:

@@ -10,6 +10,11 @@ def directory(fleet: str) -> str:
     return f"lltm:{fleet}:directory"
 
 
+def controller(fleet: str) -> str:
+    """The one that starts and stops engines with demand."""
+    return f"lltm:{fleet}:controller"
+
+
 def engine(fleet: str, name: str) -> str:
     """One engine, and the placement group that holds its share."""
     return f"lltm:{fleet}:engine:{name}"
@@ -18,6 +23,11 @@ def engine(fleet: str, name: str) -> str:
 def gateway(fleet: str, name: str) -> str:
     """One gateway."""
     return f"lltm:{fleet}:gateway:{name}"
+
+
+def gateways(processes: int) -> tuple[str, ...]:
+    """`gateway-0`, `gateway-1`, ...: those of one fleet that share a port."""
+    return tuple(f"gateway-{index}" for index in range(processes))
 
 
 def node(fleet: str, node_id: str) -> str:

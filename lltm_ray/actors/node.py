@@ -1,25 +1,29 @@
-"""NodeActor: the only one on its node that asks llama-servers for their slots, once a second for each."""
+"""NodeActor: the only one on its node that asks llama-servers for their slots and counters."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import ray
 
 from lltm_ray.actors.watch import get_directory, watch_fleet
 from lltm_ray.errors import LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
-from lltm_ray.records import EngineInfo, EngineState
+from lltm_ray.llamacpp.metrics import read_metrics
+from lltm_ray.records import EngineInfo, EngineState, ServerCounters
 
 log = logging.getLogger(__name__)
 
 SAMPLE_EVERY_S = 1.0
 SAMPLE_TIMEOUT_S = 2.0
+COUNTERS_EVERY = 3
+"""Samples from one reading of the counters to the next; each reading resets llama.cpp's rate gauges."""
 
 
 class Sampler:
-    """Keeps one HTTP client per live server on this node and counts busy slots."""
+    """Keeps one HTTP client per live server on this node, counts busy slots and reads counters."""
 
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
@@ -41,13 +45,40 @@ class Sampler:
         counts = await asyncio.gather(*(self._busy(self._engines[name]) for name in names))
         return {name: count for name, count in zip(names, counts, strict=True) if count is not None}
 
-    async def _busy(self, engine: EngineInfo) -> int | None:
+    async def counters(self) -> list[ServerCounters]:
+        """Every answering server's counters."""
+        read = await asyncio.gather(*(self._counters(engine) for engine in list(self._engines.values())))
+        return [each for each in read if each is not None]
+
+    def _client(self, engine: EngineInfo) -> AsyncLlamaClient:
         client = self._clients.get(engine.url)
         if client is None:
             client = self._clients[engine.url] = AsyncLlamaClient(engine.url, api_key=engine.api_key)
+        return client
+
+    async def _counters(self, engine: EngineInfo) -> ServerCounters | None:
+        asked = time.time_ns()
         try:
             async with asyncio.timeout(SAMPLE_TIMEOUT_S):
-                return sum(slot.is_processing for slot in await client.slots())
+                told = read_metrics(await self._client(engine).metrics())
+        except (LltmRayError, TimeoutError) as error:
+            log.debug("%s gave no counters: %s", engine.name, error)
+            return None
+        if told.prompt_tokens_total is None or told.tokens_predicted_total is None:
+            return None
+        return ServerCounters(
+            engine=engine.name,
+            server_pid=engine.server_pid or 0,
+            prompt_tokens=told.prompt_tokens_total,
+            generated_tokens=told.tokens_predicted_total,
+            busy=told.busy,
+            asked_unix_nano=asked,
+        )
+
+    async def _busy(self, engine: EngineInfo) -> int | None:
+        try:
+            async with asyncio.timeout(SAMPLE_TIMEOUT_S):
+                return sum(slot.is_processing for slot in await self._client(engine).slots())
         except (LltmRayError, TimeoutError) as error:
             log.debug("%s gave no slots: %s", engine.name, error)
             return None
@@ -72,10 +103,16 @@ class NodeActor:
             self._sampler.update(status.engines)
 
     async def _report(self) -> None:
+        turn = 0
         while True:
             busy = await self._sampler.sample()
+            counters = await self._sampler.counters() if turn % COUNTERS_EVERY == 0 else []
+            turn += 1
             try:
-                get_directory(self._fleet).report_busy.remote(busy)
+                directory = get_directory(self._fleet)
+                directory.report_busy.remote(busy)
+                if counters:
+                    directory.report_counters.remote(counters)
             except ValueError as error:  # it is being restarted
                 log.debug("no directory to report to: %s", error)
             await asyncio.sleep(SAMPLE_EVERY_S)

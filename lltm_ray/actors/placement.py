@@ -7,8 +7,8 @@ must come back as far as the remaining shares allow.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -18,7 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from lltm_ray.actors import names
-from lltm_ray.config import FleetConfig
+from lltm_ray.config import FleetConfig, ModelConfig
 from lltm_ray.errors import PlacementError
 from lltm_ray.gpu.shares import NodeCapacity, ShareDemand, SharePlan, default_cpu_share, plan_shares
 
@@ -42,11 +42,6 @@ class Reservation:
         return {"num_gpus": self.plan.gpus, "num_cpus": self.plan.cpus, "scheduling_strategy": strategy}
 
 
-def engine_names(fleet: FleetConfig) -> tuple[str, ...]:
-    """`engine-0`, `engine-1`, ..."""
-    return tuple(f"engine-{index}" for index in range(fleet.engines))
-
-
 def read_nodes() -> tuple[NodeCapacity, ...]:
     """Free CPUs and GPUs of every living node. Ray tells GPUs as a sum: whole ones first, then the rest of one."""
     alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -61,20 +56,66 @@ def read_nodes() -> tuple[NodeCapacity, ...]:
     )
 
 
-def plan_placement(fleet: FleetConfig, nodes: Sequence[NodeCapacity]) -> tuple[SharePlan, ...]:
+def resolve_models(fleet: FleetConfig, nodes: Sequence[NodeCapacity]) -> tuple[ModelConfig, ...]:
+    """Every model of the fleet with its share in numbers, as the cluster suggests where the settings leave it open."""
+    gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0  # type: ignore[no-untyped-call]
+    models = tuple(
+        replace(model, gpu_share=gpus if model.gpu_share is None else model.gpu_share) for model in fleet.served()
+    )
+    on_cpus = [model for model in models if not model.gpu_share]
+    most = sum(model.max_engines or model.engines for model in on_cpus)
+    cpus = default_cpu_share(most, sum(node.cpus for node in nodes))
+    return tuple(_with_cpus(model, 0.0 if model.gpu_share else cpus) for model in models)
+
+
+def _with_cpus(model: ModelConfig, default: float) -> ModelConfig:
+    return replace(model, cpu_share=max(default if model.cpu_share is None else model.cpu_share, LEAST_CPUS))
+
+
+def demand_of(model: ModelConfig, engine: str) -> ShareDemand:
+    """What one engine of a resolved model asks for."""
+    return ShareDemand(engine=engine, gpus=model.gpu_share or 0.0, cpus=model.cpu_share or LEAST_CPUS)
+
+
+def name_engines(models: Sequence[ModelConfig]) -> dict[str, ModelConfig]:
+    """The engines to start with, `engine-0`, `engine-1`, ..., and their models."""
+    crew = [model for model in models for _ in range(model.engines)]
+    return {f"engine-{index}": model for index, model in enumerate(crew)}
+
+
+def plan_placement(engines: Mapping[str, ModelConfig], nodes: Sequence[NodeCapacity]) -> tuple[SharePlan, ...]:
     """Choose a node for every engine.
 
     Raises:
         PlacementError: they do not all fit; nothing is reserved.
     """
-    gpus = fleet.gpu_share
-    if gpus is None:
-        gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0  # type: ignore[no-untyped-call]
-    cpus = fleet.cpu_share
-    if cpus is None:
-        cpus = 0.0 if gpus else default_cpu_share(fleet.engines, sum(node.cpus for node in nodes))
-    demands = [ShareDemand(engine=name, gpus=gpus, cpus=max(cpus, LEAST_CPUS)) for name in engine_names(fleet)]
-    return plan_shares(demands, nodes)
+    return plan_shares([demand_of(model, name) for name, model in engines.items()], nodes)
+
+
+def plan_share(demand: ShareDemand, nodes: Sequence[NodeCapacity]) -> SharePlan:
+    """Choose a node for one engine; none (`node_id` is empty) when there is no room."""
+    try:
+        return plan_shares([demand], nodes)[0]
+    except PlacementError:
+        return SharePlan(engine=demand.engine, node_id="", gpus=demand.gpus, cpus=demand.cpus)
+
+
+def give_back(nodes: Sequence[NodeCapacity], shares: Sequence[tuple[str, ShareDemand]]) -> tuple[NodeCapacity, ...]:
+    """What would be free if those shares, each with its node, were given back."""
+    return tuple(
+        NodeCapacity(
+            node_id=node.node_id,
+            cpus=node.cpus + sum(share.cpus for at, share in shares if at == node.node_id),
+            gpus=_split(sum(node.gpus) + sum(share.gpus for at, share in shares if at == node.node_id)),
+        )
+        for node in nodes
+    )
+
+
+def engines_beside(models: Sequence[ModelConfig], nodes: int, placed: int) -> int:
+    """Engines that a node's cores and memory are divided among: those placed there, or its part of all there may be."""
+    most = sum(model.max_engines or model.engines for model in models)
+    return max(placed, -(-most // max(1, nodes)))
 
 
 def reserve(fleet: FleetConfig, plans: Sequence[SharePlan], *, detached: bool) -> tuple[Reservation, ...]:
@@ -83,7 +124,7 @@ def reserve(fleet: FleetConfig, plans: Sequence[SharePlan], *, detached: bool) -
     Raises:
         PlacementError: someone else took the room in between.
     """
-    reservations = tuple(_reserve(fleet, plan, detached=detached) for plan in plans)
+    reservations = tuple(reserve_one(fleet.name, plan, detached=detached) for plan in plans)
     late = [item for item in reservations if not item.group.wait(RESERVE_TIMEOUT_S)]
     if late:
         need = f"{late[0].plan.gpus:g} GPU and {late[0].plan.cpus:g} CPU"
@@ -91,25 +132,33 @@ def reserve(fleet: FleetConfig, plans: Sequence[SharePlan], *, detached: bool) -
     return reservations
 
 
-def release(fleet: str) -> None:
-    """Give back every share that the fleet still holds, whoever reserved it."""
-    prefix = names.engine(fleet, "")
-    for group_id, group in placement_group_table().items():
-        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
-            log.info("giving back %s", group["name"])
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id))))
-
-
-def _reserve(fleet: FleetConfig, plan: SharePlan, *, detached: bool) -> Reservation:
+def reserve_one(fleet: str, plan: SharePlan, *, detached: bool) -> Reservation:
+    """Ask for one share; `group.wait` tells when it is there. A plan without a node takes the first that Ray finds."""
     bundle = {name: amount for name, amount in (("GPU", plan.gpus), ("CPU", plan.cpus)) if amount}
     group = placement_group(
         [bundle],
         strategy="STRICT_PACK",
-        name=names.engine(fleet.name, plan.engine),
+        name=names.engine(fleet, plan.engine),
         lifetime="detached" if detached else None,
-        _soft_target_node_id=plan.node_id,  # the plan's node, or another one once that is lost
+        _soft_target_node_id=plan.node_id or None,  # the plan's node, or another one once that is lost
     )
     return Reservation(plan=plan, group=group)
+
+
+def release(fleet: str, engine: str | None = None) -> None:
+    """Give back every share that the fleet still holds, or that of one engine, whoever reserved it."""
+    for name, group in reserved(fleet):
+        if engine in (None, name):
+            log.info("giving back the share of %s", name)
+            remove_placement_group(group)
+
+
+def reserved(fleet: str) -> Iterator[tuple[str, PlacementGroup]]:
+    """Engines that hold a share, or wait for one, and their groups."""
+    prefix = names.engine(fleet, "")
+    for group_id, group in placement_group_table().items():
+        if group["name"].startswith(prefix) and group["state"] != "REMOVED":
+            yield group["name"].removeprefix(prefix), PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
 
 
 def _split(gpus: float) -> tuple[float, ...]:

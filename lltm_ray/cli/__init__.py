@@ -14,9 +14,12 @@ COMMANDS = {
     "demo": "demo:demo",
     "up": "up:up",
     "status": "status:status",
+    "drain": "drain:drain",
     "down": "status:down",
     "chat": "chat:chat",
     "bench": "bench:bench",
+    "explain": "explain:explain",
+    "replay": "replay:replay",
     "models": "models:app",
     "doctor": "doctor:doctor",
 }

@@ -87,5 +87,11 @@ def _print(seen: FleetStatus) -> None:
         for engine in seen.engines
     ]
     print_table(columns, rows, title=seen.name)
+    if len(seen.models) > 1 or any(model.is_elastic for model in seen.models):
+        models = [
+            (model.name, str(model.state), f"{model.engines} of {model.min_engines}-{model.max_engines}", model.detail)
+            for model in seen.models
+        ]
+        print_table(("model", "state", "engines", "detail"), models)
     gateways = [(item.name, item.state, item.url, str(item.pid), item.restarts) for item in seen.gateways]
     print_table(("gateway", "state", "url", "pid", "restarts"), gateways)

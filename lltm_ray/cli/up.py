@@ -30,7 +30,10 @@ _READY_ENV = "LLTM_RAY_UP_READY_FD"
 @errors_end_the_command()
 def up(
     model: Annotated[str | None, typer.Option(help="tiny, a catalogue name, a path, or repo:file[@revision].")] = None,
-    engines: Annotated[int | None, typer.Option(help="How many llama-servers.")] = None,
+    engines: Annotated[int | None, typer.Option(help="How many llama-servers to start with.")] = None,
+    min_engines: Annotated[int | None, typer.Option(help="Never fewer llama-servers than this.")] = None,
+    max_engines: Annotated[int | None, typer.Option(help="Never more; 0 to start with needs it.")] = None,
+    idle_timeout: Annotated[float | None, typer.Option(help="Seconds without requests until they are stopped.")] = None,
     gpu_share: Annotated[float | None, typer.Option(help="GPUs per engine: 0, a fraction, or a whole number.")] = None,
     n_parallel: Annotated[int | None, typer.Option(help="Slots per engine.")] = None,
     ctx: Annotated[int | None, typer.Option(help="Context tokens per engine, shared by its slots.")] = None,
@@ -53,6 +56,9 @@ def up(
         "name": name,
         "model": model,
         "engines": engines,
+        "min_engines": min_engines,
+        "max_engines": max_engines,
+        "idle_timeout_s": idle_timeout,
         "gpu_share": gpu_share,
         "llama_server": str(llama_server) if llama_server else None,
         "memory_limit_bytes": int(memory_limit_gib * 2**30) if memory_limit_gib else None,
@@ -120,7 +126,8 @@ def _state(cluster: Cluster, *, holds_fleet: bool) -> RunState:
 
 def _start(fleet: FleetConfig, **options: Any) -> Cluster:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended while starting: undo what was started
-    ERR.print(f"starting {fleet.engines} engine(s) of {fleet.model} …")
+    told = ", ".join(f"{model.engines} engine(s) of {model.name}" for model in fleet.served())
+    ERR.print(f"starting {told} …")
     with Live(console=ERR, refresh_per_second=5, transient=True) as live:
         return Cluster.start(fleet, on_progress=lambda status: live.update(_progress(status)), **options)
 

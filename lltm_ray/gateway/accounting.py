@@ -32,6 +32,8 @@ class RequestRecord:
     """From the request's arrival to the answer's first body bytes."""
     total_s: float = 0.0
     bytes_sent: int = 0
+    delivered_tokens: int = 0
+    """Generated tokens whose text the client was sent."""
     error: str = ""
     """Why it failed; `client gone` when the client closed first."""
     ends: bytes = field(default=b"", repr=False)
@@ -63,6 +65,14 @@ class Ends:
         if not self._first:
             self._first = part
         self._last.append(part)
+
+    def find(self, key: bytes) -> dict[str, Any] | None:
+        """The JSON object after the last `key`."""
+        return find_object(self.join(), key)
+
+    def usage(self) -> Usage | None:
+        """Token counts told so far."""
+        return read_usage(self.join())
 
     def join(self) -> bytes:
         """At most `TAIL_BYTES` from the start and `TAIL_BYTES` from the end."""

@@ -7,21 +7,30 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError, RequestTooLargeError
 from lltm_ray.gateway.accounting import RequestRecord
+from lltm_ray.gateway.ask import build_ask
 from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.drain_routes import DrainRoutes, Peers
+from lltm_ray.gateway.explain_routes import PATH as EXPLAIN_PATH
+from lltm_ray.gateway.explain_routes import ExplainRoutes
 from lltm_ray.gateway.fleet import Fleet
 from lltm_ray.gateway.fleet_routes import PUBLIC, STATUS_PATH, FleetRoutes
 from lltm_ray.gateway.guard import Cause, Deadlines
 from lltm_ray.gateway.headers import find, request_id
+from lltm_ray.gateway.migrate import Migrator
 from lltm_ray.gateway.protocol import EXTENSION
 from lltm_ray.gateway.relay import Relay
 from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope, Send, encode, send_error
 from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_pin, understand
+from lltm_ray.gateway.slot_files import LocalFiles, SlotFiles
 from lltm_ray.gateway.upstream import UpstreamPool
 from lltm_ray.records import FleetStatus
+from lltm_ray.routing.ledger import Ledger, LedgerEntry
+from lltm_ray.routing.ledger_entry import Outcome
 from lltm_ray.routing.router import Router
 
 GENERATING = (
@@ -54,6 +63,10 @@ class GatewayApp:
         keys: API keys; none leaves the gateway open.
         status: the fleet's state for `/lltm/status`.
         clock: monotonic seconds.
+        ledger: the account of every request's tokens; None keeps none.
+        account: the ledger's state for `/lltm/status`.
+        files: carries saved slots between engines' folders.
+        peers: the fleet's other gateways.
         on_done: takes each request's record when it is over; it must be quick and must not raise. None appends to
             `records`, which keeps the last 1024.
     """
@@ -66,6 +79,10 @@ class GatewayApp:
         keys: ApiKeys,
         status: Callable[[], FleetStatus],
         clock: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,
+        files: SlotFiles | None = None,
+        account: Callable[[], dict[str, Any]] = dict,
+        peers: Peers | None = None,
         on_done: Callable[[RequestRecord], None] | None = None,
     ) -> None:
         self.records: deque[RequestRecord] = deque(maxlen=KEPT_RECORDS)
@@ -75,17 +92,36 @@ class GatewayApp:
         self._clock = clock
         self._on_done = on_done or self.records.append
         self._pool = UpstreamPool(connect_timeout_s=config.connect_timeout_s)
-        self._relay = Relay(router, self._pool, max_attempts=config.max_attempts, clock=clock)
-        self._fleet_routes = FleetRoutes(router, Fleet(router, self._pool), config, status)
+        self._ledger = ledger
+        self._relay = Relay(
+            router,
+            self._pool,
+            max_attempts=config.max_attempts,
+            failover=config.failover,
+            ledger=ledger,
+            clock=clock,
+        )
+        self.migrator = Migrator(router, self._pool, files or LocalFiles())
+        self._fleet_routes = FleetRoutes(router, Fleet(router, self._pool), config, self._look(status, account))
+        self._explain_routes = ExplainRoutes(ledger)
         self._deadlines = Deadlines(config.request_timeout_s)
         self._running = 0
         self._is_draining = False
         self._idle = asyncio.Event()
-        self._routes = self._build_routes()
+        self._routes = self._build_routes(peers)
 
-    def _build_routes(self) -> dict[tuple[str, str], Handler]:
+    def _look(self, status: Callable[[], FleetStatus], account: Callable[[], dict[str, Any]]) -> Callable[[], Any]:
+        """What `/lltm/status` shows."""
+        return lambda: status().public() | {
+            "router": self._router.snapshot(),
+            "migration": self.migrator.snapshot(),
+            "ledger": account(),
+        }
+
+    def _build_routes(self, peers: Peers | None) -> dict[tuple[str, str], Handler]:
         routes: dict[tuple[str, str], Handler] = {("POST", path): self._generate for path in GENERATING}
         routes |= {("POST", path): self._cheap for path in CHEAP}
+        routes |= DrainRoutes(self.migrator, peers).build() | self._explain_routes.build()
         return routes | self._fleet_routes.build()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,6 +147,7 @@ class GatewayApp:
                     await self._idle.wait()
             except TimeoutError:
                 return False
+        self._relay.close()
         self._pool.close()
         return True
 
@@ -141,6 +178,7 @@ class GatewayApp:
             id=id_,
             arrived_at=self._clock(),
             record=RequestRecord(request_id=id_, route=path),
+            entry=LedgerEntry(request_id=id_, route=path, arrived_unix_nano=time.time_ns()),
         )
         self._running += 1
         try:
@@ -161,14 +199,23 @@ class GatewayApp:
             return
         self._check_head(request)
         if request.path not in PUBLIC:
-            self._keys.check(request.headers)
-        handler = self._routes.get((request.method, request.path))
-        if handler is None:
-            handler = self._slot_action if _is_slot_action(request) else _not_found
+            request.tenant = self._keys.check(request.headers)
+        handler = self._routes.get((request.method, request.path)) or self._by_pattern(request)
         if self._is_draining and request.path != STATUS_PATH:
             await request.reply(503, _DRAINING)
             return
         await handler(request)
+
+    def _by_pattern(self, request: Request) -> Handler:
+        """The handler of a path that is not in the table; records keep no path that a client made up."""
+        if _is_slot_action(request):
+            request.record.route = "/slots/{id}"
+            return self._slot_action
+        if request.method == "GET" and request.path.startswith(EXPLAIN_PATH + "/"):
+            request.record.route = EXPLAIN_PATH
+            return self._explain_routes.explain_path
+        request.record.route = "other"
+        return _not_found
 
     def _check_head(self, request: Request) -> None:
         size_bytes = len(request.path) + len(request.query)
@@ -200,6 +247,8 @@ class GatewayApp:
         record = request.record
         record.total_s = self._clock() - request.arrived_at
         record.ends = request.ends.join()
+        if request.entry.attempts and self._ledger is not None:
+            self._ledger.finish(_settled(request))
         self._on_done(record)
 
     # --- forwarded routes
@@ -218,7 +267,9 @@ class GatewayApp:
             request.only = read_pin(request)
             if reads_model:
                 await understand(request)
-            await self._relay.forward(request, needs_slot=needs_slot)
+            if needs_slot:
+                request.ask = build_ask(request, tenant=request.tenant, patience_s=self._config.queue_timeout_s)
+            await self._relay.forward(request)
         except asyncio.CancelledError:
             cause = guard.absorb()
             if cause is None:
@@ -236,6 +287,23 @@ class GatewayApp:
             raise ConfigError("engine", None, f"slots belong to engines: name one with ?engine=, of {names}")
         request.once = True
         await self._forward(request, needs_slot=False, reads_model=False)
+
+
+def _settled(request: Request) -> LedgerEntry:
+    """The request's line in the account, complete."""
+    entry, record, ask = request.entry, request.record, request.ask
+    last = entry.attempts[-1]
+    if record.error and last.is_estimate and last.outcome == Outcome.OK:
+        last.outcome = Outcome.CLIENT_GONE if record.error == Cause.CLIENT_GONE else Outcome.DEADLINE
+    entry.tenant = request.tenant
+    entry.affinity = ask.affinity if ask else ""
+    entry.wait_s, entry.ttft_s, entry.total_s = record.queue_s, record.ttft_s, record.total_s
+    entry.status, entry.error = record.status, record.error
+    entry.delivered_tokens = record.delivered_tokens
+    if request.choice is not None:
+        entry.why = request.choice.why
+        entry.considered = [score._asdict() for score in request.choice.considered]
+    return entry
 
 
 def _client_link(scope: Scope) -> ClientLink | None:

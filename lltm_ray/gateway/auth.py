@@ -20,11 +20,15 @@ class ApiKeys:
     """Keys that open the gateway; none at all leaves it open, which `GatewayConfig` allows on loopback only."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = tuple(_digest(key.encode("utf-8")) for key in keys)
+        """Take keys, each with its tenant's name behind a space if it has one."""
+        named = [key.split(None, 1) for key in keys]
+        self._digests = {_digest(key.encode("utf-8")): "".join(name).strip() for key, *name in named}
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> Self:
-        """Read one key a line; blank lines and lines that start with `#` are skipped.
+        """Read one `KEY [TENANT]` a line; blank lines and lines that start with `#` are skipped.
+
+        Keys of one tenant share its part of a full fleet; without a name a key is a tenant of its own.
 
         Raises:
             ConfigError: the file cannot be read or holds no key.
@@ -48,24 +52,32 @@ class ApiKeys:
     def __len__(self) -> int:
         return len(self._digests)
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> str:
         """Let a request with one of our keys in `Authorization: Bearer` or `x-api-key` pass.
 
         Args:
             headers: ASGI headers, names in lower case.
 
+        Returns:
+            The tenant: its name, else the beginning of the key's digest; empty where the gateway is open.
+
         Raises:
             AuthenticationError: no such key.
         """
-        if self._digests and not any(self._is_known(key) for key in _keys_of(headers)):
+        if not self._digests:
+            return ""
+        tenants = [tenant for key in _keys_of(headers) if (tenant := self._tenant(key)) is not None]
+        if not tenants:
             raise AuthenticationError("Invalid API Key")
+        return tenants[0]
 
-    def _is_known(self, key: bytes) -> bool:
+    def _tenant(self, key: bytes) -> str | None:
         digest = _digest(key)
-        known = False
-        for each in self._digests:  # all of them, so that the time taken tells nothing
-            known |= hmac.compare_digest(each, digest)
-        return known
+        found = None
+        for each, name in self._digests.items():  # all of them, so that the time taken tells nothing
+            if hmac.compare_digest(each, digest):
+                found = name or f"key-{digest.hex()[:8]}"
+        return found
 
 
 def _keys_of(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:

@@ -10,7 +10,7 @@ from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import DeadlineError
 from lltm_ray.gateway.fleet import Fleet
 from lltm_ray.gateway.request import Handler, Request, read_body, read_model, read_pin
-from lltm_ray.records import EngineInfo, FleetStatus
+from lltm_ray.records import EngineInfo
 from lltm_ray.routing.router import Router
 
 PUBLIC = frozenset({"/health", "/v1/health"})
@@ -22,11 +22,11 @@ _LOADING = b'{"error":{"message":"Loading model","type":"unavailable_error","cod
 class FleetRoutes:
     """Handlers of /health, /models, /props, /slots, /metrics, /lora-adapters and /lltm/status."""
 
-    def __init__(self, router: Router, fleet: Fleet, config: GatewayConfig, status: Callable[[], FleetStatus]) -> None:
+    def __init__(self, router: Router, fleet: Fleet, config: GatewayConfig, look: Callable[[], Any]) -> None:
         self._router = router
         self._fleet = fleet
         self._config = config
-        self._status = status
+        self._look = look
 
     def build(self) -> dict[tuple[str, str], Handler]:
         """Handlers by method and path."""
@@ -94,5 +94,4 @@ class FleetRoutes:
         await request.reply_json(answer, status)
 
     async def _fleet_status(self, request: Request) -> None:
-        shown: dict[str, Any] = self._status().public()
-        await request.reply_json(shown | {"router": self._router.snapshot()})
+        await request.reply_json(self._look())

@@ -132,6 +132,11 @@ class Joiner:
             raise BrokenStreamError("the stream ended before its last event")
         return 200, _encode(self._events.join())
 
+    @property
+    def text(self) -> str | None:
+        """The reply's visible text; None where it has more than that, such as reasoning or tool calls."""
+        return self._events.text
+
 
 def _encode(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
@@ -156,6 +161,10 @@ class _Native:
     @property
     def is_whole(self) -> bool:
         return bool(self._last)
+
+    @property
+    def text(self) -> str | None:
+        return "".join(self._text)
 
     def join(self) -> dict[str, Any]:
         held = self._last["stop_type"] == "limit" and self._told < self._last["tokens_predicted"]
@@ -208,6 +217,10 @@ class _Text(_OpenAI):
     def add(self, event: dict[str, Any]) -> None:
         self._text.append(self._add(event).get("text", ""))
 
+    @property
+    def text(self) -> str | None:
+        return "".join(self._text)
+
     def join(self) -> dict[str, Any]:
         text = "".join(self._text) + _held_text(self._is_held, self._has_stops)
         choice = {"text": text, "index": 0, "logprobs": None, "finish_reason": self._finish}
@@ -233,6 +246,10 @@ class _Chat(_OpenAI):
             call["id"] += part.get("id") or ""
             call["name"] += function.get("name") or ""
             call["arguments"] += function.get("arguments") or ""
+
+    @property
+    def text(self) -> str | None:
+        return None if self._calls or any(self._reasoning) else "".join(self._content)
 
     def join(self) -> dict[str, Any]:
         _held_text(self._is_held and self._has_stops, self._has_stops)

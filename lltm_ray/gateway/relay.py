@@ -1,7 +1,7 @@
-"""Carries one request to an engine and its answer back, byte for byte.
+"""Carries requests to engines: claims a slot, tries, tries elsewhere, and goes on elsewhere.
 
-Flow: claim a slot -> send -> head -> body, one ASGI send for each wake-up -> give the slot back. An attempt that fails
-is repeated on another engine as long as the client cannot have seen a byte of it; later failures break the client's
+An attempt that fails is repeated on another engine as long as the client cannot have seen a byte of it. A stream that
+breaks later is continued on another engine where that can be done exactly; everything else breaks the client's
 connection, so that nobody takes a part for the whole.
 """
 
@@ -10,27 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from lltm_ray.errors import EngineExitedError, EngineNotReadyError
-from lltm_ray.gateway.headers import build_request, downstream_headers, find, upstream_headers
-from lltm_ray.gateway.join import Joiner, UnjoinableError, may_hold_back
-from lltm_ray.gateway.replies import JSON
+from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError
+from lltm_ray.gateway.exchange import Exchange, LoadingError
+from lltm_ray.gateway.failover import Continuation
+from lltm_ray.gateway.join import UnjoinableError
+from lltm_ray.gateway.linger import Lingerer
 from lltm_ray.gateway.request import Request
-from lltm_ray.gateway.upstream import ConnectFailedError, Connection, Headers, UpstreamBrokenError, UpstreamPool
+from lltm_ray.gateway.tap import StreamTap, is_eligible
+from lltm_ray.gateway.upstream import ConnectFailedError, UpstreamBrokenError, UpstreamPool
 from lltm_ray.records import EngineInfo
+from lltm_ray.routing.ledger import Attempt, Ledger
+from lltm_ray.routing.ledger_entry import Outcome
 from lltm_ray.routing.router import Lease, Router
 
-WHOLE_BYTES = 2**20
-"""Answers of a known length up to this are read to their end before the first byte is sent, so they can be retried."""
-JOINED_BYTES = 64 * 2**20
-"""Longest stream that is joined to a whole answer."""
-_EVENTS = b"text/event-stream"
-_OF_STREAMS = (b"content-type", b"content-length", b"cache-control", b"x-accel-buffering")
 _MAX_BREAKS = 2
 """Engines that may break off one request: the first could have been ill, a second says that the request is."""
-
-
-class _LoadingError(Exception):
-    """The engine's server answers 503: it still loads its model."""
+_FAILED = (ConnectFailedError, UpstreamBrokenError, LoadingError)
 
 
 class Relay:
@@ -40,133 +35,197 @@ class Relay:
         router: chooses the engine.
         pool: connections to the engines' servers.
         max_attempts: engines tried for one request.
+        failover: whether broken streams are continued elsewhere.
+        ledger: the account; None keeps none.
         clock: monotonic seconds.
     """
 
     def __init__(
-        self, router: Router, pool: UpstreamPool, *, max_attempts: int, clock: Callable[[], float] = time.monotonic
+        self,
+        router: Router,
+        pool: UpstreamPool,
+        *,
+        max_attempts: int,
+        failover: bool = True,
+        ledger: Ledger | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._router = router
         self._pool = pool
         self._max_attempts = max_attempts
+        self._failover = failover
+        self._ledger = ledger
         self._clock = clock
+        self._lingerer = Lingerer(router, pool)
 
-    async def forward(self, request: Request, *, needs_slot: bool = True) -> None:
+    def close(self) -> None:
+        """Wait for no engine any more."""
+        self._lingerer.close()
+
+    async def forward(self, request: Request) -> None:
         """Answer a request from an engine.
 
         Raises:
             LltmRayError: what `Router.acquire` raises; `EngineNotReadyError` when all attempts failed before the first
-                byte; `EngineExitedError` when one failed after it, for the ASGI host to close the connection.
+                byte; `EngineExitedError` when one failed after it and none could go on, for the ASGI host to close the
+                connection.
         """
         tried: set[str] = set()
         breaks = 0
         record = request.record
         while True:
-            engine, lease = await self._claim(request, tried, needs_slot=needs_slot)
-            record.attempts += 1
-            record.engine, record.model = engine.name, engine.model
+            engine, lease, attempt = await self._begin(request, tried)
+            exchange = Exchange(request, engine, lease, attempt=attempt, router=self._router, clock=self._clock)
             try:
-                await self._attempt(request, engine, lease)
+                await exchange.run(
+                    self._pool, may_load=record.attempts >= self._max_attempts, failover=self._failover
+                )
                 return
             except UnjoinableError:
                 request.streamed = None
-            except (ConnectFailedError, UpstreamBrokenError, _LoadingError) as error:
+                attempt.outcome, attempt.is_estimate = Outcome.RETRIED, True
+            except _FAILED as error:
                 record.error = str(error)
                 breaks += isinstance(error, UpstreamBrokenError)
                 self._router.suspect(engine)
+                attempt.outcome, attempt.is_estimate = Outcome.FAILED, True
+                tried.add(engine.name)
                 if request.is_started:
-                    raise EngineExitedError(engine.name) from error
+                    self._release(lease)
+                    await self._go_on(request, engine, attempt, exchange.tap, tried, error)
+                    return
                 if request.once or record.attempts >= self._max_attempts or breaks == _MAX_BREAKS:
                     raise EngineNotReadyError(engine.name, f"unreachable: {error}") from error
-                tried.add(engine.name)
+                attempt.outcome = Outcome.RETRIED
             finally:
-                if lease is not None:
-                    self._router.release(lease)
+                self._end(request, lease, attempt, exchange)
 
-    async def _claim(self, request: Request, tried: set[str], *, needs_slot: bool) -> tuple[EngineInfo, Lease | None]:
-        if not needs_slot:
-            return self._router.pick(request.model, only=request.only, exclude=tried), None
-        asked_at = self._clock()
-        lease = await self._router.acquire(request.model, exclude=tried, only=request.only)
-        request.record.queue_s += self._clock() - asked_at
-        return lease.engine, lease
+    async def _begin(self, request: Request, tried: set[str]) -> tuple[EngineInfo, Lease | None, Attempt]:
+        """Claim a slot, or choose an engine where none is needed, and open the attempt's line in the account."""
+        record, lease = request.record, None
+        if request.ask is None:
+            engine = self._router.pick(request.model, only=request.only, exclude=tried)
+            attempt = Attempt(engine=engine.name)
+        else:
+            asked_at = self._clock()
+            lease = await self._router.acquire(request.ask, exclude=tried)
+            engine = lease.engine
+            attempt = _attempt_of(lease, self._clock() - asked_at)
+            record.queue_s += attempt.queue_s
+            entry = request.entry
+            request.choice = request.choice or lease.choice
+            entry.model = lease.model
+            self._open(request, attempt)
+        record.attempts += 1
+        record.engine, record.model = engine.name, engine.model
+        return engine, lease, attempt
 
-    async def _attempt(self, request: Request, engine: EngineInfo, lease: Lease | None) -> None:
-        headers = upstream_headers(request.headers, engine.api_key, request.id)
-        method = request.method.encode("ascii")
-        data = build_request(method, request.target, engine.url, headers, request.streamed or request.body)
-        connection = await self._pool.open(engine.url, data, fresh=request.once)
-        try:
-            if connection.status == 503 and request.record.attempts < self._max_attempts:
-                raise _LoadingError("its server is loading (503)")
-            if request.streamed is not None and _is_event_stream(connection):
-                await self._join(request, engine, connection, lease)
-            elif connection.content_length is not None and connection.content_length <= WHOLE_BYTES:
-                await self._send_whole(request, engine, connection, lease)
-            else:
-                await self._stream(request, engine, connection, lease)
-        finally:
-            self._pool.release(connection)
+    def _open(self, request: Request, attempt: Attempt) -> None:
+        if self._ledger is not None:
+            self._ledger.begin(request.entry, attempt)
+        else:
+            request.entry.attempts.append(attempt)
 
-    async def _send_whole(
-        self, request: Request, engine: EngineInfo, connection: Connection, lease: Lease | None
+    def _release(self, lease: Lease | None) -> None:
+        if lease is not None:
+            self._router.release(lease)
+
+    def _end(self, request: Request, lease: Lease | None, attempt: Attempt, exchange: Exchange) -> None:
+        """Give the slot back unless the answer's end did; where the engine goes on for nobody, when it has stopped."""
+        if lease is None or lease.released:
+            return
+        if exchange.tap is not None:
+            request.record.delivered_tokens = attempt.delivered_tokens = exchange.tap.delivered_tokens
+            attempt.generated_tokens = max(attempt.generated_tokens, attempt.delivered_tokens)
+        attempt.is_estimate = True
+        if exchange.is_relayed and attempt.outcome == Outcome.OK:  # cut off from our side
+            self._lingerer.hold(lease)
+        else:
+            self._router.release(lease)
+
+    # --- after the first byte
+
+    async def _go_on(
+        self,
+        request: Request,
+        engine: EngineInfo,
+        attempt: Attempt,
+        tap: StreamTap | None,
+        tried: set[str],
+        error: Exception,
     ) -> None:
-        body = await connection.read_all(WHOLE_BYTES)
-        if lease is not None:
-            self._router.release(lease)  # the slot is free now, however slowly the client reads
-        self._note(request, body, is_first=True)
-        await self._start(request, engine, connection.status, connection.headers)
-        await request.send({"type": "http.response.body", "body": body})
+        """Continue a broken stream on other engines.
 
-    async def _join(self, request: Request, engine: EngineInfo, connection: Connection, lease: Lease | None) -> None:
-        joiner = Joiner(request.path, has_stops=may_hold_back(request.path, request.body_json))
-        size_bytes = 0
-        while part := await connection.read():
-            if not size_bytes:
-                request.record.ttft_s = self._clock() - request.arrived_at
-            size_bytes += len(part)
-            if size_bytes > JOINED_BYTES:
-                raise UpstreamBrokenError(f"the answer is longer than {JOINED_BYTES} bytes")
-            joiner.feed(part)
-        status, body = joiner.finish()
-        if lease is not None:
-            self._router.release(lease)
-        self._note(request, body)
-        await self._start(request, engine, status, _whole_headers(connection.headers, len(body)))
-        await request.send({"type": "http.response.body", "body": body})
+        Raises:
+            EngineExitedError: it cannot be continued, or no other engine could.
+        """
+        if tap is None:
+            reason = is_eligible(request.path, request.body_json)[1] if request.is_stream else "no stream"
+            raise EngineExitedError(f"{engine.name} ({reason or 'failover is off'})") from error
+        request.record.delivered_tokens = attempt.delivered_tokens = attempt.generated_tokens = tap.delivered_tokens
+        if tap.is_finished:
+            await self._finish(request, tap.ending())
+            attempt.outcome = Outcome.OK
+            return
+        can, why = tap.can_continue
+        if not can:
+            raise EngineExitedError(f"{engine.name} ({why})") from error
+        attempt.outcome = Outcome.CONTINUED
+        continuation = Continuation(request.path, request.body_json, tap, self._pool, request_id=request.id)
+        while request.record.attempts <= self._max_attempts:
+            try:
+                if await self._continue(request, continuation, tap, tried):
+                    return
+            except LltmRayError as refusal:
+                raise EngineExitedError(f"{engine.name} ({refusal.message})") from refusal
+        raise EngineExitedError(engine.name) from error
 
-    async def _stream(self, request: Request, engine: EngineInfo, connection: Connection, lease: Lease | None) -> None:
-        part = await connection.read()
-        self._note(request, part, is_first=True)
-        await self._start(request, engine, connection.status, connection.headers)
-        send = request.send
-        while not connection.is_drained:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-            part = await connection.read()
-            self._note(request, part)
-        if lease is not None:
-            self._router.release(lease)
-        await send({"type": "http.response.body", "body": part})
+    async def _continue(
+        self, request: Request, continuation: Continuation, tap: StreamTap, tried: set[str]
+    ) -> bool:
+        """One more engine; whether it brought the answer to its end."""
+        survivor, lease, attempt = await self._begin(request, tried)
+        before = tap.delivered_tokens
+        try:
+            async for part in continuation.on(survivor, id_slot=lease.slot if lease else -1):
+                request.record.bytes_sent += len(part)
+                request.ends.add(part)
+                await request.send({"type": "http.response.body", "body": part, "more_body": True})
+                request.entry.cell.delivered(tap.position - before)
+            await self._finish(request, b"")
+            return True
+        except _FAILED:
+            self._router.suspect(survivor)
+            tried.add(survivor.name)
+            attempt.outcome = Outcome.CONTINUED
+            return False
+        finally:
+            request.entry.is_exact = continuation.is_exact
+            _account(attempt, continuation, tap.delivered_tokens - before)
+            request.record.delivered_tokens = tap.delivered_tokens
+            self._release(lease)
 
-    async def _start(self, request: Request, engine: EngineInfo, status: int, headers: Headers) -> None:
-        request.begin(status)
+    async def _finish(self, request: Request, rest: bytes) -> None:
         request.record.error = ""
-        head = downstream_headers(headers, engine.name, request.id)
-        await request.send({"type": "http.response.start", "status": status, "headers": head})
-
-    def _note(self, request: Request, part: bytes, *, is_first: bool = False) -> None:
-        record = request.record
-        record.bytes_sent += len(part)
-        request.ends.add(part)
-        if is_first:
-            record.ttft_s = self._clock() - request.arrived_at
+        await request.send({"type": "http.response.body", "body": rest})
 
 
-def _is_event_stream(connection: Connection) -> bool:
-    return connection.status == 200 and (find(connection.headers, b"content-type") or b"").startswith(_EVENTS)
+def _attempt_of(lease: Lease, queue_s: float) -> Attempt:
+    return Attempt(
+        engine=lease.engine.name,
+        server_pid=lease.engine.server_pid or 0,
+        slot=lease.slot,
+        started_unix_nano=time.time_ns(),
+        queue_s=queue_s,
+        predicted_cached_tokens=lease.cached_tokens,
+    )
 
 
-def _whole_headers(headers: Headers, size_bytes: int) -> Headers:
-    """A stream's headers as the whole answer has them."""
-    kept = [pair for pair in headers if pair[0] not in _OF_STREAMS]
-    return [*kept, (b"content-type", JSON), (b"content-length", str(size_bytes).encode("ascii"))]
+def _account(attempt: Attempt, continuation: Continuation, delivered_tokens: int) -> None:
+    """What the continuation knows of its last attempt."""
+    told = continuation.attempts[-1] if continuation.attempts else None
+    attempt.delivered_tokens = delivered_tokens
+    attempt.generated_tokens = delivered_tokens + (told.wasted_tokens if told else 0)
+    attempt.is_estimate = told is None or not told.is_whole
+    if told is not None:
+        attempt.cached_tokens, attempt.computed_tokens = told.cached_tokens, told.prompt_tokens - told.cached_tokens

@@ -15,6 +15,8 @@ from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.join import as_stream
 from lltm_ray.gateway.replies import ClientLink, Receive, Send, send_json, send_reply
 from lltm_ray.gateway.upstream import Headers
+from lltm_ray.routing.ledger import LedgerEntry
+from lltm_ray.routing.policy import Ask, Choice
 
 INLINE_BYTES = 2**20
 """Bodies up to this are parsed on the event loop: a thread would cost more than it saves."""
@@ -39,6 +41,13 @@ class Request:
     id: str
     arrived_at: float
     record: RequestRecord
+    entry: LedgerEntry = field(default_factory=lambda: LedgerEntry(request_id=""))
+    """Its line in the account."""
+    tenant: str = ""
+    choice: Choice | None = None
+    """The policy's first decision."""
+    ask: Ask | None = None
+    """What routing needs to know of it; None: it needs no slot."""
     body: bytes = b""
     body_json: Any = None
     once: bool = False
@@ -51,6 +60,11 @@ class Request:
     is_started: bool = False
     """Whether the client may have seen a part of the answer: no retry any more."""
     ends: Ends = field(default_factory=Ends)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the client wants events."""
+        return isinstance(self.body_json, dict) and bool(self.body_json.get("stream"))
 
     @property
     def target(self) -> bytes:

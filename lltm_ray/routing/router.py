@@ -1,81 +1,105 @@
-"""Who may use which slot now: the table of engines, the claims on their slots, and the queue for them.
+"""Who may use which slot now: the tables of engines, the claims on their slots, and those who wait for one.
 
 One event loop owns a `Router`; every method runs to its end without yielding except `acquire`, so there are no locks.
-A claim is made in the same step that a slot is found free, or by whoever frees it, on behalf of the first waiter that
-can use it: a newcomer can never overtake a waiter, and in-flight requests of an engine never exceed its slots.
+A claim is made in the same step that a slot is found free, or by whoever frees it, on behalf of a waiter that can use
+it; in-flight requests of an engine never exceed its slots.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
-from lltm_ray.errors import ConfigError, EngineNotReadyError, LltmRayError, ModelNotFoundError, OverloadedError
-from lltm_ray.records import EngineInfo, EngineState
-from lltm_ray.routing.policy import choose
-from lltm_ray.routing.queue import Lease, Queues, Row, Waiter, describe, identity, is_hopeless
+from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
+from lltm_ray.records import EngineInfo, EngineState, ModelDemand, ModelInfo, ModelState
+from lltm_ray.routing.admission import Overload
+from lltm_ray.routing.policy import Ask
+from lltm_ray.routing.residency import Held
+from lltm_ray.routing.rows import Lease, Row, Served, describe, identity, is_hopeless
+from lltm_ray.routing.served import ServedModel, SlotShare
+from lltm_ray.routing.waiting import Waiter, WaitingRoom
 
-__all__ = ["SUSPECT_S", "Lease", "Router"]
+__all__ = ["SUSPECT_S", "Lease", "Router", "Served"]
 
 SUSPECT_S = 1.0
 """How long an engine is skipped after a failed connection, unless the directory shows a new server sooner."""
-_SERVICE_WEIGHT = 0.1
-"""Weight of the newest service time in its moving average: the last 20 or so requests decide."""
 
 
 class Router:
-    """Least-loaded routing over slots with a bounded FIFO queue for each model.
+    """Routes requests to slots.
 
     Args:
         queue_limit: requests that may wait for one model; 0 rejects at once when every slot is busy.
-        queue_timeout_s: longest wait when `acquire` is not told otherwise.
-        clock: monotonic seconds, only to measure how long slots are held.
+        queue_timeout_s: longest wait of a request that sets no deadline.
+        policy: name of the policy that chooses engines.
+        clock: monotonic seconds.
+        wake: called with the name of a model that somebody waits for and no engine runs.
     """
 
-    def __init__(self, queue_limit: int, queue_timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        queue_limit: int,
+        queue_timeout_s: float,
+        *,
+        policy: str = "residency",
+        clock: Callable[[], float] = time.monotonic,
+        wake: Callable[[str], None] | None = None,
+    ) -> None:
+        self._queue_limit = queue_limit
         self._queue_timeout_s = queue_timeout_s
+        self._policy = policy
         self._clock = clock
-        self._rows: dict[str, Row] = {}
-        self._models: tuple[str, ...] = ()
-        self._ready: dict[str, list[Row]] = {}
-        self._queues = Queues(queue_limit)
-        self._suspects = 0
-        self._serial = 0
-        self._rejected = 0
-        self._service_s: dict[str, float] = {}
+        self._wake = wake
+        self._models: dict[str, ServedModel] = {}
+        self._rooms: dict[str, WaitingRoom] = {}
+        self._names: tuple[str, ...] = ()
+        self._engines: dict[str, Row] = {}
+        self._share = SlotShare()
 
     # --- the table
 
-    def update(self, engines: Iterable[EngineInfo]) -> None:
+    def update(
+        self, engines: Iterable[EngineInfo], models: Iterable[ModelInfo] = (), share: SlotShare | None = None
+    ) -> None:
         """Take the directory's table. Engines that are missing from it take no more requests.
 
         Requests that wait for what cannot come any more get their `EngineNotReadyError` in this step.
-        """
-        fresh = {info.name: info for info in engines}
-        for name, row in list(self._rows.items()):
-            if name not in fresh:
-                row.listed = False
-                if not row.busy:
-                    del self._rows[name]
-        for name, info in fresh.items():
-            self._merge(name, info)
-        self._models = tuple(dict.fromkeys(row.model for row in self._rows.values() if row.listed))
-        self._ready = {}
-        for row in self._rows.values():
-            if row.listed and row.info.state is EngineState.READY and row.slots_total > 0:
-                self._ready.setdefault(row.model, []).append(row)
-        for model in self._queues.models():
-            self._dispatch(model)
-            self._dismiss(model)
 
-    def _merge(self, name: str, info: EngineInfo) -> None:
-        row = self._rows.get(name)
-        if row is None or row.identity != identity(info) or row.model != info.model:
-            self._rows[name] = Row(name, info.model, info.slots_total, info=info)
-            return
-        row.info, row.slots_total, row.listed = info, info.slots_total, True
+        Args:
+            engines: every engine of the fleet.
+            models: every served model, also those without engines; none: the engines' own.
+            share: which slots are this router's; None leaves that as it is.
+        """
+        self._share = share or self._share
+        by_model: dict[str, list[EngineInfo]] = {info.name: [] for info in models}
+        infos = {info.name: info for info in models}
+        for engine in engines:
+            by_model.setdefault(engine.model, []).append(engine)
+        for name, listed in by_model.items():
+            served = self._served(name)
+            served.info = infos.get(name)
+            served.update(listed, self._share)
+        for name in [name for name in self._models if name not in by_model]:
+            self._models[name].update((), self._share)
+        self._names = tuple(by_model)
+        self._engines = {
+            name: row for served in self._models.values() for name, row in served.rows.items() if row.listed
+        }
+        for name, room in self._rooms.items():
+            room.dispatch()
+            self._dismiss(name)
+            room.keep_awake()
+
+    def _served(self, name: str) -> ServedModel:
+        if name not in self._models:
+            served = self._models[name] = ServedModel(name, self._policy, self._queue_limit)
+            wake = partial(self._wake, name) if self._wake is not None else None
+            self._rooms[name] = WaitingRoom(served, self._clock, self._refusal, wake)
+        return self._models[name]
 
     def suspect(self, engine: EngineInfo | str) -> None:
         """A connection to this engine failed: skip it for `SUSPECT_S`, or until its server is another one.
@@ -84,38 +108,44 @@ class Router:
             engine: as it was when the connection failed; if its server is another one by now, nothing happens. A name
                 means whatever server the engine has now.
         """
-        row = self._rows.get(engine if isinstance(engine, str) else engine.name)
-        if row is None or (isinstance(engine, EngineInfo) and row.identity != identity(engine)):
+        row = self._engines.get(engine if isinstance(engine, str) else engine.name)
+        if row is None or (isinstance(engine, EngineInfo) and identity(row.info) != identity(engine)):
             return
-        row.suspicions += 1
-        self._suspects += 1
+        self._models[row.model].suspect(row, 1)
         asyncio.get_running_loop().call_later(SUSPECT_S, self._cooled, row)
 
     def _cooled(self, row: Row) -> None:
-        row.suspicions -= 1
-        self._suspects -= 1
-        self._dispatch(row.model)
+        self._models[row.model].suspect(row, -1)
+        self._rooms[row.model].dispatch(row.name)
 
     # --- reading
 
     def models(self) -> tuple[str, ...]:
-        """Served names in the order they were first seen, whether or not an engine of them is ready."""
-        return self._models
+        """Served names in the order of the settings, whether or not an engine of them is ready."""
+        return self._names
+
+    def model_info(self, name: str) -> ModelInfo | None:
+        """What the directory says of a model."""
+        served = self._models.get(name)
+        return served.info if served else None
 
     def engines(self, model: str | None = None) -> tuple[EngineInfo, ...]:
         """All known engines, or those of one model."""
-        return tuple(row.info for row in self._rows.values() if row.listed and model in (None, row.model))
+        return tuple(row.info for row in self._engines.values() if model in (None, row.model))
 
     def ready(self, model: str | None = None) -> tuple[EngineInfo, ...]:
         """Engines that take requests now, suspected ones included."""
-        groups = self._ready.values() if model is None else [self._ready.get(model, [])]
-        return tuple(row.info for rows in groups for row in rows)
+        return tuple(
+            row.info
+            for row in self._engines.values()
+            if model in (None, row.model) and row.info.state is EngineState.READY and row.info.slots_total > 0
+        )
 
     def resolve(self, model: str | None, only: str | None = None) -> str:
         """The served name that a request means.
 
         Args:
-            model: the request's own word; None means the pinned engine's model, the only one, or the first.
+            model: the request's own word; None or empty means the pinned engine's model, the only one, or the first.
             only: name of an engine the request is pinned to.
 
         Raises:
@@ -125,21 +155,20 @@ class Router:
         """
         if only is not None:
             return self._resolve_pinned(model, only)
-        names = self.models()
-        if not names:
+        if not self._names:
             raise EngineNotReadyError("of any model", "missing: the fleet has no engines yet")
-        if model is None:
-            return names[0]
-        if model not in names:
-            raise ModelNotFoundError(model, f"this fleet serves {', '.join(names)}")
+        if not model:
+            return self._names[0]
+        if model not in self._names:
+            raise ModelNotFoundError(model, f"this fleet serves {', '.join(self._names)}")
         return model
 
     def _resolve_pinned(self, model: str | None, only: str) -> str:
-        row = self._rows.get(only)
-        if row is None or not row.listed:
-            known = ", ".join(sorted(info.name for info in self.engines())) or "none yet"
+        row = self._engines.get(only)
+        if row is None:
+            known = ", ".join(sorted(self._engines)) or "none yet"
             raise ConfigError("engine", only, f"no such engine; known are {known}")
-        if model not in (None, row.model):
+        if model and model != row.model:
             raise ConfigError("engine", only, f"serves {row.model!r}, the request asks for {model!r}")
         return row.model
 
@@ -153,19 +182,20 @@ class Router:
             EngineNotReadyError: none is ready.
         """
         name = self.resolve(model, only)
-        rows = [row for row in self._ready.get(name, []) if only in (None, row.name)]
+        served = self._models[name]
+        rows = [row for row in served.rows.values() if row.is_usable and only in (None, row.name)]
         if not rows:
             raise self.not_ready(name, only)
         row = min(rows, key=lambda each: (each.suspicions > 0, each.name in exclude, each.last_used))
-        self._serial += 1
-        row.last_used = self._serial
+        served.table.touch(row)
         return row.info
 
     def snapshot(self) -> dict[str, Any]:
-        """Claims and queues as JSON: `{"waiting": {model: n}, "rejected": n, "engines": {name: {...}}}`."""
+        """Claims, queues and what was learnt, as JSON: `{"waiting", "rejected", "engines", "models"}`."""
+        waiting = {name: room.count for name, room in self._rooms.items() if room.count}
         return {
-            "waiting": {model: self._queues.count(model) for model in self._queues.models()},
-            "rejected": self._rejected,
+            "waiting": waiting,
+            "rejected": sum(served.counts.rejected for served in self._models.values()),
             "engines": {
                 row.name: {
                     "model": row.model,
@@ -173,139 +203,160 @@ class Router:
                     "slots_busy": row.busy,
                     "slots_total": row.slots_total,
                     "is_suspect": row.suspicions > 0,
+                    "is_closed": row.closed,
                 }
-                for row in self._rows.values()
-                if row.listed
+                for row in self._engines.values()
             },
+            "models": {name: served.snapshot() for name, served in self._models.items()},
         }
+
+    def demand(self) -> tuple[ModelDemand, ...]:
+        """What the fleet's controller scales by."""
+        return tuple(room.demand() for room in self._rooms.values() if room.last_request_unix_nano)
 
     # --- claims
 
-    async def acquire(
-        self,
-        model: str | None,
-        *,
-        timeout_s: float | None = None,
-        exclude: Collection[str] = frozenset(),
-        only: str | None = None,
-    ) -> Lease:
-        """Claim a slot, waiting in the model's FIFO queue if there is none.
+    async def acquire(self, ask: Ask, *, exclude: Collection[str] = frozenset()) -> Lease:
+        """Claim a slot, waiting if there is none.
 
         Args:
-            model: served name; None as in `resolve`.
-            timeout_s: longest wait; None is the router's own.
+            ask: the request; its `model` as in `resolve`.
             exclude: engines to avoid as long as another one of the model has a free slot.
-            only: pin the request to this engine.
 
         Raises:
             ConfigError, ModelNotFoundError: as `resolve`.
-            OverloadedError: the queue is full, or no slot came free in time.
+            OverloadedError: the queue is full, or no slot will come free in time.
             EngineNotReadyError: no engine of the model was ready in time, or all have failed for good.
         """
-        name = self.resolve(model, only)
-        avoid = frozenset(exclude)
-        lease = self._claim(name, avoid, only)
+        name = self.resolve(ask.model, ask.only)
+        served, room, now_s = self._models[name], self._rooms[name], self._clock()
+        if ask.deadline_s == math.inf:
+            ask.deadline_s = now_s + self._queue_timeout_s
+        match = served.residency.match(ask.key)
+        ask.model, ask.prompt_tokens = name, match.prompt_tokens
+        waiter = Waiter(ask, frozenset(exclude))
+        lease = room.claim_now(waiter, match, now_s)
         if lease is not None:
             return lease
-        if is_hopeless(self._listed(name, only)):
-            raise self.not_ready(name, only)
-        if self._queues.is_full(name):
-            raise self._overloaded(name, f"all slots are busy and {self._queues.count(name)} requests wait")
-        return await self._wait(name, avoid, only, self._queue_timeout_s if timeout_s is None else timeout_s)
+        if not served.table.slots_total:
+            self._check_hope(served, ask.only)
+        return await room.wait(waiter, now_s)
 
-    def release(self, lease: Lease) -> None:
-        """Give a slot back; a second time does nothing. The next waiter that can use it gets it in this step."""
+    def began(self, lease: Lease) -> None:
+        """The first byte of the answer came."""
+        self._rooms[lease.model].began(lease)
+
+    def release(self, lease: Lease, served: Served | None = None) -> None:
+        """Give a slot back; a second time does nothing. A waiter that can use it gets it in this step.
+
+        Args:
+            lease: the claim.
+            served: what the reply told; None: it was cut off, so nothing is known of the slot's content any more.
+        """
         if lease.released:
             return
         lease.released = True
-        row = lease.row
-        row.busy -= 1
-        took_s = self._clock() - lease.claimed_at
-        mean_s = self._service_s.get(row.model, took_s)
-        self._service_s[row.model] = mean_s + _SERVICE_WEIGHT * (took_s - mean_s)
-        if not row.listed and not row.busy and self._rows.get(row.name) is row:
-            del self._rows[row.name]
-        if self._queues:
-            self._dispatch(row.model)
+        self._models[lease.model].release(lease, served, self._clock())
+        self._rooms[lease.model].dispatch(lease.engine.name)
 
-    async def _wait(self, model: str, exclude: frozenset[str], only: str | None, timeout_s: float) -> Lease:
-        loop = asyncio.get_running_loop()
-        waiter = Waiter(model, only, exclude, loop.create_future())
-        self._queues.join(waiter)
-        timer = loop.call_later(timeout_s, self._expire, waiter, timeout_s)
-        try:
-            return await waiter.grant
-        except asyncio.CancelledError:
-            # Cancelled in the very step that granted: the slot is ours and nobody else will give it back.
-            if waiter.grant.done() and not waiter.grant.cancelled() and waiter.grant.exception() is None:
-                self.release(waiter.grant.result())
-            raise
-        finally:
-            timer.cancel()
-            self._queues.leave(waiter)
+    # --- moving engines and conversations
 
-    def _claim(self, model: str, exclude: frozenset[str], only: str | None) -> Lease | None:
-        rows = self._candidates(model)
-        if only is not None:
-            rows = [row for row in rows if row.name == only]
-            exclude = frozenset()
-        name = choose(rows, model=model, exclude=exclude)
-        if name is None and exclude:
-            name = choose(rows, model=model)
-        if name is None:
+    def close_engine(self, name: str) -> None:
+        """No new claims there until `open_engine`, or until its server is another one; running ones go on."""
+        self._set_closed(name, closed=True)
+
+    def open_engine(self, name: str) -> None:
+        """Take requests there again."""
+        self._set_closed(name, closed=False)
+        row = self._engines.get(name)
+        if row is not None:
+            self._rooms[row.model].dispatch(name)
+
+    def _set_closed(self, name: str, *, closed: bool) -> None:
+        row = self._engines.get(name)
+        if row is not None:
+            row.closed = closed
+            self._models[row.model].sync(row)
+
+    def in_flight(self, name: str) -> int:
+        """Claimed slots of an engine."""
+        row = self._engines.get(name)
+        return row.busy if row else 0
+
+    def held(self, name: str) -> tuple[Held, ...]:
+        """Idle slots of an engine that hold a conversation, coldest first."""
+        row = self._engines.get(name)
+        return self._models[row.model].held(name) if row else ()
+
+    def hold_slot(self, name: str, slot: int) -> Lease | None:
+        """Claim exactly this idle slot, on a closed engine too."""
+        row = self._engines.get(name)
+        if row is None or slot not in row.free or row.unpinned:
             return None
-        row = self._rows[name]
-        row.busy += 1
-        self._serial += 1
-        row.last_used = self._serial
-        return Lease(row.info, model, self._clock(), row)
+        return self._models[row.model].claim_slot(row, slot, Ask(model=row.model), self._clock())
 
-    def _candidates(self, model: str) -> list[Row]:
-        rows = self._ready.get(model, [])
-        return [row for row in rows if not row.suspicions] if self._suspects else rows
-
-    def _listed(self, model: str, only: str | None) -> list[Row]:
-        rows = self._rows.values()
-        return [row for row in rows if row.listed and row.model == model and only in (None, row.name)]
-
-    def _dispatch(self, model: str) -> None:
-        for waiter in self._queues.of(model):
-            if waiter.grant.done():
+    def claim_slot(self, model: str, *, exclude: Collection[str], tokens: int) -> Lease | None:
+        """Claim the free slot of another engine that loses least; None when nothing is free or somebody waits."""
+        served = self._models.get(model)
+        if served is None or self._rooms[model].count:
+            return None
+        for row in served.table.least_loaded(8, exclude=frozenset(exclude)):
+            fits = tokens <= row.info.n_ctx // max(1, row.info.slots_total) or not row.info.n_ctx
+            if not fits or row.unpinned or not row.free:
                 continue
-            lease = self._claim(model, waiter.exclude, waiter.only)
-            if lease is not None:
-                waiter.grant.set_result(lease)
-                self._queues.leave(waiter)
-            elif waiter.only is None:
-                return  # nothing is free for a waiter without a pin, so nothing is free at all
+            match = served.residency.match(b"")
+            spot = served.residency.choose_slot(row.name, match, row.free)
+            return served.claim_slot(row, max(spot.slot, min(row.free)), Ask(model=model), self._clock())
+        return None
+
+    def moved(self, source: str, slot: int, target: str, target_slot: int) -> None:
+        """The target's slot now holds what the source's held, and the source's slot nothing."""
+        row = self._engines.get(source)
+        if row is not None:
+            self._models[row.model].residency.moved(source, slot, target, target_slot)
+
+    def erased(self, name: str, slot: int) -> None:
+        """A slot turned out to be empty."""
+        row = self._engines.get(name)
+        if row is not None:
+            self._models[row.model].residency.erase(name, slot)
 
     # --- refusals
 
     def not_ready(self, model: str, only: str | None = None) -> EngineNotReadyError:
         """The error that says why no engine of a model, or not the pinned one, can be used now."""
-        return EngineNotReadyError(f"for model {model!r}", f"not ready: {describe(self._listed(model, only))}")
+        rows = self._listed(model, only)
+        info = self._models[model].info
+        why = describe(rows) if rows or info is None else f"it is {info.state}: {info.detail}".rstrip(": ")
+        if rows and info is not None and info.state is ModelState.FAILED:
+            why = f"{why}; {info.detail}".rstrip("; ")
+        return EngineNotReadyError(f"for model {model!r}", f"not ready: {why}")
+
+    def _listed(self, model: str, only: str | None) -> list[Row]:
+        return [row for row in self._models[model].rows.values() if row.listed and only in (None, row.name)]
+
+    def _check_hope(self, served: ServedModel, only: str | None) -> None:
+        """Before waiting: wake a model that can start, refuse one that cannot come."""
+        if served.is_startable:
+            if self._wake is not None:
+                self._wake(served.name)
+        elif is_hopeless(self._listed(served.name, only)):
+            raise self.not_ready(served.name, only)
 
     def _dismiss(self, model: str) -> None:
-        waiters = [waiter for waiter in self._queues.of(model) if not waiter.grant.done()]
-        hopeless = {only for only in {waiter.only for waiter in waiters} if is_hopeless(self._listed(model, only))}
-        for waiter in waiters:
-            if waiter.only in hopeless:
-                self._queues.leave(waiter)
-                waiter.grant.set_exception(self.not_ready(model, waiter.only))
-
-    def _expire(self, waiter: Waiter, waited_s: float) -> None:
-        if waiter.grant.done():
+        served = self._models[model]
+        if served.is_startable:
             return
-        self._queues.leave(waiter)
-        error: LltmRayError
-        if any(waiter.only in (None, row.name) for row in self._candidates(waiter.model)):
-            error = self._overloaded(waiter.model, f"no slot came free within {waited_s:g} s")
-        else:
-            error = self.not_ready(waiter.model, waiter.only)
-        waiter.grant.set_exception(error)
+        self._rooms[model].dismiss(
+            lambda only: self.not_ready(model, only) if is_hopeless(self._listed(model, only)) else None
+        )
 
-    def _overloaded(self, model: str, why: str) -> OverloadedError:
-        self._rejected += 1
-        slots = sum(row.slots_total for row in self._ready.get(model, [])) or 1
-        ahead = self._queues.count(model) + 1
-        return OverloadedError(why, max(1.0, self._service_s.get(model, 1.0) * ahead / slots))
+    def _refusal(self, served: ServedModel, overload: Overload[Waiter]) -> Exception:
+        """The error for a waiter that is turned away."""
+        only = overload.ticket.only
+        usable = any(row.is_usable and not row.suspicions for row in self._listed(served.name, only))
+        if overload.reason == "expired" and not usable:
+            return self.not_ready(served.name, only)
+        served.counts.rejected += 1
+        return OverloadedError(overload.why, overload.retry_after_s)
+

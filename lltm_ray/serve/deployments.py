@@ -8,7 +8,7 @@ from typing import Any
 from ray import serve
 
 from lltm_ray.actors.fleet import Fleet, start_fleet
-from lltm_ray.actors.gateway import Front
+from lltm_ray.actors.front import Front
 from lltm_ray.config import FleetConfig, GatewayConfig
 from lltm_ray.errors import EngineError
 
@@ -36,8 +36,9 @@ class _Ingress:
     """HTTP in, bytes from llama-server out; holds no logic of its own."""
 
     async def __init__(self, config: GatewayConfig, holder: Any) -> None:  # type: ignore[misc] # Serve awaits it
-        self._front = Front(config, await holder.name.remote())
-        self._following = asyncio.create_task(self._front.follow())
+        replica = serve.get_replica_context().replica_id.unique_id
+        self._front = Front(config, await holder.name.remote(), f"serve-{replica}")
+        self._following = asyncio.create_task(self._front.serve_unseen())
 
     def check_health(self) -> None:
         """Unhealthy when nobody keeps its table true any more."""

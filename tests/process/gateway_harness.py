@@ -16,7 +16,9 @@ from lltm_ray.config import GatewayConfig
 from lltm_ray.gateway.app import GatewayApp
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.server import serve
+from lltm_ray.gateway.slot_files import SlotFiles
 from lltm_ray.records import EngineInfo, EngineState, FleetStatus
+from lltm_ray.routing.ledger import Ledger
 from lltm_ray.routing.router import Router
 
 SLOTS = 2
@@ -38,6 +40,9 @@ p = xllamacpp.CommonParams()
 p.model.path, p.port, p.hostnames, p.api_keys = sys.argv[1], 0, ["127.0.0.1"], ["engine-key"]
 p.n_parallel, p.n_ctx, p.n_threads_http = int(sys.argv[2]), 8192 * int(sys.argv[2]), 16
 p.slot_save_path = sys.argv[3]
+# Rounding in f16 lets the same greedy text come out otherwise now and then, as other requests share the batch.
+p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1  # more spin against each other on a small machine
 p.endpoint_metrics = p.endpoint_slots = p.endpoint_props = True
 server = xllamacpp.Server(p)
@@ -61,12 +66,14 @@ class Engine:
 
 
 @contextlib.contextmanager
-def real_engine(name: str, model: Path, log_dir: Path) -> Iterator[Engine]:
-    """Start a server and wait until it serves."""
+def real_engine(name: str, model: Path, log_dir: Path, *, slots: int = SLOTS) -> Iterator[Engine]:
+    """Start a server and wait until it serves; it saves slots in a folder of its own."""
+    folder = log_dir / f"{name}-slots"
+    folder.mkdir(exist_ok=True)
     with (
         (log_dir / f"{name}.log").open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(model), str(SLOTS), f"{log_dir}/"],
+            [sys.executable, "-c", _CHILD, str(model), str(slots), f"{folder}/"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -76,7 +83,8 @@ def real_engine(name: str, model: Path, log_dir: Path) -> Iterator[Engine]:
         try:
             url = process.stdout.readline().strip()
             assert url.startswith("http://"), (log_dir / f"{name}.log").read_text()[-2000:]
-            yield Engine(engine_info(name, url, process.pid), process)
+            info = engine_info(name, url, process.pid, slots=slots)
+            yield Engine(info.with_(slot_folder=str(folder), n_ctx=8192 * slots), process)
         finally:
             process.kill()
 
@@ -127,8 +135,14 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def gateway(*engines: EngineInfo, keys: tuple[str, ...] = (), **settings: object) -> AsyncIterator[Gateway]:
-    """Run the app on uvicorn in this loop; at the end every claim must be gone."""
+async def gateway(
+    *engines: EngineInfo,
+    keys: tuple[str, ...] = (),
+    ledger: Ledger | None = None,
+    files: SlotFiles | None = None,
+    **settings: object,
+) -> AsyncIterator[Gateway]:
+    """Run the app on uvicorn in this loop; at the end every claim must be gone. The ledger stays open."""
     config = GatewayConfig(**({"port": 0, "drain_timeout_s": 5.0} | settings))
     router = Router(config.queue_limit, config.queue_timeout_s)
     router.update(engines)
@@ -137,6 +151,9 @@ async def gateway(*engines: EngineInfo, keys: tuple[str, ...] = (), **settings: 
         config=config,
         keys=ApiKeys(keys),
         status=lambda: FleetStatus(name="test", engines=router.engines()),
+        ledger=ledger,
+        files=files,
+        account=lambda: ledger.counters if ledger else {},
     )
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()

@@ -4,7 +4,7 @@ import json
 
 from lltm_ray.actors.directory import EXPIRE_AFTER_S, LATE, Table
 from lltm_ray.records import EngineInfo, EngineState, GatewayInfo
-from lltm_ray.routing.queue import LATE_DETAIL
+from lltm_ray.routing.rows import LATE_DETAIL
 
 NOW = 1000.0
 

@@ -1,12 +1,20 @@
 import asyncio
+import math
+import time
 
 import pytest
 
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
-from lltm_ray.records import EngineInfo, EngineState
+from lltm_ray.records import EngineInfo, EngineState, Timings
 from lltm_ray.routing import router as router_module
-from lltm_ray.routing.queue import LATE_DETAIL
-from lltm_ray.routing.router import Router
+from lltm_ray.routing.policy import Ask
+from lltm_ray.routing.router import Router, Served
+from lltm_ray.routing.rows import LATE_DETAIL
+
+
+def acquire(router: Router, model: str | None, *, timeout_s: float | None = None, exclude=(), only=None):
+    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    return router.acquire(Ask(model=model or "", only=only, deadline_s=deadline_s), exclude=exclude)
 
 
 def engine(name: str, *, model: str = "m", slots: int = 1, state: EngineState = EngineState.READY, pid: int = 1):
@@ -32,43 +40,45 @@ async def waiting(router: Router, count: int) -> None:
 
 async def test_requests_alternate_between_equal_engines():
     router = make(engine("a", slots=2), engine("b", slots=2))
-    names = [(await router.acquire("m")).engine.name for _ in range(4)]
+    names = [(await acquire(router, "m")).engine.name for _ in range(4)]
     assert names == ["a", "b", "a", "b"]
 
 
 async def test_a_full_queue_is_refused_with_a_retry_time_of_at_least_a_second():
     router = make(engine("a"), queue_limit=0)
-    await router.acquire("m")
+    await acquire(router, "m")
     with pytest.raises(OverloadedError) as caught:
-        await router.acquire("m")
+        await acquire(router, "m")
     assert caught.value.retry_after_s >= 1
     assert router.snapshot()["rejected"] == 1
 
 
-async def test_the_retry_time_grows_with_service_time_and_queue_and_shrinks_with_slots():
-    now = [0.0]
-    router = make(engine("a", slots=2), queue_limit=3, clock=lambda: now[0])
-    lease = await router.acquire("m")
-    now[0] = 10.0
-    router.release(lease)
-    held = [await router.acquire("m") for _ in range(2)]
-    tasks = [asyncio.create_task(router.acquire("m")) for _ in range(3)]
-    await waiting(router, 3)
-    with pytest.raises(OverloadedError) as caught:
-        await router.acquire("m")
-    assert caught.value.retry_after_s == pytest.approx(10.0 * 4 / 2)
-    for lease in held:
+async def test_the_retry_time_grows_with_the_time_that_requests_hold_their_slots():
+    retries = []
+    for held_s in (1.0, 30.0):
+        now = [0.0]
+        router = make(engine("a"), queue_limit=1, clock=lambda now=now: now[0])
+        for _ in range(10):
+            lease = await acquire(router, "m")
+            now[0] += held_s
+            told = Timings(prompt_n=10, prompt_ms=1e3, predicted_n=10, predicted_ms=held_s * 1e3 - 1e3)
+            router.release(lease, Served(timings=told))
+        lease = await acquire(router, "m")
+        task = asyncio.create_task(acquire(router, "m", timeout_s=1e6))
+        await waiting(router, 1)
+        with pytest.raises(OverloadedError) as caught:
+            await acquire(router, "m", timeout_s=1e6)
+        retries.append(caught.value.retry_after_s)
         router.release(lease)
-    router.release(await tasks[0])
-    for task in tasks[1:]:
         router.release(await task)
+    assert retries[1] > 5 * retries[0] >= 5
 
 
 async def test_a_wait_that_is_too_long_is_refused_and_leaves_no_trace():
     router = make(engine("a"))
-    lease = await router.acquire("m")
-    with pytest.raises(OverloadedError, match=r"within 0\.01 s"):
-        await router.acquire("m", timeout_s=0.01)
+    lease = await acquire(router, "m")
+    with pytest.raises(OverloadedError, match="before its deadline"):
+        await acquire(router, "m", timeout_s=0.01)
     assert router.snapshot()["waiting"] == {}
     router.release(lease)
     assert busy(router) == {"a": 0}
@@ -76,11 +86,11 @@ async def test_a_wait_that_is_too_long_is_refused_and_leaves_no_trace():
 
 async def test_waiters_get_slots_in_the_order_they_came():
     router = make(engine("a"))
-    lease = await router.acquire("m")
+    lease = await acquire(router, "m")
     order: list[int] = []
 
     async def take(number: int) -> None:
-        mine = await router.acquire("m")
+        mine = await acquire(router, "m")
         order.append(number)
         await asyncio.sleep(0)
         router.release(mine)
@@ -96,7 +106,7 @@ async def test_waiters_get_slots_in_the_order_they_came():
 
 async def test_a_second_release_frees_nothing():
     router = make(engine("a", slots=2))
-    first, second = await router.acquire("m"), await router.acquire("m")
+    first, second = await acquire(router, "m"), await acquire(router, "m")
     router.release(first)
     router.release(first)
     assert busy(router) == {"a": 1}
@@ -105,23 +115,23 @@ async def test_a_second_release_frees_nothing():
 
 async def test_a_waiter_cancelled_in_the_step_that_grants_it_a_slot_gives_it_back():
     router = make(engine("a"))
-    lease = await router.acquire("m")
-    task = asyncio.create_task(router.acquire("m"))
+    lease = await acquire(router, "m")
+    task = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 1)
     router.release(lease)  # the waiter owns the slot now, but has not run
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert busy(router) == {"a": 0}
-    router.release(await router.acquire("m", timeout_s=0))
+    router.release(await acquire(router, "m", timeout_s=0))
 
 
 async def test_a_cancelled_waiter_does_not_hold_up_the_ones_behind_it():
     router = make(engine("a"))
-    lease = await router.acquire("m")
-    first = asyncio.create_task(router.acquire("m"))
+    lease = await acquire(router, "m")
+    first = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 1)
-    second = asyncio.create_task(router.acquire("m"))
+    second = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 2)
     first.cancel()
     router.release(lease)
@@ -132,22 +142,22 @@ async def test_a_cancelled_waiter_does_not_hold_up_the_ones_behind_it():
 async def test_an_unknown_model_is_refused_with_the_names_that_are_served():
     router = make(engine("a", model="one"), engine("b", model="two"))
     with pytest.raises(ModelNotFoundError, match="one, two"):
-        await router.acquire("three")
+        await acquire(router, "three")
 
 
 async def test_no_model_means_the_first_one():
     router = make(engine("a", model="one"), engine("b", model="two"))
-    assert (await router.acquire(None)).model == "one"
+    assert (await acquire(router, None)).model == "one"
 
 
 async def test_an_empty_fleet_is_not_ready():
     with pytest.raises(EngineNotReadyError, match="no engines"):
-        await make().acquire("m")
+        await acquire(make(), "m")
 
 
 async def test_a_model_whose_engines_start_is_waited_for():
     router = make(engine("a", state=EngineState.STARTING))
-    task = asyncio.create_task(router.acquire("m"))
+    task = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 1)
     router.update([engine("a", pid=2)])
     assert (await task).engine.server_pid == 2
@@ -156,21 +166,21 @@ async def test_a_model_whose_engines_start_is_waited_for():
 async def test_a_model_whose_engines_never_get_ready_says_so_after_the_wait():
     router = make(engine("a", state=EngineState.STARTING))
     with pytest.raises(EngineNotReadyError, match="a is starting"):
-        await router.acquire("m", timeout_s=0.01)
+        await acquire(router, "m", timeout_s=0.01)
 
 
 async def test_a_model_whose_engines_all_failed_is_refused_at_once():
     router = make(engine("a", state=EngineState.FAILED), timeout_s=60)
     with pytest.raises(EngineNotReadyError, match="a is failed"):
-        await router.acquire("m")
+        await acquire(router, "m")
 
 
 async def test_a_restarted_engine_starts_with_no_claims_and_old_leases_touch_nothing():
     router = make(engine("a", slots=2))
-    old = await router.acquire("m")
+    old = await acquire(router, "m")
     router.update([engine("a", slots=2, pid=2)])
     assert busy(router) == {"a": 0}
-    new = await router.acquire("m")
+    new = await acquire(router, "m")
     router.release(old)
     assert busy(router) == {"a": 1}
     router.release(new)
@@ -178,41 +188,41 @@ async def test_a_restarted_engine_starts_with_no_claims_and_old_leases_touch_not
 
 async def test_a_drained_engine_that_is_ready_again_keeps_its_claims():
     router = make(engine("a"))
-    lease = await router.acquire("m")
+    lease = await acquire(router, "m")
     router.update([engine("a").with_(state=EngineState.DRAINING)])
     router.update([])
     router.update([engine("a")])
     with pytest.raises(OverloadedError):
-        await router.acquire("m", timeout_s=0)
+        await acquire(router, "m", timeout_s=0)
     router.release(lease)
     assert busy(router) == {"a": 0}
 
 
 async def test_an_engine_that_left_is_forgotten_when_its_last_claim_ends():
     router = make(engine("a"), engine("b"))
-    leases = [await router.acquire("m") for _ in range(2)]
+    leases = [await acquire(router, "m") for _ in range(2)]
     router.update([engine("b")])
     assert router.models() == ("m",)
     for lease in leases:
         router.release(lease)
     assert busy(router) == {"b": 0}
     with pytest.raises(ConfigError, match="known are b"):
-        await router.acquire("m", only="a")
+        await acquire(router, "m", only="a")
 
 
 async def test_a_suspected_engine_is_skipped_until_its_cool_down_is_over(monkeypatch):
     monkeypatch.setattr(router_module, "SUSPECT_S", 0.02)
     router = make(engine("a"), engine("b"))
     router.suspect("a")
-    assert (await router.acquire("m")).engine.name == "b"
-    lease = await router.acquire("m", timeout_s=5)  # waits for a's cool-down; nothing else wakes it
+    assert (await acquire(router, "m")).engine.name == "b"
+    lease = await acquire(router, "m", timeout_s=5)  # waits for a's cool-down; nothing else wakes it
     assert lease.engine.name == "a"
 
 
 async def test_a_suspicion_ends_when_the_directory_shows_a_new_server():
     router = make(engine("a"))
     router.suspect("a")
-    task = asyncio.create_task(router.acquire("m"))
+    task = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 1)
     router.update([engine("a", pid=2)])
     assert (await task).engine.server_pid == 2
@@ -220,13 +230,13 @@ async def test_a_suspicion_ends_when_the_directory_shows_a_new_server():
 
 async def test_a_model_that_is_down_does_not_take_the_places_of_a_healthy_one():
     router = make(engine("a", model="down", state=EngineState.STARTING), engine("b", model="up"), queue_limit=2)
-    tasks = [asyncio.create_task(router.acquire("down")) for _ in range(2)]
+    tasks = [asyncio.create_task(acquire(router, "down")) for _ in range(2)]
     await waiting(router, 2)
-    lease = await router.acquire("up")
-    tasks.append(asyncio.create_task(router.acquire("up")))
+    lease = await acquire(router, "up")
+    tasks.append(asyncio.create_task(acquire(router, "up")))
     await waiting(router, 3)
-    with pytest.raises(OverloadedError, match="2 requests wait"):
-        await router.acquire("down")
+    with pytest.raises(OverloadedError, match="full"):
+        await acquire(router, "down")
     router.release(lease)
     router.release(await tasks[2])
     for task in tasks:
@@ -236,7 +246,7 @@ async def test_a_model_that_is_down_does_not_take_the_places_of_a_healthy_one():
 @pytest.mark.parametrize("table", [[engine("a", state=EngineState.FAILED)], []], ids=["failed", "left"])
 async def test_waiters_are_told_at_once_when_the_last_engine_of_their_model_is_gone(table):
     router = make(engine("a", state=EngineState.STARTING), timeout_s=60)
-    tasks = [asyncio.create_task(router.acquire("m", only=only)) for only in (None, "a")]
+    tasks = [asyncio.create_task(acquire(router, "m", only=only)) for only in (None, "a")]
     await waiting(router, 2)
     router.update(table)
     async with asyncio.timeout(5):
@@ -248,10 +258,10 @@ async def test_waiters_are_told_at_once_when_the_last_engine_of_their_model_is_g
 
 async def test_a_pinned_waiter_is_told_when_its_engine_fails_while_others_wait_on():
     router = make(engine("a"), engine("b"), timeout_s=60)
-    held = [await router.acquire("m") for _ in range(2)]
-    free = asyncio.create_task(router.acquire("m"))
+    held = [await acquire(router, "m") for _ in range(2)]
+    free = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 1)
-    pinned = asyncio.create_task(router.acquire("m", only="a"))
+    pinned = asyncio.create_task(acquire(router, "m", only="a"))
     await waiting(router, 2)
     router.update([engine("a", state=EngineState.FAILED), engine("b")])
     async with asyncio.timeout(5):
@@ -264,7 +274,7 @@ async def test_a_pinned_waiter_is_told_when_its_engine_fails_while_others_wait_o
 
 async def test_a_waiter_cancelled_in_the_step_that_tells_it_the_end_is_just_cancelled():
     router = make(engine("a", state=EngineState.STARTING))
-    task = asyncio.create_task(router.acquire("m"))
+    task = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 1)
     router.update([])
     task.cancel()
@@ -275,7 +285,7 @@ async def test_a_waiter_cancelled_in_the_step_that_tells_it_the_end_is_just_canc
 async def test_an_engine_that_failed_only_by_its_silence_is_waited_for():
     silent = engine("a", state=EngineState.FAILED).with_(detail=f"{LATE_DETAIL} for 15 s")
     router = make(silent, timeout_s=60)
-    task = asyncio.create_task(router.acquire("m"))
+    task = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 1)
     router.update([silent, engine("b", state=EngineState.FAILED)])
     await asyncio.sleep(0)
@@ -297,10 +307,10 @@ async def test_a_failure_of_a_server_that_was_replaced_meanwhile_is_not_held_aga
 async def test_a_retry_uses_the_engine_it_avoids_when_the_others_are_busy_and_it_is_well_again(monkeypatch):
     monkeypatch.setattr(router_module, "SUSPECT_S", 0.02)
     router = make(engine("a"), engine("b"))
-    await router.acquire("m", only="b")
+    await acquire(router, "m", only="b")
     router.suspect(router.engines("m")[0])
     async with asyncio.timeout(2):
-        assert (await router.acquire("m", exclude={"a"})).engine.name == "a"
+        assert (await acquire(router, "m", exclude={"a"})).engine.name == "a"
 
 
 async def test_a_request_without_a_slot_goes_to_a_suspect_rather_than_nowhere():
@@ -317,24 +327,24 @@ async def test_a_refusal_says_which_engines_did_not_answer():
     router = make(engine("a"), engine("b", state=EngineState.STARTING))
     router.suspect("a")
     with pytest.raises(EngineNotReadyError, match="a is ready but did not answer just now, b is starting"):
-        await router.acquire("m", timeout_s=0.01)
+        await acquire(router, "m", timeout_s=0.01)
 
 
 async def test_excluded_engines_are_used_only_when_no_other_has_a_free_slot():
     router = make(engine("a"), engine("b"))
-    first = await router.acquire("m", exclude={"b"})
+    first = await acquire(router, "m", exclude={"b"})
     assert first.engine.name == "a"
     router.release(first)
-    assert (await router.acquire("m", exclude={"a", "b"}, timeout_s=0)).engine.name in ("a", "b")
-    assert (await router.acquire("m", exclude={"b"}, timeout_s=0)).engine.name in ("a", "b")
+    assert (await acquire(router, "m", exclude={"a", "b"}, timeout_s=0)).engine.name in ("a", "b")
+    assert (await acquire(router, "m", exclude={"b"}, timeout_s=0)).engine.name in ("a", "b")
 
 
 async def test_a_pinned_waiter_neither_takes_another_engine_nor_blocks_those_behind_it():
     router = make(engine("a"), engine("b"))
-    on_a, on_b = await router.acquire("m", only="a"), await router.acquire("m", only="b")
-    pinned = asyncio.create_task(router.acquire("m", only="a"))
+    on_a, on_b = await acquire(router, "m", only="a"), await acquire(router, "m", only="b")
+    pinned = asyncio.create_task(acquire(router, "m", only="a"))
     await waiting(router, 1)
-    free = asyncio.create_task(router.acquire("m"))
+    free = asyncio.create_task(acquire(router, "m"))
     await waiting(router, 2)
     router.release(on_b)
     assert (await free).engine.name == "b"
@@ -346,20 +356,20 @@ async def test_a_pinned_waiter_neither_takes_another_engine_nor_blocks_those_beh
 async def test_a_pin_to_an_engine_of_another_model_is_refused():
     router = make(engine("a", model="one"), engine("b", model="two"))
     with pytest.raises(ConfigError, match="serves 'one'"):
-        await router.acquire("two", only="a")
-    assert (await router.acquire(None, only="b")).model == "two"
+        await acquire(router, "two", only="a")
+    assert (await acquire(router, None, only="b")).model == "two"
 
 
 async def test_fewer_slots_after_an_update_are_respected():
     router = make(engine("a", slots=3))
-    leases = [await router.acquire("m") for _ in range(3)]
+    leases = [await acquire(router, "m") for _ in range(3)]
     router.update([engine("a", slots=1)])
     router.release(leases[0])
     router.release(leases[1])
     with pytest.raises(OverloadedError):
-        await router.acquire("m", timeout_s=0)
+        await acquire(router, "m", timeout_s=0)
     router.release(leases[2])
-    await router.acquire("m", timeout_s=0)
+    await acquire(router, "m", timeout_s=0)
 
 
 async def test_a_request_without_a_slot_goes_round_and_avoids_engines_that_failed():

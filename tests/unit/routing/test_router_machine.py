@@ -1,6 +1,8 @@
 """Random walks over a router: claims never pass the slots, never leak, and waiters of a model are served in order."""
 
 import asyncio
+import math
+import time
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -8,13 +10,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lltm_ray.errors import EngineNotReadyError, OverloadedError
 from lltm_ray.records import EngineInfo, EngineState
-from lltm_ray.routing.queue import LATE_DETAIL
+from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.router import SUSPECT_S, Lease, Router
+from lltm_ray.routing.rows import LATE_DETAIL
 
 NAMES = ("a", "b", "c")
 MODELS = {"a": "m", "b": "m", "c": "n"}
 QUEUE_LIMIT = 3
 QUEUE_TIMEOUT_S = 60.0
+
+
+def acquire(router: Router, model: str | None, *, timeout_s: float | None = None, exclude=(), only=None):
+    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+    return router.acquire(Ask(model=model or "", only=only, deadline_s=deadline_s), exclude=exclude)
+
+
+def waiters(router: Router, model: str):
+    return list(router._models[model].admission.order())
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -107,7 +119,7 @@ class RouterMachine(RuleBasedStateMachine):
         if model not in self.router.models() or (only and (only not in self.table or MODELS[only] != model)):
             return
         full = self.router.snapshot()["waiting"].get(model, 0) == QUEUE_LIMIT
-        task = self.loop.create_task(self.router.acquire(model, exclude=exclude, only=only))
+        task = self.loop.create_task(acquire(self.router, model, exclude=exclude, only=only))
         self.tasks.append(task)
         self.wishes[task] = model, only
         self.run()
@@ -173,13 +185,13 @@ class RouterMachine(RuleBasedStateMachine):
                 if row["model"] == model and row["state"] == "ready" and not row["is_suspect"]
                 if row["slots_busy"] < row["slots_total"]
             }
-            for waiter in self.router._queues.of(model):
+            for waiter in waiters(self.router, model):
                 assert not usable & ({waiter.only} if waiter.only else usable)
 
     @invariant()
     def nobody_waits_without_hope(self) -> None:
         for model in self.router.snapshot()["waiting"]:
-            for waiter in self.router._queues.of(model):
+            for waiter in waiters(self.router, model):
                 infos = [info for info in self.router.engines(model) if waiter.only in (None, info.name)]
                 assert any(info.state is not EngineState.FAILED or info.detail for info in infos)
 

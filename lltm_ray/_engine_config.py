@@ -1,0 +1,146 @@
+"""Settings of one llama-server; `config` is where to import them from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lltm_ray._settings import check as _check
+from lltm_ray._settings import check_choice as _check_choice
+from lltm_ray._settings import check_range as _check_range
+
+CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+SPLIT_MODES = ("none", "layer", "row", "tensor")
+POOLING = ("none", "mean", "cls", "last", "rank")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraAdapter:
+    """A GGUF LoRA adapter and its scale (`--lora-scaled`)."""
+
+    path: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One llama-server. Every field becomes a flag of it; `None` leaves the choice to the planner or to llama.cpp."""
+
+    n_ctx: int | None = None
+    """Tokens of KV cache, shared by all slots (`--ctx-size`). None: the largest that fits the share, at most the
+    model's trained context for each slot."""
+    n_parallel: int = 4
+    """Slots (`--parallel`); 4 is llama-server's own automatic choice."""
+    n_batch: int = 2048
+    """Logical batch in tokens (`--batch-size`)."""
+    n_ubatch: int = 512
+    """Physical batch in tokens (`--ubatch-size`); sizes the compute buffer."""
+    n_gpu_layers: int | None = None
+    """Layers on the GPU (`--n-gpu-layers`). None: as many as fit the share."""
+    split_mode: str = "layer"
+    """How a model is split over several GPUs (`--split-mode none|layer|row|tensor`)."""
+    tensor_split: tuple[float, ...] = ()
+    """Proportions per GPU (`--tensor-split`)."""
+    main_gpu: int = 0
+    """GPU for small tensors when not splitting (`--main-gpu`), counted among the engine's own GPUs."""
+    flash_attn: str = "auto"
+    """`--flash-attn on|off|auto`."""
+    cache_type_k: str = "f16"
+    """KV cache type of keys (`--cache-type-k`)."""
+    cache_type_v: str = "f16"
+    """KV cache type of values (`--cache-type-v`); a quantized type needs flash attention."""
+    kv_unified: bool = False
+    """One KV buffer for all slots (`--kv-unified`); off, so that each slot owns n_ctx / n_parallel."""
+    cache_ram_mib: int | None = None
+    """Host-memory prompt cache in MiB (`--cache-ram`); 0 turns it off, which also keeps tenants apart. None: an eighth
+    of the node's free memory, divided among its engines, at most llama.cpp's own 8192."""
+    cache_reuse: int | None = None
+    """Smallest chunk in tokens to reuse by KV shifting (`--cache-reuse`)."""
+    swa_full: bool = False
+    """Full-size cache for sliding-window layers (`--swa-full`)."""
+    context_shift: bool = False
+    """Shift the context when it is full instead of ending (`--context-shift`)."""
+    slot_prompt_similarity: float | None = None
+    """How similar a prompt must be to reuse a slot, 0..1 (`--slot-prompt-similarity`)."""
+    n_threads: int | None = None
+    """CPU threads for decode (`--threads`). None: on a GPU llama.cpp's choice, else the node's cores divided among its
+    engines."""
+    n_threads_batch: int | None = None
+    """CPU threads for prefill (`--threads-batch`)."""
+    n_threads_http: int | None = None
+    """HTTP threads (`--threads-http`). None: more than twice the slots, so that /health answers under full load."""
+    use_mmap: bool = True
+    """Map the model file (`--load-mode mmap`, else `none`)."""
+    use_mlock: bool = False
+    """Lock the model in memory (`--load-mode mlock`)."""
+    lora: tuple[LoraAdapter, ...] = ()
+    """Adapters loaded at start (`--lora-scaled`)."""
+    mmproj: str | None = None
+    """Multimodal projector GGUF (`--mmproj`)."""
+    model_draft: str | None = None
+    """Draft model GGUF for speculative decoding (`--spec-draft-model`)."""
+    draft_max: int | None = None
+    """Most drafted tokens (`--spec-draft-n-max`)."""
+    draft_min: int | None = None
+    """Fewest drafted tokens (`--spec-draft-n-min`)."""
+    draft_p_min: float | None = None
+    """Least probability to go on drafting, 0..1 (`--spec-draft-p-min`)."""
+    n_gpu_layers_draft: int | None = None
+    """Draft layers on the GPU (`--spec-draft-ngl`)."""
+    embeddings: bool = False
+    """Serve embeddings (`--embeddings`)."""
+    reranking: bool = False
+    """Serve reranking (`--reranking`)."""
+    pooling: str | None = None
+    """`--pooling none|mean|cls|last|rank`."""
+    chat_template: str | None = None
+    """Template text or a built-in name (`--chat-template`)."""
+    jinja: bool = True
+    """Use the model's Jinja template (`--jinja`); tools need it."""
+    reasoning_format: str = "auto"
+    """Where thinking goes (`--reasoning-format none|deepseek|deepseek-legacy|auto`)."""
+    rope_freq_base: float | None = None
+    """`--rope-freq-base`."""
+    rope_freq_scale: float | None = None
+    """`--rope-freq-scale`."""
+    slot_save_path: str | None = None
+    """Folder for saved slots (`--slot-save-path`)."""
+    sleep_idle_s: int | None = None
+    """Unload after so many idle seconds (`--sleep-idle-seconds`)."""
+    warmup: bool = True
+    """Run once before serving (`--warmup`)."""
+    extra_args: tuple[str, ...] = ()
+    """Further llama-server arguments, as they are; the embedded engine refuses those it does not know."""
+
+    def __post_init__(self) -> None:
+        _check_range(
+            self,
+            n_ctx=(8, 2**31),
+            n_parallel=(1, 1024),
+            n_batch=(1, 2**20),
+            n_ubatch=(1, 2**20),
+            n_gpu_layers=(0, 100_000),
+            main_gpu=(0, 127),
+            cache_ram_mib=(-1, 2**31),
+            n_threads=(1, 4096),
+            n_threads_batch=(1, 4096),
+            n_threads_http=(1, 65_536),
+            slot_prompt_similarity=(0, 1),
+            draft_p_min=(0, 1),
+            draft_max=(0, 1024),
+            draft_min=(0, 1024),
+            sleep_idle_s=(1, 2**31),
+        )
+        _check_choice("split_mode", self.split_mode, SPLIT_MODES)
+        _check_choice("flash_attn", self.flash_attn, ("on", "off", "auto"))
+        _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPES)
+        _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPES)
+        _check_choice("pooling", self.pooling, POOLING)
+        _check_choice("reasoning_format", self.reasoning_format, ("none", "deepseek", "deepseek-legacy", "auto"))
+        quantized_v = self.cache_type_v not in ("f32", "f16", "bf16")
+        _check(
+            not (quantized_v and self.flash_attn == "off"),
+            "cache_type_v",
+            self.cache_type_v,
+            "a quantized V cache needs flash_attn on or auto",
+        )
+        _check(all(part >= 0 for part in self.tensor_split), "tensor_split", self.tensor_split, "parts must be >= 0")

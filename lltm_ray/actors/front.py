@@ -1,0 +1,184 @@
+"""The front of a fleet: the ASGI app, its router, its account, and what keeps the router's table true.
+
+`GatewayActor` serves it on uvicorn, the Serve ingress hands the same app to Serve. Fronts of one fleet share nothing on
+a request's way: each owns its part of every engine's slots, by its place among the living ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import ray
+
+from lltm_ray.actors import names
+from lltm_ray.actors.crew import find
+from lltm_ray.actors.transfer import RayFiles
+from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
+from lltm_ray.config import GatewayConfig, read_environment
+from lltm_ray.gateway.app import GatewayApp
+from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.moves import MoveReport
+from lltm_ray.records import FleetStatus, GatewayInfo, ModelDemand, ServerCounters
+from lltm_ray.routing.ledger import Drift, Ledger
+from lltm_ray.routing.router import Router
+from lltm_ray.routing.served import SlotShare
+
+log = logging.getLogger(__name__)
+
+RECONCILE_EVERY_S = 3.0
+
+
+class OtherGateways:
+    """The fleet's gateways but one, as actors.
+
+    Args:
+        fleet: whose.
+        name: the one that is left out.
+    """
+
+    def __init__(self, fleet: str, name: str) -> None:
+        self._fleet, self._name = fleet, name
+        self.names: tuple[str, ...] = ()
+
+    async def move_caches(self, engine: str, deadline_s: float) -> list[MoveReport]:
+        """The same drain at each of them; one that does not answer keeps what it knows of."""
+        done = await self._ask("move_caches", engine, deadline_s)
+        return [each for each in done if isinstance(each, MoveReport)]
+
+    async def open_engine(self, engine: str) -> None:
+        """The same at each of them."""
+        await self._ask("open_engine", engine)
+
+    async def _ask(self, method: str, *args: Any) -> list[Any]:
+        actors = [find(names.gateway(self._fleet, name)) for name in self.names if name != self._name]
+        calls = [getattr(handle, method).remote(*args) for handle in actors if handle is not None]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                log.warning("a gateway of %s did not %s: %s", self._fleet, method, answer)
+        return answers
+
+
+class Front:
+    """Keeps serving from its last table while the directory is away.
+
+    Args:
+        config: the gateway's settings.
+        fleet: whose engines it serves.
+        name: of this front among those of the fleet.
+    """
+
+    def __init__(self, config: GatewayConfig, fleet: str, name: str) -> None:
+        self._fleet, self._name = fleet, name
+        self._status = FleetStatus(name="")
+        self._router = Router(config.queue_limit, config.queue_timeout_s, policy=config.policy, wake=self._wake)
+        self._ledger = _open_ledger(config, fleet, name)
+        self._drift: dict[str, Drift] = {}
+        self._others = OtherGateways(fleet, name)
+        self.app = GatewayApp(
+            router=self._router,
+            config=config,
+            keys=ApiKeys.from_file(config.api_key_file) if config.api_key_file else ApiKeys(),
+            status=lambda: self._status,
+            ledger=self._ledger,
+            files=RayFiles(ray.get_runtime_context().get_node_id()),
+            account=self.account,
+            peers=self._others,
+        )
+
+    def snapshot(self) -> dict[str, Any]:
+        """Claims and queues of its router."""
+        return self._router.snapshot()
+
+    def demand(self) -> tuple[ModelDemand, ...]:
+        """What is asked of each model here."""
+        return self._router.demand()
+
+    def account(self) -> dict[str, Any]:
+        """The ledger's counters, and each engine's drift from its own: 0 expected, None while it works."""
+        if self._ledger is None:
+            return {}
+        drift = {name: [each.prompt_tokens, each.generated_tokens] for name, each in self._drift.items()}
+        return self._ledger.counters | {"drift_tokens": drift}
+
+    async def follow(self) -> None:
+        """Keep the router's table true, for ever."""
+        reconciling = asyncio.create_task(self._reconcile())
+        try:
+            async for status in watch_fleet(self._fleet):
+                self._status = status
+                self._others.names = tuple(each.name for each in status.gateways)
+                self._router.update(status.engines, status.models, self._share(status))
+        finally:
+            reconciling.cancel()
+
+    async def serve_unseen(self) -> None:
+        """`follow`, and be known to the directory, where nobody else tells it of us."""
+        beat = asyncio.create_task(self._beat())
+        try:
+            await self.follow()
+        finally:
+            beat.cancel()
+
+    async def _beat(self) -> None:
+        node_id = ray.get_runtime_context().get_node_id()
+        while True:
+            info = GatewayInfo(
+                name=self._name, url="", state="ready", node_id=node_id, pid=os.getpid(), demand=self.demand()
+            )
+            try:
+                get_directory(self._fleet).register_gateway.remote(info)
+            except ValueError as error:  # it is being restarted
+                log.debug("no directory to register at: %s", error)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    def close(self) -> None:
+        """Write the account to its end."""
+        if self._ledger is not None:
+            self._ledger.close()
+
+    def _share(self, status: FleetStatus) -> SlotShare:
+        """Our place among the fleet's living gateways, in the order of their names."""
+        living = sorted({each.name for each in status.gateways if each.state != "failed"} | {self._name})
+        return SlotShare(living.index(self._name), len(living))
+
+    def _wake(self, model: str) -> None:
+        try:
+            get_directory(self._fleet).wake.remote(model)
+        except ValueError as error:  # it is being restarted: the next heartbeat's demand says the same
+            log.debug("no directory to wake %s: %s", model, error)
+
+    async def _reconcile(self) -> None:
+        while self._ledger is not None:
+            await asyncio.sleep(RECONCILE_EVERY_S)
+            try:
+                told: list[ServerCounters] = await get_directory(self._fleet).counters.remote()
+            except (ray.exceptions.RayError, ValueError) as error:
+                log.debug("no counters: %s", error)
+                continue
+            for counters in told:
+                await self._compare(self._ledger, counters)
+
+    async def _compare(self, ledger: Ledger, told: ServerCounters) -> None:
+        drift = await asyncio.to_thread(
+            ledger.reconcile,
+            (told.engine, told.server_pid),
+            told.prompt_tokens,
+            told.generated_tokens,
+            busy=told.busy,
+            asked_unix_nano=told.asked_unix_nano,
+        )
+        if drift is not None:
+            if drift.prompt_tokens or drift.generated_tokens:
+                log.warning("%s counts other tokens than we do: %s", told.engine, drift)
+            self._drift[told.engine] = drift
+
+
+def _open_ledger(config: GatewayConfig, fleet: str, name: str) -> Ledger | None:
+    if not config.ledger:
+        return None
+    path = read_environment().cache_dir / "ledger" / f"{fleet}.sqlite"
+    return Ledger(path, name=name, keep_requests=config.ledger_requests)

@@ -1,0 +1,92 @@
+"""From an HTTP request to what routing needs to know of it."""
+
+from __future__ import annotations
+
+import math
+from hashlib import blake2b
+from typing import Any
+
+from lltm_ray.errors import ConfigError
+from lltm_ray.gateway.headers import find
+from lltm_ray.gateway.request import Request
+from lltm_ray.gateway.upstream import Headers
+from lltm_ray.routing.policy import Ask
+from lltm_ray.routing.prompt import adapter_of, prompt_key
+
+DEADLINE_HEADER = b"x-lltm-deadline-ms"
+"""Milliseconds from the request's arrival to the latest beginning of its answer."""
+PRIORITY_HEADER = b"x-lltm-priority"
+"""-10..10; higher is served first, 0 is everybody's."""
+_SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
+_SESSION_FIELDS = ("prompt_cache_key", "conversation", "session_id", "user")
+_LIMITS = ("max_completion_tokens", "max_tokens", "n_predict", "max_output_tokens")
+_CANNOT_PIN = frozenset(("/v1/messages", "/responses", "/v1/responses"))
+"""Routes where llama-server drops `id_slot`."""
+
+
+def build_ask(request: Request, *, tenant: str, patience_s: float) -> Ask:
+    """What the router is asked for.
+
+    Args:
+        request: with its body parsed.
+        tenant: who asks, as a label that is no secret.
+        patience_s: how long after its arrival the answer must have begun; a client may only shorten it.
+
+    Raises:
+        ConfigError: a deadline or priority that is no number in its range.
+    """
+    fields = request.body_json if isinstance(request.body_json, dict) else {}
+    headers = request.headers
+    wait_ms = _number(headers, DEADLINE_HEADER, 1, math.inf)
+    return Ask(
+        model=request.model or "",
+        key=prompt_key(request.path, fields),
+        max_tokens=_limit(fields),
+        tenant=tenant,
+        priority=int(_number(headers, PRIORITY_HEADER, -10, 10) or 0),
+        deadline_s=request.arrived_at + (patience_s if wait_ms is None else min(patience_s, wait_ms / 1e3)),
+        affinity=_affinity(headers, fields, tenant),
+        adapter=adapter_of(fields) if "lora" in fields else "",
+        only=request.only,
+        can_pin=request.path not in _CANNOT_PIN and "id_slot" not in fields,
+    )
+
+
+def _limit(fields: dict[str, Any]) -> int | None:
+    for name in _LIMITS:
+        value = fields.get(name)
+        if type(value) is int and value >= 0:
+            return value
+    return None
+
+
+def _affinity(headers: Headers, fields: dict[str, Any], tenant: str) -> str:
+    """The client's own name of its session, as a digest: it may be a person's."""
+    for name, value in headers:
+        if name in _SESSION_HEADERS and value:
+            return _digest(value, tenant)
+    for field in _SESSION_FIELDS:
+        given = fields.get(field)
+        if isinstance(given, dict):
+            given = given.get("id")
+        if isinstance(given, str) and given:
+            return _digest(given.encode("utf-8", "surrogatepass"), tenant)
+    return ""
+
+
+def _digest(value: bytes, tenant: str) -> str:
+    return blake2b(value, digest_size=8, key=tenant.encode("utf-8")[:64]).hexdigest()
+
+
+def _number(headers: Headers, name: bytes, low: float, high: float) -> float | None:
+    raw = find(headers, name)
+    if raw is None:
+        return None
+    try:
+        value = float(raw)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:
+        shown = raw.decode("utf-8", "replace")
+        raise ConfigError(name.decode("ascii"), shown, f"must be a number from {low:g} to {high:g}")
+    return value

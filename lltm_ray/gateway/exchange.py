@@ -1,0 +1,244 @@
+"""One request on one engine: sent, and its answer brought to the client, byte for byte.
+
+Three ways for the answer: whole (it has a length), joined (asked for as a stream so that the engine notices a client
+that leaves, put together again), streamed (one ASGI send for each wake-up). What the answer tells of its slot is kept
+in `served`; the claim is given back as soon as the engine is done, however slowly the client reads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from lltm_ray.gateway.headers import build_request, downstream_headers, find, upstream_headers
+from lltm_ray.gateway.join import Joiner, may_hold_back
+from lltm_ray.gateway.replies import JSON
+from lltm_ray.gateway.request import Request
+from lltm_ray.gateway.tap import StreamTap, ask_details, is_eligible
+from lltm_ray.gateway.upstream import Connection, Headers, UpstreamBrokenError, UpstreamPool
+from lltm_ray.records import EngineInfo, Timings, timings_from
+from lltm_ray.routing.ledger import Attempt
+from lltm_ray.routing.prompt import reply_key
+from lltm_ray.routing.router import Lease, Router, Served
+
+WHOLE_BYTES = 2**20
+"""Answers of a known length up to this are read to their end before the first byte is sent, so they can be retried."""
+JOINED_BYTES = 64 * 2**20
+"""Longest stream that is joined to a whole answer."""
+_EVENTS = b"text/event-stream"
+_OF_STREAMS = (b"content-type", b"content-length", b"cache-control", b"x-accel-buffering")
+
+
+class LoadingError(Exception):
+    """The engine's server answers 503: it still loads its model."""
+
+
+class Exchange:
+    """One attempt at a request.
+
+    Args:
+        request: the request.
+        engine: where it goes.
+        lease: its slot; None for what needs none.
+        attempt: its line in the account.
+        router: takes the slot back.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        engine: EngineInfo,
+        lease: Lease | None,
+        *,
+        attempt: Attempt,
+        router: Router,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._request = request
+        self._engine = engine
+        self._lease = lease
+        self._attempt = attempt
+        self._router = router
+        self._clock = clock
+        self._text: str | None = None
+        self.tap: StreamTap | None = None
+        self.is_relayed = request.streamed is None and not request.is_stream
+        """Asked for whole and sent on as such: the engine will not notice when the client leaves."""
+
+    async def run(self, pool: UpstreamPool, *, may_load: bool, failover: bool) -> None:
+        """Send the request, bring the answer.
+
+        Args:
+            pool: connections to engines.
+            may_load: whether an answer of 503 may be passed on.
+            failover: whether a stream should tell what another engine needs to go on.
+
+        Raises:
+            LoadingError: a 503, and it may not.
+            ConnectFailedError, UpstreamBrokenError, UnjoinableError: the attempt failed.
+        """
+        request = self._request
+        headers = upstream_headers(request.headers, self._engine.api_key, request.id)
+        body = self._body(failover=failover)
+        data = build_request(request.method.encode("ascii"), request.target, self._engine.url, headers, body)
+        connection = await pool.open(self._engine.url, data, fresh=request.once)
+        try:
+            if connection.status == 503 and not may_load:
+                raise LoadingError("its server is loading (503)")
+            is_events = _is_event_stream(connection)
+            if request.streamed is not None and is_events:
+                await self._join(connection)
+            elif connection.content_length is not None and connection.content_length <= WHOLE_BYTES:
+                await self._send_whole(connection)
+            elif self.tap is not None and is_events:
+                await self._send_tapped(connection, self.tap)
+            else:
+                await self._send_stream(connection)
+        finally:
+            pool.release(connection)
+
+    def _body(self, *, failover: bool) -> bytes:
+        """The request's own bytes, with the slot and what the tap needs spliced in."""
+        request, lease = self._request, self._lease
+        data = request.streamed or request.body
+        slot = lease.slot if lease is not None else -1
+        fields = request.body_json
+        if not isinstance(fields, dict) or not fields:
+            return data
+        if failover and request.is_stream and is_eligible(request.path, fields)[0]:
+            self.tap = StreamTap(request.path, fields)
+            return ask_details(request.path, fields, data, slot)
+        if slot < 0:
+            return data
+        end = data.rfind(b"}")
+        return b'%b,"id_slot":%d%b' % (data[:end], slot, data[end:])
+
+    # --- the answer's three ways
+
+    async def _send_whole(self, connection: Connection) -> None:
+        body = await connection.read_all(WHOLE_BYTES)
+        self._note(body, is_first=True)
+        self.close(is_good=connection.status == 200)
+        await self._start(connection.status, connection.headers)
+        await self._request.send({"type": "http.response.body", "body": body})
+
+    async def _join(self, connection: Connection) -> None:
+        request = self._request
+        joiner = Joiner(request.path, has_stops=may_hold_back(request.path, request.body_json))
+        size_bytes = 0
+        while part := await connection.read():
+            if not size_bytes:
+                self._began()
+            size_bytes += len(part)
+            if size_bytes > JOINED_BYTES:
+                raise UpstreamBrokenError(f"the answer is longer than {JOINED_BYTES} bytes")
+            joiner.feed(part)
+        status, body = joiner.finish()
+        self._text = joiner.text
+        self._note(body)
+        self.close(is_good=status == 200)
+        await self._start(status, _whole_headers(connection.headers, len(body)))
+        await request.send({"type": "http.response.body", "body": body})
+
+    async def _send_stream(self, connection: Connection) -> None:
+        part = await connection.read()
+        self._note(part, is_first=True)
+        await self._start(connection.status, connection.headers)
+        send = self._request.send
+        while not connection.is_drained:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            part = await connection.read()
+            self._note(part)
+        self.close(is_good=connection.status == 200)
+        await send({"type": "http.response.body", "body": part})
+
+    async def _send_tapped(self, connection: Connection, tap: StreamTap) -> None:
+        part = b""
+        while not part and not connection.is_drained:
+            part = tap.feed(await connection.read())
+        self._note(part, is_first=True)
+        await self._start(connection.status, connection.headers)
+        send, cell = self._request.send, self._request.entry.cell
+        while not connection.is_drained:
+            if part:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                cell.delivered(tap.position)
+            part = tap.feed(await connection.read())
+            self._note(part)
+        part += tap.rest()
+        self.close(is_good=True)
+        await send({"type": "http.response.body", "body": part})
+
+    # --- what it tells
+
+    def _began(self) -> None:
+        self._request.record.ttft_s = self._clock() - self._request.arrived_at
+        if self._lease is not None:
+            self._router.began(self._lease)
+
+    def _note(self, part: bytes, *, is_first: bool = False) -> None:
+        request = self._request
+        request.record.bytes_sent += len(part)
+        request.ends.add(part)
+        if is_first:
+            self._began()
+
+    async def _start(self, status: int, headers: Headers) -> None:
+        request = self._request
+        request.begin(status)
+        request.record.error = ""
+        head = downstream_headers(headers, self._engine.name, request.id)
+        if self._lease is not None:
+            head += route_headers(self._lease, self._attempt, request.record.attempts)
+        await request.send({"type": "http.response.start", "status": status, "headers": head})
+
+    def close(self, *, is_good: bool) -> None:
+        """The engine is done: read its counts, give the slot back."""
+        timings, attempt = self._timings(), self._attempt
+        if timings is not None:
+            attempt.cached_tokens, attempt.computed_tokens = timings.cache_n, timings.prompt_n
+            attempt.generated_tokens = timings.predicted_n
+            attempt.delivered_tokens = timings.predicted_n
+        elif is_good and (usage := self._request.ends.usage()) is not None:
+            attempt.cached_tokens = usage.cached_tokens
+            attempt.computed_tokens = usage.input_tokens - usage.cached_tokens
+            attempt.generated_tokens = attempt.delivered_tokens = usage.output_tokens
+        self._request.record.delivered_tokens = attempt.delivered_tokens
+        if self._lease is None:
+            return
+        served = None
+        if timings is not None:
+            served = Served(timings=timings, reply=self._reply(), delivered_tokens=attempt.delivered_tokens)
+        self._router.release(self._lease, served)
+
+    def _timings(self) -> Timings | None:
+        if self.tap is not None:
+            return timings_from(self.tap.timings) if self.tap.is_finished and self.tap.timings else None
+        raw = self._request.ends.find(b'"timings":')
+        return None if raw is None else timings_from(raw)
+
+    def _reply(self) -> bytes | None:
+        if self.tap is not None and self.tap.is_plain:
+            self._text = self.tap.text
+        return None if self._text is None else reply_key(self._request.path, self._text)
+
+
+def route_headers(lease: Lease, attempt: Attempt, attempts: int) -> Headers:
+    """Why it went where it went, in short: slot, prompt tokens that should be cached there, wait, attempts."""
+    return [
+        (b"x-lltm-slot", b"%d" % lease.slot if lease.slot >= 0 else b"any"),
+        (b"x-lltm-cached", b"%d/%d" % (lease.cached_tokens, lease.ask.prompt_tokens)),
+        (b"x-lltm-wait-ms", b"%.1f" % (attempt.queue_s * 1e3)),
+        (b"x-lltm-attempts", b"%d" % attempts),
+    ]
+
+
+def _is_event_stream(connection: Connection) -> bool:
+    return connection.status == 200 and (find(connection.headers, b"content-type") or b"").startswith(_EVENTS)
+
+
+def _whole_headers(headers: Headers, size_bytes: int) -> Headers:
+    """A stream's headers as the whole answer has them."""
+    kept = [pair for pair in headers if pair[0] not in _OF_STREAMS]
+    return [*kept, (b"content-type", JSON), (b"content-length", str(size_bytes).encode("ascii"))]

@@ -1,0 +1,386 @@
+"""What a stream of llama-server tells beside its text, for another engine to go on from there.
+
+Events of /v1/completions and /completion tell their token when asked (`verbose`); a chat's tell theirs only through
+`logprobs` (the id) and `timings` (the position). `ask_details` adds what must be asked for, `StreamTap` takes it out of
+the answer again. llama.cpp sends no event for half a character and a chat sends none without text, so ids have gaps;
+the positions show where. Facts as read in llama.cpp's server-task.cpp and server-context.cpp (`process_token`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from lltm_ray.gateway.continuable import asks_ids, is_eligible, is_exact, kind_of
+from lltm_ray.gateway.told import Told
+
+__all__ = ("LIMIT_BYTES", "StreamTap", "ask_details", "is_eligible", "is_exact", "kind_of")
+
+LIMIT_BYTES = 4 * 2**20
+"""Text and ids kept of one stream; a longer one cannot be continued."""
+_PENDING_EVENTS = 512
+_DONE = b"data: [DONE]\n\n"
+
+# Single excluded bytes ([^"]) are scanned much faster than sets ([^{}]) or lazy repeats.
+_STRING = rb'[^"\\]*(?:\\.[^"\\]*)*'
+_TOLD = rb'"tokens":\[(\d*)\],"stop":false,"id_slot":-?\d+,"tokens_predicted":([1-9]\d*),"tokens_evaluated":(\d+)'
+_TEXT_START = b',"__verbose":{'
+_TEXT_EVENT = re.compile(rb',"__verbose":\{"index":0,"content":"(%b)",%b\}' % (_STRING, _TOLD))
+_NATIVE_EVENT = re.compile(rb'data: \{"index":0,"content":"(%b)",%b' % (_STRING, _TOLD))
+_PROB = rb'\{"id":%b,"token":"%b","bytes":\[[^]]*\],"prob":[^,}]+'
+_CHAT_START = b'"delta":{"content":"'
+_CHAT_ID = b'"},"logprobs":{"content":[{"id":'
+_CHAT_EVENT = re.compile(
+    rb'("delta":\{"content":"(%b)"\}),"logprobs":\{"content":\[%b,"top_probs":\[%b\}\]\}\]\}'
+    rb'(\}\],"created":\d+,"id":"[^"]*","model":"%b","system_fingerprint":"[^"]*","object":"[^"]*")'
+    rb'(,"timings":\{"cache_n":\d+,"prompt_n":\d+,"prompt_ms":[^,]+,"prompt_per_token_ms":[^,]+,'
+    rb'"prompt_per_second":[^,]+,"predicted_n":(\d+),[^}]*\})'
+    % (_STRING, _PROB % (rb"(\d+)", rb"(%b)" % _STRING), _PROB % (rb"\d+", _STRING), _STRING)
+)
+_BARE_CHAT_EVENT = re.compile(rb'"delta":\{"content":"(%b)"\}\}' % _STRING)
+_read_value = json.JSONDecoder().raw_decode
+
+
+def ask_details(path: str, body: dict[str, Any], data: bytes, id_slot: int = -1) -> bytes:
+    """The request's bytes with what the tap needs, and the slot, added before the last brace: later keys win.
+
+    Args:
+        path: an eligible request's route.
+        body: its parsed JSON.
+        data: its bytes.
+        id_slot: the slot to ask for; negative: llama.cpp's choice.
+    """
+    kind = kind_of(path)
+    added = b',"id_slot":%d' % id_slot if id_slot >= 0 else b""
+    if kind == "text":
+        added += b',"verbose":true,"return_tokens":true'
+    elif kind == "chat" and asks_ids(kind, body):
+        added += b',"n_probs":1,"post_sampling_probs":true,"timings_per_token":true'
+    end = data.rindex(b"}")
+    return b"%b%b%b" % (data[:end], added, data[end:])
+
+
+class StreamTap:
+    """Takes one stream's bytes in any pieces, gives the client's, and remembers what they told.
+
+    Args:
+        path: the request's route, one that `kind_of` knows.
+        body: its parsed JSON.
+        details: whether the stream was asked for with `ask_details`.
+        limit_bytes: text and ids remembered at most.
+        told: what was told before, where this stream goes on with a reply.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        body: dict[str, Any],
+        *,
+        details: bool = True,
+        limit_bytes: int = LIMIT_BYTES,
+        told: Told | None = None,
+    ) -> None:
+        self.kind = kind_of(path)
+        self.told = told or Told(limit_bytes)
+        self.is_started = self.is_finished = self.is_done = self.has_role = False
+        self.is_plain = True
+        self.id_slot = -1
+        self.error = ""
+        """Why the stream itself says that it failed."""
+        self._prompt_tokens = 0
+        self._head = self._held = b""
+        self._contents: list[bytes] = []
+        self._ids: list[bytes] = []
+        self._counts: list[bytes] = []
+        self._middle = 0  # bytes between a chat event's choice and its timings: the same in all
+        self._timings: bytes | dict[str, Any] = b""
+        self._keeps_timings = bool(body.get("timings_per_token"))
+        options = body.get("stream_options")
+        self._has_usage = self.kind == "chat" and isinstance(options, dict) and bool(options.get("include_usage"))
+        self._is_bare = not (asks_ids(self.kind, body) and (details or self.kind == "native"))
+        ways = {"text": self._take_text, "native": self._take_native, "chat": self._take_chat}
+        bare = self._take_bare_chat if self.kind == "chat" else self._take_events
+        self._take = bare if self._is_bare else ways[self.kind or "native"]
+
+    def feed(self, part: bytes) -> bytes:
+        """The client's bytes of the events that this part makes whole; the rest is held back."""
+        data = self._held + part if self._held else part
+        if data[-2:] == b"\n\n":
+            self._held = b""
+        else:
+            end = data.rfind(b"\n\n") + 2
+            if end == 1:
+                self._held = data
+                return b""
+            data, self._held = data[:end], data[end:]
+        if not self.is_started:
+            self.is_started = True
+            self._head = data[: data.index(b"\n\n")]
+        sent = self._take(data)
+        if len(self._contents) > _PENDING_EVENTS:
+            self.digest()
+        return sent
+
+    def rest(self) -> bytes:
+        """What the body's end left: bytes that are no whole event, or an end whose usage never came; normally none."""
+        held, self._held = self._held, b""
+        self._has_usage = False
+        return self._take_events(held) if held.endswith(b"\n\n") else held
+
+    def ending(self) -> bytes:
+        """What a client that has the final event still lacks: `[DONE]`, or nothing."""
+        return _DONE if self.is_finished and not self.is_done and self.kind != "native" else b""
+
+    def adopt(self, other: StreamTap) -> None:
+        """The client's stream goes on with what another tap took of the same request."""
+        if not self.is_started:
+            self.is_started, self._head = other.is_started, other._head
+        self.is_finished, self.is_done = other.is_finished, other.is_done
+        self.is_plain &= other.is_plain
+        self._prompt_tokens = self._prompt_tokens or other.prompt_tokens
+
+    # --- what it told
+
+    def digest(self) -> None:
+        """Sort in what was only put aside.
+
+        Raises:
+            DivergedError: see `Told.add`.
+        """
+        if self._contents:
+            contents, ids, counts = self._contents, self._ids, self._counts
+            self._contents, self._ids, self._counts = [], [], []
+            self.told.add_many(contents, ids, counts)
+
+    @property
+    def position(self) -> int:
+        """As `delivered_tokens`, for every part: without sorting anything in, so a chat without details lags behind."""
+        return int(self._counts[-1]) if self._counts else self.told.position
+
+    @property
+    def delivered_tokens(self) -> int:
+        """Position of the last token whose event was passed on; without details, the number of events with text."""
+        self.digest()
+        return self.told.position
+
+    @property
+    def text(self) -> str:
+        """The reply's text so far."""
+        self.digest()
+        return self.told.text
+
+    @property
+    def known_ids(self) -> list[int]:
+        """Ids of the reply's first tokens, up to the first that was not told."""
+        self.digest()
+        return self.told.ids.tolist()
+
+    @property
+    def timings(self) -> dict[str, Any] | None:
+        """llama.cpp's last `timings`."""
+        if isinstance(self._timings, bytes) and self._timings:
+            self._timings = json.loads(b"{%b}" % self._timings[1:])["timings"]
+        return self._timings if isinstance(self._timings, dict) else None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt; 0: not told."""
+        if not self._prompt_tokens and self.timings:
+            self._prompt_tokens = self.timings["cache_n"] + self.timings["prompt_n"]
+        return self._prompt_tokens
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The first event's `id`, `created`, `model` and the like; empty where there was none."""
+        try:
+            head = json.loads(self._head.partition(b":")[2])
+        except ValueError:
+            return {}
+        return head if isinstance(head, dict) else {}
+
+    @property
+    def can_continue(self) -> tuple[bool, str]:
+        """Whether another engine can go on; else why not."""
+        self.digest()
+        if self.error:
+            return False, self.error
+        if not self.is_plain:
+            return False, "it holds reasoning or tool calls, which cannot be taken up in their middle"
+        if self.told.is_too_long:
+            return False, "it is longer than what is kept for a continuation"
+        return True, ""
+
+    # --- the fast way: one expression a part, which must match every event in it
+
+    def _take_text(self, data: bytes) -> bytes:
+        start = data.find(_TEXT_START)
+        found = _TEXT_EVENT.match(data, start) if start >= 0 and _is_single(data) else None
+        if found is None:
+            return self._take_texts(data)
+        content, id_, position, prompt = found.groups()
+        self._contents.append(content)
+        self._ids.append(id_)
+        self._counts.append(position)
+        if not self._prompt_tokens:
+            self._prompt_tokens = int(prompt)
+        return data[:start] + data[found.end() :]
+
+    def _take_texts(self, data: bytes) -> bytes:
+        pieces = _TEXT_EVENT.split(data)
+        if data.count(b"\n") // 2 * 5 + 1 != len(pieces):
+            return self._take_events(data)
+        self._contents += pieces[1::5]
+        self._ids += pieces[2::5]
+        self._counts += pieces[3::5]
+        self._prompt_tokens = int(pieces[-2])
+        return b"".join(pieces[::5])
+
+    def _take_native(self, data: bytes) -> bytes:
+        found = _NATIVE_EVENT.findall(data)
+        if data.count(b"\n") != 2 * len(found):
+            return self._take_events(data)
+        for content, id_, position, _ in found:
+            self._contents.append(content)
+            self._ids.append(id_)
+            self._counts.append(position)
+        if not self._prompt_tokens:
+            self._prompt_tokens = int(found[0][3])
+        return data
+
+    def _take_chat(self, data: bytes) -> bytes:
+        start = data.find(_CHAT_START) + 20
+        end = data.find(_CHAT_ID, start)  # what is looked for here has quotes, which a text's own would escape
+        created = data.find(b'}],"created":', end)
+        timings = created + self._middle
+        if not data.startswith(b',"timings":{', timings):
+            timings = data.find(b',"timings":{', created)
+            self._middle = timings - created
+        position = data.find(b',"predicted_n":', timings) + 15
+        if start == 19 or end < 0 or created < 0 or timings < 0 or position == 14 or not _is_single(data):
+            return self._take_chats(data)
+        id_ = end + 32
+        token = data.find(b",", id_)
+        content = data[start:end]
+        self._contents.append(content)
+        # A parser that holds text back or rewords it makes the delta differ from the token's own text.
+        self._ids.append(data[id_:token] if data.startswith(b',"token":"%b","bytes"' % content, token) else b"")
+        self._counts.append(data[position : data.index(b",", position)])
+        close = data.index(b"}", position) + 1
+        self._timings = data[timings:close]
+        if self._keeps_timings:
+            return data[: end + 2] + data[created:]
+        return data[: end + 2] + data[created:timings] + data[close:]
+
+    def _take_chats(self, data: bytes) -> bytes:
+        pieces = _CHAT_EVENT.split(data)
+        if data.count(b"\n") // 2 * 8 + 1 != len(pieces):
+            return self._take_events(data)
+        contents = pieces[2::8]
+        self._ids += pieces[3::8] if contents == pieces[4::8] else [b""] * len(contents)
+        self._contents += contents
+        self._counts += pieces[7::8]
+        self._timings = pieces[-3]
+        kept = [pieces[0]]
+        for at in range(1, len(pieces), 8):
+            kept += (pieces[at], pieces[at + 4], pieces[at + 5] if self._keeps_timings else b"", pieces[at + 7])
+        return b"".join(kept)
+
+    def _take_bare_chat(self, data: bytes) -> bytes:
+        start = data.find(_CHAT_START) + 20
+        end = data.find(b'"}}],"created":', start)
+        if start != 19 and end > 0 and _is_single(data):
+            self._contents.append(data[start:end])
+            return data
+        found = _BARE_CHAT_EVENT.findall(data)
+        if data.count(b"\n") != 2 * len(found):
+            return self._take_events(data)
+        self._contents += found
+        return data
+
+    # --- the slow way: the first and last events, and any part that holds an unusual one
+
+    def _take_events(self, data: bytes) -> bytes:
+        events = [event + b"\n\n" for event in data.split(b"\n\n")[:-1]]
+        sent: list[bytes] = []
+        for index, event in enumerate(events):
+            if self._has_usage and b'"finish_reason":"' in event and index + 1 == len(events):
+                self._held = event + self._held  # the client gets a chat's end and its usage both, or neither
+                break
+            sent.append(self._take_event(event))
+        return b"".join(sent)
+
+    def _take_event(self, event: bytes) -> bytes:
+        name, _, value = event.partition(b":")
+        if event == _DONE:
+            self.is_finished = self.is_done = True
+        if event == _DONE or name not in (b"data", b"error"):
+            return event
+        text = value.strip().decode("utf-8", "replace")
+        try:
+            found = json.loads(text)
+            if name == b"error" or "error" in found:
+                self.error = "the engine itself had answered with an error"
+                return event
+            self.digest()
+            return self._take_chat_event(event, text, found) if self.kind == "chat" else self._take_told(event, found)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            self.error = "the stream held what is no event of llama-server's"
+            return event
+
+    def _take_told(self, event: bytes, found: dict[str, Any]) -> bytes:
+        verbose = found if self.kind == "native" else found.get("__verbose")
+        if verbose is None:
+            choice = found["choices"][0]
+            self._note(choice["text"], None, None, reason=choice["finish_reason"])
+            return event
+        self._timings = verbose.get("timings", self._timings)
+        self._prompt_tokens = verbose["tokens_evaluated"]
+        if verbose["stop"]:
+            self.id_slot = verbose["id_slot"]
+        ids = verbose["tokens"]
+        id_ = ids[0] if len(ids) == 1 else None
+        if verbose["stop"] or verbose["tokens_predicted"]:
+            self._note(verbose["content"], id_, verbose["tokens_predicted"], reason=verbose["stop"])
+        return event if self.kind == "native" else _without(event, b"__verbose")
+
+    def _take_chat_event(self, event: bytes, text: str, found: dict[str, Any]) -> bytes:
+        self._timings = found.get("timings", self._timings)
+        if not found["choices"]:
+            return event
+        choice = found["choices"][0]
+        delta, reason = choice["delta"], choice["finish_reason"]
+        self.has_role |= "role" in delta
+        self.is_plain &= not (delta.get("reasoning_content") or delta.get("tool_calls"))
+        told = (choice.get("logprobs") or {}).get("content") or [{}]
+        content = delta.get("content") or ""
+        if content or reason:
+            is_same = not self._is_bare and told[0].get("token") == content
+            count = None if self._is_bare else (found.get("timings") or {}).get("predicted_n", self.told.seen_tokens)
+            self._note(content, told[0].get("id") if is_same else None, count, reason=reason)
+        if self._is_bare:
+            return event
+        event = _without(event, b"logprobs")
+        return event if reason or self._keeps_timings else _without(event, b"timings")
+
+    def _note(self, content: str, id_: int | None, count: int | None, *, reason: object) -> None:
+        if not reason:
+            self.told.add(content, id_, count)
+            return
+        self.is_finished = True
+        self.told.finish(content, count)
+
+
+def _is_single(data: bytes) -> bool:
+    """Whether whole events are one: one character is found ten times faster than two are counted."""
+    return data.find(b"\n") == len(data) - 2
+
+
+def _without(event: bytes, name: bytes) -> bytes:
+    """An event without one of its members, whose name no text can hold: its quotes would be escaped."""
+    start = event.find(b',"%b":' % name)
+    if start < 0:
+        return event
+    tail = event[start + len(name) + 4 :].decode("utf-8")
+    _, end = _read_value(tail)
+    return event[:start] + tail[end:].encode("utf-8")

@@ -1,0 +1,97 @@
+"""What the router's tables are made of: one row for each server's life, and the claims on its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lltm_ray.records import EngineInfo, EngineState, Timings
+from lltm_ray.routing.policy import Ask, Choice, EngineView
+
+LATE_DETAIL = "no heartbeat"
+"""How the directory's `detail` of an engine begins that failed only by its silence: it may be back within seconds."""
+
+
+@dataclass(slots=True, eq=False)
+class Row(EngineView):
+    """One server's life. A restarted server gets a new row, so old claims die with the old one."""
+
+    info: EngineInfo = field(kw_only=True)
+    owned: set[int] = field(kw_only=True)
+    """Ids of slots that this router may use."""
+    free: set[int] = field(kw_only=True)
+    """Those of them that are idle."""
+    pinned: set[int] = field(default_factory=set)
+    """Ids of slots that are claimed."""
+    unpinned: int = 0
+    """Claims whose slot llama-server chose: as long as there are some, nobody knows for sure which slots are idle."""
+    suspicions: int = 0
+    """Failed connections whose cool-down is not over."""
+    listed: bool = True
+    closed: bool = False
+    """Takes no new claims: it is being drained."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it can take requests at all."""
+        return self.listed and not self.closed and self.info.state is EngineState.READY and self.slots_total > 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Served:
+    """How a claim ended that the engine answered: what its reply told."""
+
+    timings: Timings
+    reply: bytes | None = None
+    """What the reply adds to the key of the session's next turn; None: unknown."""
+    delivered_tokens: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """A claimed slot. Give it back with `Router.release`, in a `finally`."""
+
+    engine: EngineInfo
+    model: str
+    row: Row = field(repr=False)
+    ask: Ask = field(repr=False)
+    claimed_s: float
+    slot: int = -1
+    """The slot to name in `id_slot`; -1: llama-server chooses."""
+    cached_tokens: int = 0
+    """Prompt tokens that should be found cached."""
+    choice: Choice | None = field(default=None, repr=False)
+    uncached_tokens: int = 0
+    cost_tokens: float = 0.0
+    """What the tenant was charged."""
+    busy: int = 1
+    """Claimed slots of the engine at the claim, this one included."""
+    began: bool = False
+    released: bool = False
+    moves: bool = False
+    """A migration's: no request, so nothing is learnt from it."""
+
+
+def identity(info: EngineInfo) -> tuple[str, int | None]:
+    """What tells one server's life from the next one's."""
+    return info.url, info.server_pid
+
+
+def is_hopeless(rows: Iterable[Row]) -> bool:
+    """Whether waiting is in vain: there is no engine, or all failed, and not just by a missed heartbeat."""
+    return all(row.info.state is EngineState.FAILED and not row.info.detail.startswith(LATE_DETAIL) for row in rows)
+
+
+def describe(rows: Iterable[Row]) -> str:
+    """Why none of these engines can be used now, for people."""
+    return ", ".join(f"{row.name} is {_trouble(row)}" for row in rows) or "it left the fleet"
+
+
+def _trouble(row: Row) -> str:
+    if row.info.state is not EngineState.READY:
+        return str(row.info.state)
+    if row.closed:
+        return "being drained"
+    if row.suspicions:
+        return "ready but did not answer just now"
+    return "ready" if row.slots_total else "ready but has no slots"

@@ -1,0 +1,279 @@
+"""Everything routing knows of one served model: its engines, what they hold, how fast they are, and who waits.
+
+Flow of a claim: `residency.match` says who holds the beginning of the prompt, `policy.choose` picks the engine,
+`residency.choose_slot` the slot. Flow of its end: the reply's timings correct residency, rates, the tenant's account.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from lltm_ray.records import EngineInfo, ModelInfo
+from lltm_ray.routing.admission import Admission, Capacity
+from lltm_ray.routing.policy import Ask, Choice, make_policy
+from lltm_ray.routing.rates import Rates
+from lltm_ray.routing.residency import Held, Match, Residency
+from lltm_ray.routing.rows import Lease, Row, Served, identity
+from lltm_ray.routing.table import Table
+
+KNOWN_REQUESTS = 8
+"""Replies after which a model's pace counts as known; nobody is refused on a guess."""
+
+
+LEARN_ALL, LEARN_EVERY = 256, 4
+"""Every one of a model's first replies teaches its rates, later every so many: they change slowly."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotShare:
+    """Which slots of every engine are this router's: those with `(id + offset) % count == index`."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, engine: str, slots_total: int) -> set[int]:
+        """Slot ids of one engine; the offset by its name spreads what does not divide evenly."""
+        offset = sum(engine.encode("utf-8"))
+        return {slot for slot in range(slots_total) if (slot + offset) % self.count == self.index}
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened to a model's requests since this router began."""
+
+    requests: int = 0
+    rejected: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    predicted_tokens: int = 0
+    generated_tokens: int = 0
+    delivered_tokens: int = 0
+    by_reason: dict[str, int] = field(default_factory=dict)
+
+
+def _is_sample(number: int) -> bool:
+    """One of `LEARN_EVERY`, scattered so that no pattern of requests always meets the same engine."""
+    return (number * 0x9E3779B1 >> 16) % LEARN_EVERY == 0
+
+
+class ServedModel:
+    """One model behind a router.
+
+    Args:
+        name: what clients write into `model`.
+        policy: name of the routing policy.
+        queue_limit: requests that may wait for it.
+    """
+
+    def __init__(self, name: str, policy: str, queue_limit: int) -> None:
+        self.name = name
+        self.info: ModelInfo | None = None
+        self.table: Table[Row] = Table()
+        self.rates = Rates()
+        self.residency = Residency()
+        self.policy = make_policy(policy)
+        self.admission: Admission[Any] = Admission(queue_limit)
+        self.rows: dict[str, Row] = {}
+        self.counts = Counts()
+        self._pins = policy == "residency"
+
+    # --- engines
+
+    def update(self, engines: Iterable[EngineInfo], share: SlotShare) -> None:
+        """Take the directory's word on all engines of this model."""
+        fresh = {info.name: info for info in engines}
+        for name, row in list(self.rows.items()):
+            if name not in fresh:
+                row.listed = False
+                self.sync(row)
+                self._drop_if_gone(row)
+        for name, info in fresh.items():
+            self._merge(name, info, share.of(name, info.slots_total))
+
+    def _merge(self, name: str, info: EngineInfo, slots: set[int]) -> None:
+        row = self.rows.get(name)
+        if row is None or identity(row.info) != identity(info):
+            self._forget(name)
+            row = Row(name, self.name, len(slots), info=info, owned=slots, free=set(slots), node_id=info.node_id)
+            self.rows[name] = row
+            if info.url:
+                self.residency.set_engine(
+                    name, slots=info.slots_total, ram_tokens=info.cache_ram_tokens, clears_idle=info.kv_unified
+                )
+        row.info, row.listed = info, True
+        if row.owned != slots:
+            self._reshape(row, slots)
+        self.sync(row)
+
+    def _reshape(self, row: Row, slots: set[int]) -> None:
+        """Another part of the slots is ours; claims that run on those we lost end where they are."""
+        self.table.remove(row.name)
+        row.slots_total, row.owned, row.free = len(slots), slots, slots - row.pinned
+
+    def _drop_if_gone(self, row: Row) -> None:
+        """An engine that left is forgotten when its last claim ends: it may come back before."""
+        if not row.listed and not row.busy and self.rows.get(row.name) is row:
+            del self.rows[row.name]
+            self._forget(row.name)
+
+    def _forget(self, name: str) -> None:
+        self.table.remove(name)
+        self.policy.forget(name)
+        self.rates.forget(name)
+        self.residency.forget_engine(name)
+
+    def sync(self, row: Row) -> None:
+        """Let the table hold a row exactly as long as it can take requests."""
+        if row.is_usable and row.name not in self.table:
+            row.is_suspect = row.suspicions > 0
+            self.table.add(row)
+        elif not row.is_usable and row.name in self.table:
+            self.table.remove(row.name)
+
+    def suspect(self, row: Row, change: int) -> None:
+        """One suspicion more or less."""
+        row.suspicions += change
+        if row.name in self.table and self.table.get(row.name) is row:
+            self.table.suspect(row.name, row.suspicions > 0)
+
+    # --- claims
+
+    def choose(self, ask: Ask, match: Match, exclude: Collection[str]) -> Choice | None:
+        """Which engine should take a request; None: no slot is free for it."""
+        return self.policy.choose(ask, self.table, self.rates, match.engines, frozenset(exclude))
+
+    def claim(self, ask: Ask, match: Match, choice: Choice, now_s: float) -> Lease:
+        """Take the slot that a choice is about."""
+        row = self.rows[choice.engine]
+        can_pin = self._pins and ask.can_pin and not row.unpinned
+        spot = self.residency.choose_slot(row.name, match, row.free, can_pin=can_pin)
+        uncached = max(0, ask.prompt_tokens - spot.cached_tokens)
+        lease = self._take(row, spot.slot, ask, now_s, uncached)
+        lease.choice, lease.cached_tokens = choice, spot.cached_tokens
+        self.residency.begin(row.name, spot.slot, match)
+        self.policy.placed(ask, row.name)
+        return lease
+
+    def claim_slot(self, row: Row, slot: int, ask: Ask, now_s: float) -> Lease:
+        """Take one slot for a migration."""
+        lease = self._take(row, slot, ask, now_s, 0)
+        lease.moves = True
+        return lease
+
+    def _take(self, row: Row, slot: int, ask: Ask, now_s: float, uncached: int) -> Lease:
+        if slot >= 0:
+            row.free.discard(slot)
+            row.pinned.add(slot)
+        else:
+            row.unpinned += 1
+        self.table.claim(row, uncached_tokens=uncached)
+        return Lease(row.info, self.name, row, ask, now_s, slot, uncached_tokens=uncached, busy=row.busy)
+
+    def began(self, lease: Lease) -> None:
+        """The first byte of a claim's answer came."""
+        if not lease.began:
+            lease.began = True
+            self.table.began(lease.row, uncached_tokens=lease.uncached_tokens)
+
+    def release(self, lease: Lease, served: Served | None, now_s: float) -> None:
+        """Give a slot back and learn from what its reply told."""
+        row = lease.row
+        self.table.release(
+            row, uncached_tokens=0 if lease.began else lease.uncached_tokens, is_decoding=lease.began
+        )
+        if lease.slot >= 0:
+            row.pinned.discard(lease.slot)
+            if lease.slot in row.owned:
+                row.free.add(lease.slot)
+        else:
+            row.unpinned -= 1
+        self._drop_if_gone(row)
+        if lease.moves:
+            return
+        is_current = self.rows.get(row.name) is row
+        if served is None:
+            self._settle(lease, 0.0)
+            if is_current:
+                self.residency.abort(row.name, lease.slot)
+            return
+        self._learn(lease, served, now_s, is_current=is_current)
+
+    def _learn(self, lease: Lease, served: Served, now_s: float, *, is_current: bool) -> None:
+        told, ask = served.timings, lease.ask
+        self._count(lease, served)
+        self._settle(lease, told.prompt_n + told.predicted_n)
+        if not is_current:
+            return
+        if self.counts.requests < LEARN_ALL or _is_sample(self.counts.requests):
+            busy = (lease.busy + lease.row.busy + 1) / 2
+            self.rates.learn(lease.row.name, told, busy=busy, held_s=now_s - lease.claimed_s)
+        self.residency.finish(
+            lease.row.name,
+            lease.slot,
+            ask.key,
+            reply=served.reply,
+            prompt_tokens=told.cache_n + told.prompt_n,
+            cached_tokens=told.cache_n,
+            output_tokens=told.predicted_n,
+            predicted_tokens=lease.cached_tokens,
+        )
+
+    def _settle(self, lease: Lease, tokens: float) -> None:
+        """Correct what a tenant was charged when it was taken from the queue."""
+        if lease.cost_tokens:
+            self.admission.settle(lease.ask.tenant, lease.cost_tokens, tokens, priority=lease.ask.priority)
+
+    def _count(self, lease: Lease, served: Served) -> None:
+        told, counts = served.timings, self.counts
+        counts.requests += 1
+        counts.prompt_tokens += told.cache_n + told.prompt_n
+        counts.cached_tokens += told.cache_n
+        counts.predicted_tokens += lease.cached_tokens
+        counts.generated_tokens += told.predicted_n
+        counts.delivered_tokens += served.delivered_tokens
+
+    # --- reading
+
+    def capacity(self) -> Capacity:
+        """How much of this model's work its engines do."""
+        slots = self.table.slots_total
+        mean_s = self.rates.service_s()
+        is_known = self.rates.requests >= KNOWN_REQUESTS
+        return Capacity(
+            slots=slots,
+            tokens_s=self.rates.throughput_tokens_s() * slots if is_known else 0.0,
+            service_s=mean_s,
+            service_dev_s=self.rates.service_s(1.0) - mean_s,
+            free_slots=self.table.free_slots,
+        )
+
+    def held(self, engine: str) -> tuple[Held, ...]:
+        """What the idle slots of an engine that are ours hold, coldest first."""
+        row = self.rows.get(engine)
+        if row is None or row.unpinned:
+            return ()
+        return tuple(each for each in self.residency.held(engine) if each.slot in row.free)
+
+    @property
+    def is_startable(self) -> bool:
+        """Whether a request may wait for an engine that does not run yet."""
+        return self.info is not None and self.info.is_startable
+
+    def snapshot(self) -> dict[str, Any]:
+        """As JSON, for `/lltm/status`."""
+        counts = self.counts
+        return {
+            "policy": self.policy.name,
+            "requests": counts.requests,
+            "rejected": counts.rejected,
+            "prompt_tokens": counts.prompt_tokens,
+            "cached_tokens": counts.cached_tokens,
+            "predicted_cached_tokens": counts.predicted_tokens,
+            "generated_tokens": counts.generated_tokens,
+            "delivered_tokens": counts.delivered_tokens,
+            "residency": self.residency.calibration(),
+            "admission": self.admission.snapshot(),
+            "rates": self.rates.snapshot(),
+        }

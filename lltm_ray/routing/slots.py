@@ -1,0 +1,222 @@
+"""What one llama-server would do with a prompt: its slots, its host-memory ("RAM") prompt cache, and their rules.
+
+They are those of llama.cpp's `get_available_slot` (server-context.cpp) and `server_prompt_cache` (server-task.cpp),
+told in tokens. Nothing here changes anything: `residency` carries out what is planned here.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+from lltm_ray.routing.radix import Node, Sequence
+
+SLOT_SIMILARITY_RATIO = 0.1
+"""`--slot-prompt-similarity`: a slot that shares less of the prompt is not chosen for its content."""
+SLOT_KEEP_RATIO = 0.5
+"""A slot that would keep less of its content is saved to RAM first, and RAM is asked for something better."""
+RAM_KEEP_RATIO = 0.25
+"""A RAM entry of which the prompt would keep less is not loaded."""
+
+
+LEAST_TOKENS = 16
+"""Shared tokens below which a cache is not worth a look."""
+_MOST_ENTRIES, _MOST_LOOKS = 16, 256
+"""RAM entries that are weighed for one prompt, and nodes looked at to find them."""
+
+
+@dataclass(slots=True)
+class Path:
+    """A key's way through the tree: for each node on it the tokens of the prefix that would be found cached there."""
+
+    index: dict[Node, float]
+    """Ascending; the root is first, with 0."""
+    raw_tokens: dict[Node, float]
+    """The same without the discount for replies that may not come back as they were."""
+    prompt_tokens: int
+    version: int
+    loadable: dict[str, list[tuple[Sequence, float]]] = field(default_factory=dict)
+    """Engine -> its RAM entries that may be loaded for this key and what they share with it; filled when asked."""
+
+    def worthy(self) -> Iterator[Node]:
+        """Nodes that share enough to be looked at, deepest first."""
+        for node, tokens in reversed(self.index.items()):
+            if tokens < LEAST_TOKENS:
+                return
+            yield node
+
+    def shared(self, sequence: Sequence) -> float:
+        """Tokens that a sequence has in common with the key."""
+        node, index = sequence.node, self.index
+        while node not in index:
+            above = node.parent
+            if above is None:
+                return 0.0
+            node = above
+        return index[node]
+
+
+@dataclass(slots=True, eq=False)
+class Use:
+    """What a request in flight was assumed to find."""
+
+    key: bytes
+    guessed: bool
+    cached_tokens: int = 0
+    """Not scaled by trust."""
+    ram_serial: int = -1
+    """The RAM entry it loads; -1 for none."""
+    reply: tuple[float, float] | None = None
+    """(tokens where the last reply began, tokens matched) if the key matched into a reply."""
+    kept: list[Sequence] = field(default_factory=list)
+    """What the request took away: not usable, but its nodes and token counts stay until it ends."""
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One slot; content that is not known is neither empty nor a sequence."""
+
+    id: int
+    sequence: Sequence | None = None
+    is_empty: bool = True
+    last_used: int = -1
+    use: Use | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """One engine as far as its caches go. `ram` is oldest first."""
+
+    name: str
+    slots: list[Slot]
+    ram_tokens: int
+    clears_idle: bool
+    ram: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)
+    ram_used_tokens: int = 0
+    unsaved: list[Slot] = field(default_factory=list)
+    """Slots whose content may not be in RAM yet."""
+    unplaced: int = 0
+    """Requests in flight that named no slot and for which no idle one was known."""
+
+    def idle(self, ids: Iterable[int] | None = None) -> list[Slot]:
+        """Slots without a request, of these ids or of all."""
+        count = len(self.slots)
+        chosen = self.slots if ids is None else [self.slots[each] for each in sorted(ids) if 0 <= each < count]
+        return [slot for slot in chosen if slot.use is None]
+
+    def guesses(self) -> list[Slot]:
+        """Slots that requests in flight are assumed to run on, because they named none."""
+        return [slot for slot in self.slots if slot.use is not None and slot.use.guessed]
+
+
+@dataclass(slots=True)
+class Plan:
+    """What llama.cpp finds for a prompt on one slot."""
+
+    slot: Slot
+    slot_tokens: float
+    """From the slot's own content."""
+    entry: Sequence | None = None
+    """The RAM entry that would be loaded instead."""
+    entry_tokens: float = 0.0
+    saves: bool = False
+    """Whether the slot's content goes to RAM first."""
+
+    def cached_tokens(self, trust: float, prompt_tokens: int) -> int:
+        """The prediction: at least one token of a prompt is always computed."""
+        best = self.slot_tokens if self.entry is None else max(self.slot_tokens, trust * self.entry_tokens)
+        return max(0, min(round(best), prompt_tokens - 1))
+
+
+def plan_slot(server: Server, slot: Slot, path: Path, *, is_pinned: bool) -> Plan:
+    """What happens on this slot if a request is pinned to it, or if llama.cpp chose it."""
+    sequence = slot.sequence
+    tokens = 0.0 if sequence is None else path.shared(sequence)
+    plan = Plan(slot, tokens)
+    is_similar = tokens > SLOT_SIMILARITY_RATIO * path.prompt_tokens
+    if sequence is not None and is_similar and tokens >= SLOT_KEEP_RATIO * sequence.tokens:
+        return plan
+    if not server.ram_tokens or (slot.is_empty and is_pinned):
+        return plan
+    plan.saves = sequence is not None
+    keep = -1.0 if slot.is_empty else tokens / sequence.tokens if sequence is not None else 0.0
+    plan.entry, plan.entry_tokens = best_entry(server, path, keep, tokens)
+    return plan
+
+
+def best_entry(server: Server, path: Path, keep: float = -1.0, tokens: float = 0.0) -> tuple[Sequence | None, float]:
+    """The RAM entry that llama.cpp loads: better than (keep, tokens) in both, and each better one in its turn."""
+    best: Sequence | None = None
+    entries = path.loadable.get(server.name)
+    for entry, shared in _loadable(server, path) if entries is None else entries:
+        if shared > tokens and shared > keep * entry.tokens:
+            best, keep, tokens = entry, shared / entry.tokens, shared
+    return best, tokens if best is not None else 0.0
+
+
+def _loadable(server: Server, path: Path) -> list[tuple[Sequence, float]]:
+    """Those that share most, in the order of their age; the work is bounded, however many RAM holds."""
+    found: list[tuple[Sequence, float]] = []
+    below: Node | None = None
+    for node in path.worthy():
+        if len(found) >= _MOST_ENTRIES:
+            break
+        tokens = path.index[node]
+        if server.name in node.ram:
+            entries = islice(_ends_below(node, server.name, below), _MOST_ENTRIES)
+            found += [(entry, tokens) for entry in entries if tokens >= RAM_KEEP_RATIO * entry.tokens]
+        below = node
+    found.sort(key=lambda each: each[0].serial)
+    path.loadable[server.name] = found
+    return found
+
+
+def _ends_below(node: Node, engine: str, skipped: Node | None) -> Iterator[Sequence]:
+    """RAM entries of an engine that end at a node or under it, but for one branch."""
+    waiting = [node]
+    looks = _MOST_LOOKS
+    while waiting and looks:
+        each = waiting.pop()
+        if engine in each.ram_ends:
+            yield each.ram_ends[engine]
+        for child in each.children.values():
+            looks -= 1
+            if not looks:
+                break
+            if child is not skipped and engine in child.ram:
+                waiting.append(child)
+
+
+def plan_own_choice(server: Server, idle: list[Slot], path: Path) -> Plan | None:
+    """Without a pin llama.cpp takes the most similar one, else the one used longest ago (the last of equals)."""
+    chosen, most = None, SLOT_SIMILARITY_RATIO * path.prompt_tokens
+    for slot in idle:
+        tokens = 0.0 if slot.sequence is None else path.shared(slot.sequence)
+        if tokens > most:
+            chosen, most = slot, tokens
+    if chosen is None:
+        chosen = min(idle, key=lambda slot: (slot.last_used, -slot.id), default=None)
+    return None if chosen is None else plan_slot(server, chosen, path, is_pinned=False)
+
+
+def lost_tokens(server: Server, plan: Plan) -> int:
+    """Tokens of the slot's content that would then exist nowhere in the fleet."""
+    sequence = plan.slot.sequence
+    if sequence is None or (plan.saves and sequence.tokens > 0 and fits(server, sequence)):
+        return 0
+    node: Node | None = sequence.node
+    elsewhere = 0.0
+    while node is not None and node.parent is not None:
+        if len(node.slots) > 1 or node.slots.get(server.name, 0) > 1 or node.ram:
+            elsewhere = sequence.tokens if node is sequence.node else node.tokens
+            break
+        node = node.parent
+    kept = plan.slot_tokens if plan.entry is None else 0.0
+    return max(0, round(sequence.tokens - max(kept, elsewhere)))
+
+
+def fits(server: Server, sequence: Sequence) -> bool:
+    """Whether RAM is large enough for it at all; a negative size has no limit."""
+    return server.ram_tokens < 0 or sequence.tokens <= server.ram_tokens

@@ -1,0 +1,150 @@
+"""Engines that come and go with demand: started by the first request, stopped when idle, evicted, looked after."""
+
+import os
+import signal
+import time
+
+import pytest
+import ray
+from ray.util import placement_group_table
+
+from lltm_ray.actors import names
+from lltm_ray.actors.crew import engine_names, find_engines
+from lltm_ray.actors.fleet import find_fleet, start_fleet
+from lltm_ray.config import FleetConfig, build
+from lltm_ray.records import EngineState, GatewayInfo, ModelDemand, ModelState
+from tests.ray.conftest import HI, servers
+
+FROM_ZERO = {"engines": 0, "max_engines": 1}
+SMALL = {"n_parallel": 2, "n_ctx": 512}
+
+
+def elastic(name, *models, **settings):
+    """A fleet without a gateway; the tests say what one would report."""
+    raw = {"name": name, "gateway": None, "engine": SMALL, "drain_timeout_s": 5.0, **settings}
+    if models:
+        raw["models"] = [{"model": "tiny", **model} for model in models]
+    return start_fleet(build(FleetConfig, raw))
+
+
+def state_of(fleet, model):
+    return next(each for each in fleet.status().models if each.name == model)
+
+
+def ready(fleet, model):
+    return [each for each in fleet.status().engines if each.model == model and each.state is EngineState.READY]
+
+
+def until(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not (seen := condition()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+    return seen
+
+
+def report(fleet, **demand):
+    """What a gateway says with every heartbeat."""
+    told = tuple(ModelDemand(model=model, **each) for model, each in demand.items())
+    info = GatewayInfo(name="fake", url="", state="ready", pid=os.getpid(), demand=told)
+    ray.get(fleet.directory.register_gateway.remote(info))
+
+
+def keep_reporting(fleet, condition, timeout_s=20.0, **demand):
+    def look():
+        report(fleet, **demand)
+        return condition()
+
+    return until(look, timeout_s)
+
+
+def shares_of(fleet):
+    """CPUs that Ray holds for each engine."""
+    prefix = names.engine(fleet, "")
+    return {
+        group["name"].removeprefix(prefix): group["bundles"][0]["CPU"]
+        for group in placement_group_table().values()
+        if group["name"].startswith(prefix) and group["state"] != "REMOVED"
+    }
+
+
+def controller_of(fleet):
+    return ray.get_actor(names.controller(fleet.config.name), namespace=names.NAMESPACE)
+
+
+@pytest.fixture(scope="module")
+def two(ray_cluster, tmp_path_factory):
+    """Four CPUs: `warm` holds two of them, `cold` needs three and has no engine; two more can never start."""
+    broken = tmp_path_factory.mktemp("models") / "broken.gguf"
+    broken.write_bytes(b"GGUF?")
+    fleet = elastic(
+        "two",
+        {"served_name": "warm", "gpu_share": 0.0, "cpu_share": 2.0},
+        {"served_name": "cold", "gpu_share": 0.0, "cpu_share": 3.0, **FROM_ZERO, "idle_timeout_s": 2.0},
+        {"served_name": "broken", "model": str(broken), "gpu_share": 0.0, "cpu_share": 0.5, **FROM_ZERO},
+        {"served_name": "wide", "gpu_share": 8.0, **FROM_ZERO},
+        room_timeout_s=4.0,
+    )
+    try:
+        yield fleet
+    finally:
+        fleet.stop()
+    assert servers() == set()
+    assert shares_of("two") == {}
+
+
+def test_a_request_for_a_cold_model_makes_room_and_idling_gives_it_back(ray_cluster, two):
+    until(lambda: ready(two, "warm"))
+    assert (state_of(two, "cold").state, state_of(two, "cold").is_startable) == (ModelState.COLD, True)
+    time.sleep(1.2)  # a model that has just worked is not evicted
+    began = time.monotonic()
+    ray.get(two.directory.wake.remote("cold"))
+    engine = until(lambda: ready(two, "cold"))[0]
+    print(f"evicted and started in {time.monotonic() - began:.1f} s")
+    assert state_of(two, "warm").state is ModelState.COLD
+    assert shares_of("two") == {engine.name: 3.0}
+    handle = find_engines("two")[engine.name]
+    assert ray.get(handle.chat.remote(HI, max_tokens=4)).engine == engine.name
+    until(lambda: state_of(two, "cold").state is ModelState.COLD and not two.status().engines)
+    assert engine_names("two") == set()
+    ray.get(two.directory.wake.remote("warm"))
+    again = until(lambda: ready(two, "warm"))[0]
+    assert shares_of("two") == {again.name: 2.0}
+    decisions = ray.get(controller_of(two).snapshot.remote())["decisions"]
+    assert any("Evict" in each and "cold" in each for each in decisions), decisions
+
+
+def test_a_model_that_cannot_start_says_why_and_a_start_without_room_waits(two):
+    ray.get(two.directory.wake.remote("broken"))
+    ray.get(two.directory.wake.remote("wide"))
+    until(lambda: state_of(two, "wide").state is ModelState.WAITING)
+    until(lambda: state_of(two, "broken").state is ModelState.FAILED)
+    assert "broken.gguf" in state_of(two, "broken").detail
+    assert not state_of(two, "broken").is_startable
+    assert "8 GPU" in until(lambda: state_of(two, "wide").detail if _failed(two, "wide") else "")
+    assert [engine.model for engine in two.status().engines] == ["warm"], "what could not help stayed"
+
+
+def _failed(fleet, model):
+    return state_of(fleet, model).state is ModelState.FAILED
+
+
+def test_engines_are_added_while_requests_wait_and_go_when_others_would_do(ray_cluster):
+    fleet = elastic(
+        "auto", served_name="m", gpu_share=0.0, engines=1, max_engines=2, scale_up_wait_s=0.5, scale_down_after_s=1.0
+    )
+    try:
+        wait = {"waiting": 3, "running": 2, "predicted_wait_s": 4.0}
+        keep_reporting(fleet, lambda: len(ready(fleet, "m")) == 2, m=wait)
+        report(fleet, m={"running": 4})
+        time.sleep(1.5)
+        assert len(ready(fleet, "m")) == 2, "busy engines stay"
+        pid = ray._private.state.actors(controller_of(fleet)._actor_id.hex())["Pid"]
+        before = {each.name: each.server_pid for each in ready(fleet, "m")}
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: ray._private.state.actors(controller_of(fleet)._actor_id.hex())["Pid"] not in (0, pid))
+        assert {each.name: each.server_pid for each in ready(fleet, "m")} == before, "engines outlive the controller"
+        keep_reporting(fleet, lambda: len(fleet.status().engines) == 1, m={"running": 0})
+        assert set(find_fleet("auto").engines) == {"engine-0"}, "the newest went"
+    finally:
+        fleet.stop()

@@ -1,0 +1,81 @@
+"""Two gateway processes on one port, each with its own part of every engine's slots; and a model that is cold."""
+
+import os
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import ray
+
+import lltm_ray
+from lltm_ray.actors import names
+from tests.ray.conftest import post
+from tests.ray.load import Load
+
+
+@pytest.fixture(scope="module")
+def pair(ray_cluster):
+    """Two engines of four slots behind two gateways."""
+    settings = {"port": 0, "processes": 2}
+    with lltm_ray.Cluster.start(model="tiny", engines=2, gpu_share=0.0, name="pair", gateway=settings) as fleet:
+        yield fleet
+
+
+def snapshots(fleet):
+    actors = [ray.get_actor(names.gateway(fleet, name), namespace=names.NAMESPACE) for name in names.gateways(2)]
+    return ray.get([actor.snapshot.remote() for actor in actors], timeout=30)
+
+
+def until(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not (seen := condition()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+    return seen
+
+
+def owned(fleet="pair"):
+    return [[row["slots_total"] for row in each["engines"].values()] for each in snapshots(fleet)]
+
+
+def test_gateways_on_one_port_share_out_the_slots_and_the_clients(pair):
+    assert len({gateway.url for gateway in pair.status().gateways}) == 1
+    until(lambda: owned() == [[2, 2], [2, 2]])
+    with Load(pair.endpoint) as load:
+        load.wait_for(200)
+    assert not load.failures()
+    answered = [sum(model["requests"] for model in each["models"].values()) for each in snapshots("pair")]
+    assert all(answered), f"the kernel gave all clients to one: {answered}"
+    until(lambda: not any(row["slots_busy"] for each in snapshots("pair") for row in each["engines"].values()))
+
+
+def test_a_drain_reaches_every_gateway(pair):
+    until(lambda: owned() == [[2, 2], [2, 2]])
+    report = post(f"{pair.endpoint}/lltm/drain?engine=engine-0&timeout_s=10", {})
+    assert report["left"] == 0, report
+    assert [each["engines"]["engine-0"]["is_closed"] for each in snapshots("pair")] == [True, True]
+    post(f"{pair.endpoint}/lltm/undrain?engine=engine-0", {})
+    assert [each["engines"]["engine-0"]["is_closed"] for each in snapshots("pair")] == [False, False]
+
+
+def test_a_gateway_that_dies_leaves_its_slots_to_the_other_until_it_is_back(pair):
+    victim = next(each for each in pair.status().gateways if each.name == "gateway-1")
+    with Load(pair.endpoint, clients=8) as load:
+        os.kill(victim.pid, signal.SIGKILL)
+        until(lambda: next(each for each in pair.status().gateways if each.name == "gateway-1").pid != victim.pid)
+        load.wait_for(100)
+    for failure in load.failures():
+        assert failure.got_bytes or not failure.engine, failure
+    until(lambda: owned() == [[2, 2], [2, 2]])
+
+
+def test_a_request_for_a_cold_model_starts_it_and_is_answered(ray_cluster):
+    settings = {"name": "cold", "gateway": {"port": 0}, "gpu_share": 0.0, "engines": 0, "max_engines": 1}
+    with lltm_ray.Cluster.start(model="tiny", idle_timeout_s=2.0, **settings) as fleet:
+        ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(lambda _: post(f"{fleet.endpoint}/v1/chat/completions", ask), range(4)))
+        assert [answer["usage"]["completion_tokens"] for answer in answers] == [4] * 4
+        until(lambda: fleet.status().models[0].state == "cold", timeout_s=30)
+        assert post(f"{fleet.endpoint}/v1/chat/completions", ask)["usage"]["completion_tokens"] == 4

@@ -1,0 +1,74 @@
+"""Where an engine saves its slots."""
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lltm_ray.actors.launch import EngineSpec, plan_launch
+from lltm_ray.config import EngineConfig, FleetConfig
+from lltm_ray.errors import ServerBinaryError
+from lltm_ray.llamacpp.slot_folder import new_name
+
+FLEET = FleetConfig(model="tiny", llama_server="embedded", name="f")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLTM_RAY_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def launch(fleet=FLEET, **engine):
+    fleet = replace(fleet, engine=EngineConfig(n_ctx=512, n_parallel=1, **engine))
+    spec = EngineSpec(name="e0", fleet=fleet, run_id="r1", share=0.0, engines_on_node=1, gateway_node_id=None)
+    return plan_launch(spec, host="127.0.0.1")
+
+
+def argument(planned):
+    argv = planned.server.argv(0)
+    return argv[argv.index("--slot-save-path") + 1] if "--slot-save-path" in argv else ""
+
+
+def test_an_engine_gets_a_private_folder_of_its_own(cache):
+    first, second = launch(), launch()
+    for planned in (first, second):
+        folder = Path(planned.slot_folder)
+        assert folder.parent == cache / "run" / "f-r1" / "slots"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert argument(planned) == planned.slot_folder
+        assert planned.slots.path == folder
+    assert first.slot_folder != second.slot_folder
+    for planned in (first, second):
+        planned.slots.remove()
+        assert not Path(planned.slot_folder).exists()
+
+
+def test_a_folder_that_somebody_chose_is_used_and_never_removed(tmp_path):
+    planned = launch(slot_save_path=str(tmp_path))
+    assert (planned.slots, planned.slot_folder, argument(planned)) == (None, str(tmp_path), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [{"embeddings": True}, {"reranking": True}, {"extra_args": ("--slot-save-path", "/somewhere")}],
+)
+def test_a_server_without_conversations_or_with_its_own_word_on_them_gets_none(engine):
+    planned = launch(**engine)
+    assert (planned.slots, planned.slot_folder) == (None, "")
+
+
+def test_what_a_dead_run_left_is_removed_when_the_next_engine_starts(cache):
+    left = cache / "run" / "f-old" / "slots" / "e0-abc"
+    left.mkdir(parents=True)
+    (left / new_name()).write_bytes(b"a conversation")
+    planned = launch()
+    assert not left.exists()
+    planned.slots.remove()
+
+
+def test_a_server_that_cannot_be_started_leaves_no_folder(cache):
+    with pytest.raises(ServerBinaryError):
+        launch(replace(FLEET, llama_server="/nowhere/llama-server"))
+    assert not list(cache.glob("run/*/slots/*"))
