@@ -67,6 +67,9 @@ class GatewayConfig:
     """Gateway processes that share the port; each owns its part of every engine's slots."""
     failover: bool = True
     """Continue a stream on another engine when its own dies after the first byte."""
+    failover_chat_ids: bool = False
+    """Ask streamed chats for each token's id, so that a broken one is taken up where it broke; costs a few microseconds
+    an event. Off: it is generated again from its start, compared, and passed on from where it broke."""
     ledger: bool = True
     """Keep an account of every request's tokens, for `lltm-ray explain` and for drift against the engines' counters."""
     ledger_requests: int = 100_000

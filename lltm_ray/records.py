@@ -209,6 +209,8 @@ class EngineInfo:
     """Its slots share one KV buffer, and an idle one is cleared when another starts."""
     slot_folder: str = ""
     """Where its server saves slots, on its own node; empty where it saves none."""
+    has_own_slot_folder: bool = False
+    """Nobody chose that folder: it is for moving conversations, not for what clients would save in it."""
     updated_unix_nano: int = 0
 
     def with_(self, **changes: Any) -> EngineInfo:

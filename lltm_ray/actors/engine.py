@@ -168,6 +168,7 @@ class Engine:
             n_gpu_layers=launch.plan.n_gpu_layers,
             capabilities=tuple(kinds) or ("completion",),
             slot_folder=launch.slot_folder,
+            has_own_slot_folder=launch.slots is not None,
             cache_ram_tokens=launch.cache_ram_tokens,
             kv_unified=self.spec.fleet.engine.kv_unified,
         )

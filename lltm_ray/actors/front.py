@@ -106,14 +106,15 @@ class Front:
 
     async def follow(self) -> None:
         """Keep the router's table true, for ever."""
-        reconciling = asyncio.create_task(self._reconcile())
+        tasks = [asyncio.create_task(work) for work in (self._reconcile(), self.app.leveller.run())]
         try:
             async for status in watch_fleet(self._fleet):
                 self._status = status
                 self._others.names = tuple(each.name for each in status.gateways)
                 self._router.update(status.engines, status.models, self._share(status))
         finally:
-            reconciling.cancel()
+            for task in tasks:
+                task.cancel()
 
     async def serve_unseen(self) -> None:
         """`follow`, and be known to the directory, where nobody else tells it of us."""

@@ -124,6 +124,35 @@ def read_usage(ends: bytes) -> Usage | None:
     )
 
 
+_MARKS: dict[str, tuple[bytes, bytes]] = {
+    **dict.fromkeys(("/chat/completions", "/v1/chat/completions"), (b'"delta":{"', b'"delta":{"role"')),
+    **dict.fromkeys(("/completion", "/completions", "/infill"), (b'"stop":false', b"")),
+    **dict.fromkeys(("/responses", "/v1/responses"), (b'"delta":"', b"")),
+    "/v1/completions": (b'"finish_reason":null', b""),
+    "/v1/messages": (b'"delta":{"type"', b""),
+}
+"""By route: what every event with a token has, and what of it those without one have too."""
+
+
+def count_events(path: str, part: bytes) -> int:
+    """Events with a token, about one each, in a part of a stream; bytes that no text can hold tell them."""
+    marks = _MARKS.get(path)
+    if marks is None:
+        return 0
+    found = part.count(marks[0])
+    return found - part.count(marks[1]) if found and marks[1] else found
+
+
+def is_several(fields: Any) -> bool:
+    """Whether a request has several answers: llama-server's counts are those of one of them."""
+    if not isinstance(fields, dict):
+        return False
+    if fields.get("n", 1) not in (None, 1) or fields.get("n_cmpl", 1) not in (None, 1):
+        return True
+    prompt = fields.get("prompt")
+    return isinstance(prompt, list) and len(prompt) > 1 and type(prompt[0]) is not int
+
+
 def _count(raw: dict[str, Any], *names: str) -> int:
     for name in names:
         value = raw.get(name)

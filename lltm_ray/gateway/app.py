@@ -21,13 +21,14 @@ from lltm_ray.gateway.fleet import Fleet
 from lltm_ray.gateway.fleet_routes import PUBLIC, STATUS_PATH, FleetRoutes
 from lltm_ray.gateway.guard import Cause, Deadlines
 from lltm_ray.gateway.headers import find, request_id
+from lltm_ray.gateway.level import Leveller
 from lltm_ray.gateway.migrate import Migrator
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.protocol import EXTENSION
 from lltm_ray.gateway.relay import Relay
 from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope, Send, encode, send_error
 from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_pin, understand
 from lltm_ray.gateway.slot_files import LocalFiles, SlotFiles
-from lltm_ray.gateway.upstream import UpstreamPool
 from lltm_ray.records import FleetStatus
 from lltm_ray.routing.ledger import Ledger, LedgerEntry
 from lltm_ray.routing.ledger_entry import Outcome
@@ -47,11 +48,16 @@ CHEAP = (
 """POST routes that any ready engine of the model answers without a slot."""
 _log = logging.getLogger(__name__)
 KEPT_RECORDS = 1024
+_MODEL_CHARS = 96
 MAX_TARGET_BYTES = 8192
 """Longest path and query; llama-server hangs up on ones that are too long for it, and does not say so."""
 LINGER_S = 2.0
 """How long a refused body is read and dropped, so that the refusal reaches a client that only writes."""
 _DRAINING = b'{"error":{"message":"the gateway is shutting down","type":"unavailable_error","code":503}}'
+_NO_FOLDER = (
+    b'{"error":{"message":"slots are not saved or restored for clients here: to allow it, start the fleet with '
+    b'engine.slot_save_path set to a folder of your own","type":"permission_error","code":403}}'
+)
 
 
 class GatewayApp:
@@ -71,7 +77,7 @@ class GatewayApp:
             `records`, which keeps the last 1024.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that a host may bring, by name
         self,
         *,
         router: Router,
@@ -93,15 +99,9 @@ class GatewayApp:
         self._on_done = on_done or self.records.append
         self._pool = UpstreamPool(connect_timeout_s=config.connect_timeout_s)
         self._ledger = ledger
-        self._relay = Relay(
-            router,
-            self._pool,
-            max_attempts=config.max_attempts,
-            failover=config.failover,
-            ledger=ledger,
-            clock=clock,
-        )
         self.migrator = Migrator(router, self._pool, files or LocalFiles())
+        self.leveller = Leveller(router, self.migrator)
+        self._relay = Relay(router, self._pool, config, ledger=ledger, confirm=self.migrator.confirm, clock=clock)
         self._fleet_routes = FleetRoutes(router, Fleet(router, self._pool), config, self._look(status, account))
         self._explain_routes = ExplainRoutes(ledger)
         self._deadlines = Deadlines(config.request_timeout_s)
@@ -112,11 +112,14 @@ class GatewayApp:
 
     def _look(self, status: Callable[[], FleetStatus], account: Callable[[], dict[str, Any]]) -> Callable[[], Any]:
         """What `/lltm/status` shows."""
-        return lambda: status().public() | {
-            "router": self._router.snapshot(),
-            "migration": self.migrator.snapshot(),
-            "ledger": account(),
-        }
+        return lambda: (
+            status().public()
+            | {
+                "router": self._router.snapshot(),
+                "migration": self.migrator.snapshot(),
+                "ledger": account(),
+            }
+        )
 
     def _build_routes(self, peers: Peers | None) -> dict[tuple[str, str], Handler]:
         routes: dict[tuple[str, str], Handler] = {("POST", path): self._generate for path in GENERATING}
@@ -247,13 +250,14 @@ class GatewayApp:
         record = request.record
         record.total_s = self._clock() - request.arrived_at
         record.ends = request.ends.join()
-        if request.entry.attempts and self._ledger is not None:
-            self._ledger.finish(_settled(request))
+        if request.is_accounted and self._ledger is not None:
+            self._ledger.finish(_settled(request, self._config.policy))
         self._on_done(record)
 
     # --- forwarded routes
 
     async def _generate(self, request: Request) -> None:
+        request.is_accounted = True
         await self._forward(request, needs_slot=True)
 
     async def _cheap(self, request: Request) -> None:
@@ -274,6 +278,7 @@ class GatewayApp:
             cause = guard.absorb()
             if cause is None:
                 raise
+            _cut_off(request.entry, cause)
             if cause is Cause.DEADLINE:
                 raise DeadlineError("the request", self._config.request_timeout_s) from None
             request.record.error = cause
@@ -285,17 +290,31 @@ class GatewayApp:
         if read_pin(request) is None and len(known) > 1:
             names = ", ".join(engine.name for engine in known)
             raise ConfigError("engine", None, f"slots belong to engines: name one with ?engine=, of {names}")
+        action = request.param("action")
+        pinned = read_pin(request)
+        if action != "erase" and any(each.has_own_slot_folder for each in known if pinned in (None, each.name)):
+            request.record.error = "no folder for clients' slots"
+            await request.reply(403, _NO_FOLDER)
+            return
         request.once = True
         await self._forward(request, needs_slot=False, reads_model=False)
+        if request.record.status == 200 and action != "save":
+            self._router.erased(request.record.engine, int(request.path.rpartition("/")[2]))
 
 
-def _settled(request: Request) -> LedgerEntry:
+def _cut_off(entry: LedgerEntry, cause: Cause) -> None:
+    """The last attempt ended from our side."""
+    last = entry.attempts[-1] if entry.attempts else None
+    if last is not None and last.outcome == Outcome.OK:
+        last.outcome = Outcome.CLIENT_GONE if cause is Cause.CLIENT_GONE else Outcome.DEADLINE
+
+
+def _settled(request: Request, policy: str) -> LedgerEntry:
     """The request's line in the account, complete."""
     entry, record, ask = request.entry, request.record, request.ask
-    last = entry.attempts[-1]
-    if record.error and last.is_estimate and last.outcome == Outcome.OK:
-        last.outcome = Outcome.CLIENT_GONE if record.error == Cause.CLIENT_GONE else Outcome.DEADLINE
-    entry.tenant = request.tenant
+    entry.tenant, entry.policy = request.tenant, policy
+    if not entry.model:  # refused: the client's own word, which may be of any length
+        entry.model = ((ask.model if ask else request.model) or "")[:_MODEL_CHARS]
     entry.affinity = ask.affinity if ask else ""
     entry.wait_s, entry.ttft_s, entry.total_s = record.queue_s, record.ttft_s, record.total_s
     entry.status, entry.error = record.status, record.error

@@ -13,6 +13,16 @@ DETAILS = ("logprobs", "top_logprobs", "n_probs", "post_sampling_probs", "verbos
 _CLOCKED = ("n_indent", "t_max_predict_ms", "t_max_prompt_ms")
 _REASONING = ("reasoning_budget_tokens", "thinking_budget_tokens", "reasoning_control")
 
+_COUNTS = ("n", "n_cmpl", "best_of")
+_WHYS = (
+    (CONSTRAINTS, "constrains the reply, and its state died with the engine"),
+    (DETAILS, "asks for details of each token that are not carried over"),
+    (_CLOCKED, "ends the reply by what only the first engine knew"),
+    (_REASONING, "steers reasoning, whose state died with the engine"),
+)
+_OBSTACLES = frozenset((*CONSTRAINTS, *DETAILS, *_CLOCKED, *_REASONING, *_COUNTS, "response_format", "echo"))
+"""All that may be one: most requests have none of them, which is one look instead of twenty-five."""
+
 
 def kind_of(path: str) -> str | None:
     """`chat`, `text` or `native`; None for a route whose streams cannot be continued."""
@@ -44,23 +54,26 @@ def is_eligible(path: str, body: Any) -> tuple[bool, str]:
     kind = kind_of(path)
     if kind is None or not isinstance(body, dict) or body.get("stream") is not True:
         return False, "only streams of chats and completions are continued"
-    for names, why in (
-        (CONSTRAINTS, "constrains the reply, and its state died with the engine"),
-        (DETAILS, "asks for details of each token that are not carried over"),
-        (_CLOCKED, "ends the reply by what only the first engine knew"),
-        (_REASONING, "steers reasoning, whose state died with the engine"),
-    ):
-        found = next((name for name in names if body.get(name)), None)
-        if found:
-            return False, f"`{found}` {why}"
-    form = body.get("response_format")
-    if form and not (isinstance(form, dict) and form.get("type", "text") == "text"):
-        return False, "`response_format` constrains the reply, and its state died with the engine"
-    if any(body.get(name) not in (None, 1) for name in ("n", "n_cmpl", "best_of")) or body.get("echo"):
-        return False, "it is not one plain answer"
+    obstacle = "" if body.keys().isdisjoint(_OBSTACLES) else _obstacle(body)
+    if obstacle:
+        return False, obstacle
     if type(limit_of(body)) is not int:
         return False, f"its limit {limit_of(body)!r} is no whole number"
     return (True, "") if _is_plain_prompt(kind, body) else (False, "its prompt is not one text or one list of tokens")
+
+
+def _obstacle(body: dict[str, Any]) -> str:
+    """What in a request keeps its stream from being continued; empty: nothing."""
+    for names, why in _WHYS:
+        found = next((name for name in names if body.get(name)), None)
+        if found:
+            return f"`{found}` {why}"
+    form = body.get("response_format")
+    if form and not (isinstance(form, dict) and form.get("type", "text") == "text"):
+        return "`response_format` constrains the reply, and its state died with the engine"
+    if any(body.get(name) not in (None, 1) for name in _COUNTS) or body.get("echo"):
+        return "it is not one plain answer"
+    return ""
 
 
 def _is_plain_prompt(kind: str, body: dict[str, Any]) -> bool:

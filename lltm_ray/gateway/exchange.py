@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from lltm_ray.gateway.accounting import count_events, is_several
 from lltm_ray.gateway.headers import build_request, downstream_headers, find, upstream_headers
 from lltm_ray.gateway.join import Joiner, may_hold_back
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.replies import JSON
 from lltm_ray.gateway.request import Request
-from lltm_ray.gateway.tap import StreamTap, ask_details, is_eligible
-from lltm_ray.gateway.upstream import Connection, Headers, UpstreamBrokenError, UpstreamPool
+from lltm_ray.gateway.tap import StreamTap, ask_details, is_eligible, kind_of
+from lltm_ray.gateway.upstream import Connection, Headers, UpstreamBrokenError
 from lltm_ray.records import EngineInfo, Timings, timings_from
 from lltm_ray.routing.ledger import Attempt
 from lltm_ray.routing.prompt import reply_key
@@ -29,8 +32,24 @@ _EVENTS = b"text/event-stream"
 _OF_STREAMS = (b"content-type", b"content-length", b"cache-control", b"x-accel-buffering")
 
 
+Confirm = Callable[[str, int, int, int], None]
+"""Told engine, slot, cached and expected tokens of an answer; see `Migrator.confirm`."""
+
+
 class LoadingError(Exception):
     """The engine's server answers 503: it still loads its model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all exchanges of a relay share."""
+
+    router: Router
+    """Takes slots back."""
+    clock: Callable[[], float] = time.monotonic
+    confirm: Confirm | None = None
+    chat_ids: bool = False
+    """Whether streamed chats are asked for their token ids; see `GatewayConfig.failover_chat_ids`."""
 
 
 class Exchange:
@@ -41,8 +60,7 @@ class Exchange:
         engine: where it goes.
         lease: its slot; None for what needs none.
         attempt: its line in the account.
-        router: takes the slot back.
-        clock: monotonic seconds.
+        common: what it shares with the others.
     """
 
     def __init__(
@@ -50,21 +68,28 @@ class Exchange:
         request: Request,
         engine: EngineInfo,
         lease: Lease | None,
-        *,
         attempt: Attempt,
-        router: Router,
-        clock: Callable[[], float] = time.monotonic,
+        common: Common,
     ) -> None:
         self._request = request
         self._engine = engine
         self._lease = lease
         self._attempt = attempt
-        self._router = router
-        self._clock = clock
+        self._router = common.router
+        self._clock = common.clock
+        self._confirm = common.confirm
+        self._chat_ids = common.chat_ids
+        self._events = 0
+        self._is_counted = False
         self._text: str | None = None
         self.tap: StreamTap | None = None
         self.is_relayed = request.streamed is None and not request.is_stream
         """Asked for whole and sent on as such: the engine will not notice when the client leaves."""
+
+    @property
+    def delivered_tokens(self) -> int:
+        """Tokens of a stream that went to the client so far, of one without a tap about so many; 0 of other answers."""
+        return self.tap.delivered_tokens if self.tap is not None else self._events
 
     async def run(self, pool: UpstreamPool, *, may_load: bool, failover: bool) -> None:
         """Send the request, bring the answer.
@@ -86,14 +111,13 @@ class Exchange:
         try:
             if connection.status == 503 and not may_load:
                 raise LoadingError("its server is loading (503)")
-            is_events = _is_event_stream(connection)
+            is_events = self._is_counted = _is_event_stream(connection)
             if request.streamed is not None and is_events:
                 await self._join(connection)
             elif connection.content_length is not None and connection.content_length <= WHOLE_BYTES:
                 await self._send_whole(connection)
-            elif self.tap is not None and is_events:
-                await self._send_tapped(connection, self.tap)
             else:
+                self.tap = self.tap if is_events else None
                 await self._send_stream(connection)
         finally:
             pool.release(connection)
@@ -107,8 +131,10 @@ class Exchange:
         if not isinstance(fields, dict) or not fields:
             return data
         if failover and request.is_stream and is_eligible(request.path, fields)[0]:
-            self.tap = StreamTap(request.path, fields)
-            return ask_details(request.path, fields, data, slot)
+            has_ids = self._chat_ids or kind_of(request.path) != "chat"
+            self.tap = StreamTap(request.path, fields, details=has_ids)
+            if has_ids:
+                return ask_details(request.path, fields, data, slot)
         if slot < 0:
             return data
         end = data.rfind(b"}")
@@ -142,33 +168,61 @@ class Exchange:
         await request.send({"type": "http.response.body", "body": body})
 
     async def _send_stream(self, connection: Connection) -> None:
-        part = await connection.read()
-        self._note(part, is_first=True)
-        await self._start(connection.status, connection.headers)
-        send = self._request.send
-        while not connection.is_drained:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-            part = await connection.read()
-            self._note(part)
-        self.close(is_good=connection.status == 200)
-        await send({"type": "http.response.body", "body": part})
-
-    async def _send_tapped(self, connection: Connection, tap: StreamTap) -> None:
+        """Pass on part by part: past ASGI where the host can, for a task's turn costs more than all else we do."""
         part = b""
         while not part and not connection.is_drained:
-            part = tap.feed(await connection.read())
-        self._note(part, is_first=True)
+            part = self._told(await connection.read())
+        self._began()
         await self._start(connection.status, connection.headers)
-        send, cell = self._request.send, self._request.entry.cell
-        while not connection.is_drained:
-            if part:
-                await send({"type": "http.response.body", "body": part, "more_body": True})
-                cell.delivered(tap.position)
-            part = tap.feed(await connection.read())
-            self._note(part)
-        part += tap.rest()
-        self.close(is_good=True)
-        await send({"type": "http.response.body", "body": part})
+        if not connection.is_drained:
+            self._request.entry.cell.delivered(self._position)
+            await self._request.send({"type": "http.response.body", "body": part, "more_body": True})
+            part = await self._pass_on(connection)
+        if self.tap is not None:
+            part += self.tap.rest()
+        self.close(is_good=connection.status == 200)
+        await self._request.send({"type": "http.response.body", "body": part})
+
+    async def _pass_on(self, connection: Connection) -> bytes:
+        """Everything up to the last part, which is returned."""
+        link, send, cell = self._request.link, self._request.send, self._request.entry.cell
+        push = link.pusher(connection.unblock) if link is not None else None
+        if push is None:
+            part = self._told(await connection.read())
+            while not connection.is_drained:
+                if part:
+                    cell.delivered(self._position)
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                part = self._told(await connection.read())
+            return part
+
+        def sink(data: bytes) -> bool:
+            part = self._told(data)
+            cell.delivered(self._position)
+            return push(part) if part else True
+
+        await connection.pump(sink)
+        return b""
+
+    def _told(self, data: bytes) -> bytes:
+        """What of the engine's bytes is the client's, noted."""
+        request, tap = self._request, self.tap
+        if tap is None:
+            part = data
+            request.ends.add(part)
+            if self._is_counted:
+                self._events += count_events(request.path, data)
+        else:
+            part = tap.feed(data)
+            if tap.is_finished:  # the counts are in its end, and nothing else is looked for
+                request.ends.add(part)
+        request.record.bytes_sent += len(part)
+        return part
+
+    @property
+    def _position(self) -> int:
+        """Tokens that the client has been sent, as far as the stream tells."""
+        return self._events if self.tap is None else self.tap.position
 
     # --- what it tells
 
@@ -198,19 +252,27 @@ class Exchange:
         timings, attempt = self._timings(), self._attempt
         if timings is not None:
             attempt.cached_tokens, attempt.computed_tokens = timings.cache_n, timings.prompt_n
-            attempt.generated_tokens = timings.predicted_n
-            attempt.delivered_tokens = timings.predicted_n
+            attempt.generated_tokens = attempt.delivered_tokens = timings.predicted_n
+            attempt.is_estimate = is_several(self._request.body_json)
         elif is_good and (usage := self._request.ends.usage()) is not None:
             attempt.cached_tokens = usage.cached_tokens
             attempt.computed_tokens = usage.input_tokens - usage.cached_tokens
             attempt.generated_tokens = attempt.delivered_tokens = usage.output_tokens
+        elif is_good:  # a stream that ended with an error
+            attempt.generated_tokens = attempt.delivered_tokens = self.delivered_tokens
+            attempt.is_estimate = True
         self._request.record.delivered_tokens = attempt.delivered_tokens
-        if self._lease is None:
-            return
+        self._request.entry.cell.delivered(attempt.delivered_tokens)
+        if self._lease is not None:
+            self._give_back(self._lease, timings)
+
+    def _give_back(self, lease: Lease, timings: Timings | None) -> None:
         served = None
         if timings is not None:
-            served = Served(timings=timings, reply=self._reply(), delivered_tokens=attempt.delivered_tokens)
-        self._router.release(self._lease, served)
+            served = Served(timings=timings, reply=self._reply(), delivered_tokens=self._attempt.delivered_tokens)
+            if self._confirm is not None:
+                self._confirm(lease.engine.name, lease.slot, timings.cache_n, lease.cached_tokens)
+        self._router.release(lease, served)
 
     def _timings(self) -> Timings | None:
         if self.tap is not None:

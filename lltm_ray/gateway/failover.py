@@ -22,10 +22,11 @@ from typing import Any
 from lltm_ray.errors import EngineExitedError
 from lltm_ray.gateway.continuable import CONSTRAINTS, DETAILS, LIMITS, is_exact, limit_of
 from lltm_ray.gateway.headers import build_request
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.splice import Splice, parse_event
 from lltm_ray.gateway.tap import StreamTap, ask_details
 from lltm_ray.gateway.told import DivergedError, Mark
-from lltm_ray.gateway.upstream import Headers, UpstreamBrokenError, UpstreamPool
+from lltm_ray.gateway.upstream import Headers, UpstreamBrokenError
 from lltm_ray.records import EngineInfo
 
 _ANSWER_BYTES = 64 * 2**20

@@ -15,7 +15,8 @@ from typing import Any
 from lltm_ray.errors import EngineNotReadyError
 from lltm_ray.gateway.exposition import merge_metrics
 from lltm_ray.gateway.headers import build_request
-from lltm_ray.gateway.upstream import Headers, UpstreamPool
+from lltm_ray.gateway.pool import UpstreamPool
+from lltm_ray.gateway.upstream import Headers
 from lltm_ray.records import EngineInfo
 from lltm_ray.routing.router import Router
 

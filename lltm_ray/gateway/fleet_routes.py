@@ -9,6 +9,7 @@ from typing import Any
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import DeadlineError
 from lltm_ray.gateway.fleet import Fleet
+from lltm_ray.gateway.own_metrics import own_metrics
 from lltm_ray.gateway.request import Handler, Request, read_body, read_model, read_pin
 from lltm_ray.records import EngineInfo
 from lltm_ray.routing.router import Router
@@ -68,6 +69,7 @@ class FleetRoutes:
 
     async def _metrics(self, request: Request) -> None:
         text = await self._fleet.metrics(self._engines_for(request))
+        text += own_metrics(self._look()).encode("utf-8")
         await request.reply(200, text, content_type=b"text/plain; version=0.0.4")
 
     async def _lora_adapters(self, request: Request) -> None:

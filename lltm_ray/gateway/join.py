@@ -19,6 +19,9 @@ _DETAILS = ("n_probs", "logprobs", "top_logprobs", "return_tokens", "verbose")
 half a stop word) and, in a chat, of the one that ends the text."""
 _PARSED = ("response_format", "json_schema", "tools")
 """A chat's stream and its whole answer read text of these forms differently where it is cut off at its limit."""
+BRIEF_TOKENS = 16
+"""Answers of at most so many tokens are asked for whole."""
+_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
 _ANSWER_KEYS = ("created", "model", "system_fingerprint", "object", "usage", "id", "timings")
 
 
@@ -40,7 +43,7 @@ def as_stream(path: str, body: Any) -> bytes | None:
     is_native = path in _NATIVE
     if not (is_native or path == _TEXT or path in _CHATS) or not isinstance(body, dict):
         return None
-    if body.get("stream") not in (None, False) or not _is_single(path, body):
+    if body.get("stream") not in (None, False) or not _is_single(path, body) or _is_brief(body):
         return None
     if any(body.get(name) for name in _DETAILS) or (is_native and body.get("response_fields")):
         return None
@@ -56,6 +59,12 @@ def as_stream(path: str, body: Any) -> bytes | None:
         return json.dumps(streamed, allow_nan=False, separators=(",", ":")).encode("ascii")
     except (ValueError, RecursionError):
         return None  # what Python reads and JSON lacks, such as NaN or 1e999: the server's to refuse
+
+
+def _is_brief(body: dict[str, Any]) -> bool:
+    """An answer that is over before a client that leaves matters; as a stream it costs a connection of its own."""
+    limits = [body[name] for name in _LIMITS if type(body.get(name)) is int]
+    return bool(limits) and 0 <= min(limits) <= BRIEF_TOKENS
 
 
 def _is_single(path: str, body: dict[str, Any]) -> bool:

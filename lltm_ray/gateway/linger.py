@@ -11,7 +11,8 @@ import json
 import logging
 
 from lltm_ray.gateway.headers import build_request
-from lltm_ray.gateway.upstream import Headers, UpstreamPool
+from lltm_ray.gateway.pool import UpstreamPool
+from lltm_ray.gateway.upstream import Headers
 from lltm_ray.routing.router import Lease, Router
 
 _log = logging.getLogger(__name__)

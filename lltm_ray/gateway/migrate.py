@@ -20,8 +20,9 @@ from urllib.parse import urlencode
 from lltm_ray.errors import ConfigError, LltmRayError
 from lltm_ray.gateway.headers import build_request
 from lltm_ray.gateway.moves import Failure, HeldSlot, Load, MigrationRouter, MoveReport, SlotLease, coldest, plan_relief
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.slot_files import SlotFiles
-from lltm_ray.gateway.upstream import Headers, UpstreamPool
+from lltm_ray.gateway.upstream import Headers
 from lltm_ray.llamacpp import wire
 from lltm_ray.llamacpp.replies import Reply, SlotAction
 from lltm_ray.llamacpp.slot_folder import new_name

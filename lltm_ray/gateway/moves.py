@@ -8,8 +8,11 @@ from typing import Any, Protocol
 
 from lltm_ray.records import EngineInfo
 
-HOT_RATIO, COOL_RATIO = 0.9, 0.5
-"""Busy slots of an engine that needs relief, and on average of the others that can give it."""
+HOT_RATIO, COOL_RATIO = 0.75, 0.5
+"""Busy slots of an engine that needs relief, and on average of the others that can give it.
+
+An engine without an idle slot holds nothing that could move, so of four slots three must be enough.
+"""
 
 
 class HeldSlot(Protocol):

@@ -84,6 +84,7 @@ class GatewayProtocol(HttpToolsProtocol):
     _is_upgrade = False
     _is_lost = False
     _gone: Callable[[], None] | None = None
+    _on_writable: Callable[[], None] | None = None
     _timer: asyncio.TimerHandle | None = None
     _due = 0.0
 
@@ -91,13 +92,43 @@ class GatewayProtocol(HttpToolsProtocol):
         """Hold the answer's head until its first body bytes, which must follow at once."""
         self._corked.cork()
 
+    def pusher(self, on_writable: Callable[[], None]) -> Callable[[bytes], bool] | None:
+        """A way to write parts of the running answer's body past ASGI, without a task's turn for each.
+
+        Args:
+            on_writable: called when a client that was too slow takes more again.
+
+        Returns:
+            Takes a part, which must not be empty, and tells whether the client takes more now. None where the body has
+            a length or no frame, or where other requests stand behind this one: ASGI must do then.
+        """
+        cycle = self.cycle
+        if self.pipeline or not cycle.response_started or cycle.response_complete or not cycle.chunked_encoding:
+            return None
+        self._on_writable = on_writable
+        flow, transport = self.flow, self.transport
+
+        def push(part: bytes) -> bool:
+            if not cycle.disconnected:
+                transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+            return not flow.write_paused
+
+        return push
+
     def when_gone(self, call: Callable[[], None] | None) -> None:
         """Call this when the client's socket is lost; None takes it back."""
         self._gone = call
+        self._on_writable = None
         if call is not None and self._is_lost:
             self.loop.call_soon(call)
 
     # --- asyncio.Protocol
+
+    def resume_writing(self) -> None:
+        """See `asyncio.Protocol`."""
+        super().resume_writing()
+        if self._on_writable is not None:
+            self._on_writable()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`."""

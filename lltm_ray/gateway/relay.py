@@ -7,17 +7,20 @@ connection, so that nobody takes a part for the whole.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
+from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError
-from lltm_ray.gateway.exchange import Exchange, LoadingError
+from lltm_ray.gateway.exchange import Common, Confirm, Exchange, LoadingError
 from lltm_ray.gateway.failover import Continuation
 from lltm_ray.gateway.join import UnjoinableError
 from lltm_ray.gateway.linger import Lingerer
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.request import Request
 from lltm_ray.gateway.tap import StreamTap, is_eligible
-from lltm_ray.gateway.upstream import ConnectFailedError, UpstreamBrokenError, UpstreamPool
+from lltm_ray.gateway.upstream import ConnectFailedError, UpstreamBrokenError
 from lltm_ray.records import EngineInfo
 from lltm_ray.routing.ledger import Attempt, Ledger
 from lltm_ray.routing.ledger_entry import Outcome
@@ -34,9 +37,9 @@ class Relay:
     Args:
         router: chooses the engine.
         pool: connections to the engines' servers.
-        max_attempts: engines tried for one request.
-        failover: whether broken streams are continued elsewhere.
+        config: how many engines are tried for one request, and whether broken streams are continued elsewhere.
         ledger: the account; None keeps none.
+        confirm: told what each answer reused.
         clock: monotonic seconds.
     """
 
@@ -44,17 +47,18 @@ class Relay:
         self,
         router: Router,
         pool: UpstreamPool,
+        config: GatewayConfig,
         *,
-        max_attempts: int,
-        failover: bool = True,
         ledger: Ledger | None = None,
+        confirm: Confirm | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._router = router
         self._pool = pool
-        self._max_attempts = max_attempts
-        self._failover = failover
+        self._max_attempts = config.max_attempts
+        self._failover = config.failover
         self._ledger = ledger
+        self._common = Common(router, clock, confirm, config.failover_chat_ids)
         self._clock = clock
         self._lingerer = Lingerer(router, pool)
 
@@ -75,11 +79,9 @@ class Relay:
         record = request.record
         while True:
             engine, lease, attempt = await self._begin(request, tried)
-            exchange = Exchange(request, engine, lease, attempt=attempt, router=self._router, clock=self._clock)
+            exchange = Exchange(request, engine, lease, attempt, self._common)
             try:
-                await exchange.run(
-                    self._pool, may_load=record.attempts >= self._max_attempts, failover=self._failover
-                )
+                await exchange.run(self._pool, may_load=record.attempts >= self._max_attempts, failover=self._failover)
                 return
             except UnjoinableError:
                 request.streamed = None
@@ -88,9 +90,10 @@ class Relay:
                 record.error = str(error)
                 breaks += isinstance(error, UpstreamBrokenError)
                 self._router.suspect(engine)
-                attempt.outcome, attempt.is_estimate = Outcome.FAILED, True
+                attempt.outcome, attempt.is_estimate = Outcome.FAILED, isinstance(error, UpstreamBrokenError)
                 tried.add(engine.name)
                 if request.is_started:
+                    _note_cut(request, attempt, exchange)
                     self._release(lease)
                     await self._go_on(request, engine, attempt, exchange.tap, tried, error)
                     return
@@ -134,10 +137,9 @@ class Relay:
         """Give the slot back unless the answer's end did; where the engine goes on for nobody, when it has stopped."""
         if lease is None or lease.released:
             return
-        if exchange.tap is not None:
-            request.record.delivered_tokens = attempt.delivered_tokens = exchange.tap.delivered_tokens
-            attempt.generated_tokens = max(attempt.generated_tokens, attempt.delivered_tokens)
-        attempt.is_estimate = True
+        if request.is_started:
+            _note_cut(request, attempt, exchange)
+        attempt.is_estimate = attempt.is_estimate or attempt.outcome == Outcome.OK
         if exchange.is_relayed and attempt.outcome == Outcome.OK:  # cut off from our side
             self._lingerer.hold(lease)
         else:
@@ -162,7 +164,6 @@ class Relay:
         if tap is None:
             reason = is_eligible(request.path, request.body_json)[1] if request.is_stream else "no stream"
             raise EngineExitedError(f"{engine.name} ({reason or 'failover is off'})") from error
-        request.record.delivered_tokens = attempt.delivered_tokens = attempt.generated_tokens = tap.delivered_tokens
         if tap.is_finished:
             await self._finish(request, tap.ending())
             attempt.outcome = Outcome.OK
@@ -170,7 +171,8 @@ class Relay:
         can, why = tap.can_continue
         if not can:
             raise EngineExitedError(f"{engine.name} ({why})") from error
-        attempt.outcome = Outcome.CONTINUED
+        if request.ask is not None:  # its answer has begun in time; to go on it may wait as long as anybody
+            request.ask.deadline_s = math.inf
         continuation = Continuation(request.path, request.body_json, tap, self._pool, request_id=request.id)
         while request.record.attempts <= self._max_attempts:
             try:
@@ -180,25 +182,28 @@ class Relay:
                 raise EngineExitedError(f"{engine.name} ({refusal.message})") from refusal
         raise EngineExitedError(engine.name) from error
 
-    async def _continue(
-        self, request: Request, continuation: Continuation, tap: StreamTap, tried: set[str]
-    ) -> bool:
+    async def _continue(self, request: Request, continuation: Continuation, tap: StreamTap, tried: set[str]) -> bool:
         """One more engine; whether it brought the answer to its end."""
+        broken = request.entry.attempts[-1]
         survivor, lease, attempt = await self._begin(request, tried)
+        broken.outcome = Outcome.CONTINUED
         before = tap.delivered_tokens
         try:
             async for part in continuation.on(survivor, id_slot=lease.slot if lease else -1):
                 request.record.bytes_sent += len(part)
                 request.ends.add(part)
-                await request.send({"type": "http.response.body", "body": part, "more_body": True})
                 request.entry.cell.delivered(tap.position - before)
+                await request.send({"type": "http.response.body", "body": part, "more_body": True})
             await self._finish(request, b"")
             return True
         except _FAILED:
             self._router.suspect(survivor)
             tried.add(survivor.name)
-            attempt.outcome = Outcome.CONTINUED
+            attempt.outcome = Outcome.FAILED
             return False
+        except LltmRayError:
+            attempt.outcome = Outcome.FAILED
+            raise
         finally:
             request.entry.is_exact = continuation.is_exact
             _account(attempt, continuation, tap.delivered_tokens - before)
@@ -208,6 +213,12 @@ class Relay:
     async def _finish(self, request: Request, rest: bytes) -> None:
         request.record.error = ""
         await request.send({"type": "http.response.body", "body": rest})
+
+
+def _note_cut(request: Request, attempt: Attempt, exchange: Exchange) -> None:
+    """What the client has of an answer that was cut off."""
+    request.record.delivered_tokens = attempt.delivered_tokens = exchange.delivered_tokens
+    attempt.generated_tokens = max(attempt.generated_tokens, attempt.delivered_tokens)
 
 
 def _attempt_of(lease: Lease, queue_s: float) -> Attempt:

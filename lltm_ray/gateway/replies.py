@@ -22,6 +22,9 @@ class ClientLink(Protocol):
     def cork(self) -> None:
         """Hold the answer's head until its first body bytes, which must follow at once."""
 
+    def pusher(self, on_writable: Callable[[], None]) -> Callable[[bytes], bool] | None:
+        """A way to write parts of the running body past ASGI; None where ASGI must do."""
+
     def when_gone(self, call: Callable[[], None] | None) -> None:
         """Call this when the client's socket is lost; None takes it back."""
 

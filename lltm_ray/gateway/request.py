@@ -57,6 +57,8 @@ class Request:
     model: str | None = None
     only: str | None = None
     """Engine the request is pinned to."""
+    is_accounted: bool = False
+    """Whether its line belongs into the account, however it ends."""
     is_started: bool = False
     """Whether the client may have seen a part of the answer: no retry any more."""
     ends: Ends = field(default_factory=Ends)

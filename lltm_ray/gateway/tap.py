@@ -38,7 +38,10 @@ _CHAT_EVENT = re.compile(
     rb'"prompt_per_second":[^,]+,"predicted_n":(\d+),[^}]*\})'
     % (_STRING, _PROB % (rb"(\d+)", rb"(%b)" % _STRING), _PROB % (rb"\d+", _STRING), _STRING)
 )
-_BARE_CHAT_EVENT = re.compile(rb'"delta":\{"content":"(%b)"\}\}' % _STRING)
+_BARE_CHAT_EVENT = re.compile(
+    rb'data: \{"choices":\[\{"finish_reason":null,"index":0,"delta":\{"content":"(%b)"\}\}\],"created":[^{}]*\}\n\n'
+    % _STRING
+)
 _read_value = json.JSONDecoder().raw_decode
 
 
@@ -292,11 +295,21 @@ class StreamTap:
         if start != 19 and end > 0 and _is_single(data):
             self._contents.append(data[start:end])
             return data
-        found = _BARE_CHAT_EVENT.findall(data)
-        if data.count(b"\n") != 2 * len(found):
-            return self._take_events(data)
-        self._contents += found
-        return data
+        return self._take_many_bare(data)
+
+    def _take_many_bare(self, data: bytes) -> bytes:
+        """A part with many events: the usual ones at once, those between them one by one."""
+        sent: list[bytes] = []
+        done = 0
+        for found in _BARE_CHAT_EVENT.finditer(data):
+            if found.start() > done:
+                sent.append(self._take_events(data[done : found.start()]))
+            self._contents.append(found[1])
+            sent.append(found[0])
+            done = found.end()
+        if done < len(data):
+            sent.append(self._take_events(data[done:]))
+        return b"".join(sent)
 
     # --- the slow way: the first and last events, and any part that holds an unusual one
 

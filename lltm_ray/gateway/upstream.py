@@ -1,4 +1,4 @@
-"""Raw HTTP/1.1 to a llama-server: an asyncio protocol on httptools, and a keep-alive pool per server.
+"""Raw HTTP/1.1 to a llama-server: an asyncio protocol on httptools, one exchange at a time.
 
 Body bytes are handed on as they came, one `bytes` per wake-up. What llama.cpp's server does and this file heeds: it
 closes a connection after about 100 requests (with `Connection: close`) and, without saying so, after each chunked
@@ -8,7 +8,7 @@ answer; idle ones after 5 s; and it frees a slot when the connection of its requ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from urllib.parse import urlsplit
 
@@ -17,7 +17,6 @@ import httptools
 HIGH_WATER_BYTES = 256 * 1024
 """Unread body bytes above which the server is made to wait."""
 MAX_HEAD_BYTES = 64 * 1024
-_SWEEP_S = 1.0
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -31,10 +30,10 @@ class UpstreamBrokenError(ConnectionError):
 
 
 class Connection(asyncio.Protocol):
-    """One connection, one exchange at a time: `start`, then `head`, then `read` until `b""`."""
+    """One connection, one exchange at a time: `start`, `head`, then `read` until `b""`, or `pump`."""
 
-    def __init__(self, pool: UpstreamPool, url: str) -> None:
-        self._pool = pool
+    def __init__(self, forget: Callable[[Connection], None], url: str) -> None:
+        self._forget = forget
         self.url = url
         self.idle_since = 0.0
         self._loop = asyncio.get_running_loop()
@@ -42,6 +41,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._chunks: list[bytes] = []
+        self._sink: Callable[[bytes], bool] | None = None
+        self._sink_error: Exception | None = None
         self._busy = False
         self._reset()
 
@@ -52,6 +53,7 @@ class Connection(asyncio.Protocol):
         self.got_bytes = False
         self._received_bytes = 0
         self._size_bytes = 0
+        self._sink_error = None
         self._head_done = self._done = self._chunked = self._keep = self._paused = False
         self._error: ConnectionError | None = None
 
@@ -85,19 +87,59 @@ class Connection(asyncio.Protocol):
         """
         while True:
             if self._chunks:
-                data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-                self._chunks.clear()
-                self._size_bytes = 0
-                if self._paused:
-                    self._paused = False
-                    if self._transport is not None and not self._transport.is_closing():
-                        self._transport.resume_reading()
+                data = self._take_chunks()
+                self.unblock()
                 return data
             if self._done:
                 return b""
             if self._error is not None:
                 raise self._error
             await self._wait()
+
+    async def pump(self, sink: Callable[[bytes], bool]) -> None:
+        """Hand what is left of the body to `sink` part by part, each in the very wake-up that brought it.
+
+        Args:
+            sink: takes a part; false makes the server wait until `unblock`. What it raises is raised here.
+
+        Raises:
+            UpstreamBrokenError: as `read`.
+        """
+        self._sink = sink
+        try:
+            self._pour()
+            while not self._done:
+                if self._error is not None:
+                    raise self._error
+                await self._wait()
+        finally:
+            self._sink = None
+        if self._sink_error is not None:
+            raise self._sink_error
+
+    def unblock(self) -> None:
+        """The sink takes more again."""
+        was_paused, self._paused = self._paused, False
+        if was_paused and self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def _take_chunks(self) -> bytes:
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._size_bytes = 0
+        return data
+
+    def _pour(self) -> None:
+        takes_more = True
+        try:
+            if self._chunks and self._sink is not None:
+                takes_more = self._sink(self._take_chunks())
+        except Exception as error:  # noqa: BLE001 - raised again by `pump`; here it would end in the event loop's log
+            self._sink_error = error
+            self.abort()
+        if not takes_more and not self._done and not self._paused and self._transport is not None:
+            self._paused = True
+            self._transport.pause_reading()
 
     async def read_all(self, limit_bytes: int) -> bytes:
         """The rest of the body.
@@ -159,6 +201,10 @@ class Connection(asyncio.Protocol):
             if self._received_bytes > MAX_HEAD_BYTES:
                 self._fail(UpstreamBrokenError(f"the answer's head is over {MAX_HEAD_BYTES} bytes"))
                 self.abort()
+        elif self._sink is not None:
+            self._pour()
+            if not self._done and self._error is None:
+                return
         elif self._size_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -168,7 +214,7 @@ class Connection(asyncio.Protocol):
         """The socket is gone: an end only for a body that has no other end."""
         self._transport = None
         if not self._busy:
-            self._pool.forget(self)
+            self._forget(self)
             return
         unframed = self._head_done and not self._chunked and self.content_length is None
         if unframed and exc is None:
@@ -232,127 +278,3 @@ def origin(url: str) -> tuple[str, int, bytes]:
     """Host, port and `Host` header value of a base URL such as `http://127.0.0.1:8080`."""
     parts = urlsplit(url)
     return parts.hostname or "", parts.port or 80, parts.netloc.encode("ascii")
-
-
-class UpstreamPool:
-    """Keep-alive connections to any number of servers, for one event loop.
-
-    Args:
-        connect_timeout_s: to reach a socket.
-        idle_timeout_s: connections idle for longer are dropped; below the server's own 5 s.
-        idle_limit: most idle connections per server.
-    """
-
-    def __init__(self, *, connect_timeout_s: float = 2.0, idle_timeout_s: float = 3.0, idle_limit: int = 128) -> None:
-        self._connect_timeout_s = connect_timeout_s
-        self._idle_timeout_s = idle_timeout_s
-        self._idle_limit = idle_limit
-        self._idle: dict[str, list[Connection]] = {}
-        self._sweeper: asyncio.TimerHandle | None = None
-
-    async def open(self, url: str, request: Sequence[bytes], *, fresh: bool = False) -> Connection:
-        """Send a request and wait for the answer's head; give the connection to `release` afterwards.
-
-        A pooled connection that the server had closed already (not a byte came back) is replaced by a fresh one, once.
-        The server may have read the request by then, so requests that must not run twice take `fresh`, which uses no
-        pooled connection and sends once.
-
-        Raises:
-            ConnectFailedError: no connection within `connect_timeout_s`.
-            UpstreamBrokenError: it broke before the head.
-        """
-        pooled = None if fresh else self._take(url)
-        if pooled is not None:
-            try:
-                return await self._exchange(pooled, request)
-            except UpstreamBrokenError:
-                if pooled.got_bytes:
-                    raise
-        return await self._exchange(await self._connect(url), request)
-
-    def release(self, connection: Connection) -> None:
-        """Pool a connection whose answer was read to its end; abort it in any other state."""
-        if not connection.is_reusable or len(self._idle.get(connection.url, ())) >= self._idle_limit:
-            connection.abort()
-            return
-        connection.park()
-        self._idle.setdefault(connection.url, []).append(connection)
-        if self._sweeper is None:
-            self._sweeper = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
-
-    def forget(self, connection: Connection) -> None:
-        """An idle connection was closed by its server."""
-        stack = self._idle.get(connection.url, [])
-        if connection in stack:
-            stack.remove(connection)
-
-    def close(self) -> None:
-        """Drop all idle connections."""
-        for stack in self._idle.values():
-            for connection in list(stack):
-                connection.abort()
-        self._idle.clear()
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            self._sweeper = None
-
-    def idle_count(self) -> int:
-        """Idle connections, over all servers."""
-        return sum(len(stack) for stack in self._idle.values())
-
-    async def fetch(
-        self, url: str, request: Sequence[bytes], *, limit_bytes: int, fresh: bool = False
-    ) -> tuple[int, Headers, bytes]:
-        """A whole exchange: status, headers (lower-case names) and body; `fresh` as in `open`.
-
-        Raises:
-            ConnectFailedError, UpstreamBrokenError: as `open` and `Connection.read_all`.
-        """
-        connection = await self.open(url, request, fresh=fresh)
-        try:
-            body = await connection.read_all(limit_bytes)
-            return connection.status, connection.headers, body
-        finally:
-            self.release(connection)
-
-    def _take(self, url: str) -> Connection | None:
-        stack = self._idle.get(url)
-        if not stack:
-            return None
-        connection = stack.pop()  # the one used last: the least likely to be stale
-        if asyncio.get_running_loop().time() - connection.idle_since <= self._idle_timeout_s:
-            return connection
-        connection.abort()
-        return None
-
-    async def _connect(self, url: str) -> Connection:
-        host, port, _ = origin(url)
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self._connect_timeout_s):
-                _, connection = await loop.create_connection(lambda: Connection(self, url), host, port)
-        except TimeoutError as error:
-            raise ConnectFailedError(f"{url} did not accept within {self._connect_timeout_s:g} s") from error
-        except OSError as error:
-            raise ConnectFailedError(f"{url}: {error}") from error
-        return connection
-
-    async def _exchange(self, connection: Connection, request: Sequence[bytes]) -> Connection:
-        try:
-            connection.start(request)
-            await connection.head()
-        except BaseException:
-            connection.abort()
-            raise
-        return connection
-
-    def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
-        oldest = loop.time() - self._idle_timeout_s
-        for url, stack in list(self._idle.items()):
-            for connection in [each for each in stack if each.idle_since < oldest]:
-                stack.remove(connection)
-                connection.abort()
-            if not stack:
-                del self._idle[url]
-        self._sweeper = loop.call_later(_SWEEP_S, self._sweep) if self._idle else None

@@ -33,6 +33,8 @@ class Ask:
     """Monotonic seconds by which the answer must have begun."""
     affinity: str = ""
     """Key of the session."""
+    shared_tokens: int = 0
+    """How many of its first tokens other sessions' prompts have, too."""
     adapter: str = ""
     """LoRA adapter it needs."""
     only: str | None = None
@@ -40,6 +42,10 @@ class Ask:
     exclude: frozenset[str] = NOBODY
     """Engines to avoid as long as another one has a free slot."""
     can_pin: bool = True
+
+
+RETURN_RATIO = 0.25
+"""How probably a conversation that is driven out of its slot comes back and must be computed again."""
 
 
 class Score(NamedTuple):
@@ -118,6 +124,8 @@ def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int) -> Sco
     output = rates.output_tokens(ask.max_tokens)
     own_s = speed.prefill_overhead_s + prefill_s + behind_s + output * speed.decode_s(others + 1)
     others_s = min(row.decoding, others) * prefill_s + others * output * speed.decode_step_s
+    if not cached_tokens:
+        others_s += RETURN_RATIO * row.spare_tokens * speed.prefill_token_s
     return Score(row.name, cached_tokens, row.busy, own_s, others_s)
 
 

@@ -36,6 +36,7 @@ class Holdings:
         """The slot was used just now."""
         self._serial += 1
         slot.last_used = self._serial
+        self.servers[slot.engine].rest.move_to_end(slot.id)
 
     # --- slots
 
@@ -45,6 +46,8 @@ class Holdings:
         if slot.sequence is not None:
             self.drop(slot.sequence)
         slot.is_empty = is_empty
+        if is_empty:
+            self.servers[slot.engine].rest.move_to_end(slot.id, last=False)
 
     def end_use(self, slot: Slot) -> None:
         """The slot's request is over: let go what was kept for it."""

@@ -84,7 +84,7 @@ class Residency(Policy):
 
     Content that more than one session has use for, a system prompt, is worth a copy: computing it on one more engine
     counts for little, else all who share it would fill one engine after the other while the rest are idle
-    (sgl-project/sglang#34513). It is taken as shared when a new session finds it, or two engines have it.
+    (sgl-project/sglang#34513). What is shared tells `Ask.shared_tokens`: up to where known prompts part.
 
     Args:
         sessions: how many sessions' last engines are remembered, the latest ones.
@@ -100,7 +100,7 @@ class Residency(Policy):
         *,
         sessions: int = 65_536,
         affinity_ratio: float = 0.25,
-        wait_ratio: float = 0.5,
+        wait_ratio: float = 1.0,
         copy_ratio: float = 0.125,
     ) -> None:
         _check("sessions", sessions, 0, inf)
@@ -137,7 +137,7 @@ class Residency(Policy):
             home = None
         for row in least if home is None else (*least, home):
             free.setdefault(row.name, (row, 0))
-        shared = self._shared_tokens(ask, matches)
+        shared = ask.shared_tokens if matches else 0
         ranked = []
         for name, (row, cached) in free.items():
             score = estimate(ask, row, rates, cached)
@@ -176,14 +176,6 @@ class Residency(Policy):
             return None
         return row if row.has_room and row.load <= least.load else None
 
-    def _shared_tokens(self, ask: Ask, matches: Matches) -> int:
-        if not matches:
-            return 0
-        if ask.affinity and (ask.model, ask.affinity) not in self._homes:
-            return matches[0][1]
-        second = matches[1][1] if len(matches) > 1 else 0
-        return second if 2 * second >= matches[0][1] else 0
-
     def _bonus_s(self, ask: Ask, rates: Rates, score: Score) -> float:
         # the overhead alone, which is never 0, decides between equals
         speed = rates.speed(score.engine)
@@ -196,7 +188,7 @@ class Residency(Policy):
             return found
         for score, row in full:
             saved_s = cost_s - score.cost_s
-            wait_s = rates.slot_wait_s(row.slots_total, row.waiting)
+            wait_s = rates.slot_wait_s(row.slots_total, row.waiting, deviations=0.0)
             gain_s = saved_s - wait_s
             if wait_s <= self._wait_ratio * saved_s and gain_s > max(found[1], _LEAST_GAIN_S):
                 found = score.engine, gain_s, wait_s
@@ -321,7 +313,7 @@ def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
         return False
     if rates.odd and any(row.name in rates.odd for row in least):
         return False
-    return least[0].prefilling_tokens < LONG_PREFILL_TOKENS
+    return least[0].prefilling_tokens < LONG_PREFILL_TOKENS and not least[0].spare_tokens
 
 
 def _by_cost(each: tuple[Score, EngineView]) -> tuple[float, str]:

@@ -38,6 +38,8 @@ class Node:
     """The same of RAM entries."""
     ram_ends: dict[str, Sequence] = field(default_factory=dict)
     """The RAM entry of an engine that ends exactly here; llama.cpp never keeps two equal ones."""
+    slot_ends: dict[str, dict[Sequence, None]] = field(default_factory=dict)
+    """The slots of an engine whose content ends exactly here."""
     refs: int = 0
 
     def tokens_at(self, depth: int) -> float:
@@ -135,6 +137,8 @@ class Tree:
         engine, is_ram = sequence.engine, sequence.is_ram
         if is_ram:
             sequence.node.ram_ends[engine] = sequence
+        else:
+            sequence.node.slot_ends.setdefault(engine, {})[sequence] = None
         node = sequence.node
         while node.parent is not None:
             counts = node.ram if is_ram else node.slots
@@ -145,8 +149,13 @@ class Tree:
         """Count it no more."""
         self.version += 1
         engine, is_ram = sequence.engine, sequence.is_ram
+        ends = sequence.node.slot_ends
         if is_ram:
             del sequence.node.ram_ends[engine]
+        elif len(ends[engine]) == 1:
+            del ends[engine]
+        else:
+            del ends[engine][sequence]
         node = sequence.node
         while node.parent is not None:
             counts = node.ram if is_ram else node.slots

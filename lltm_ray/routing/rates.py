@@ -178,6 +178,7 @@ class Rates:
         self._prior = prior
         self._model = _Learner(prior, _MODEL_TRUST)
         self._engines: dict[str, _Learner] = {}
+        self._speeds: dict[str, Speed] = {}
         service_s = prior.prefill_s(512) + output_tokens * prior.decode_first_s
         self._service = _Mean(service_s, service_s / 2)
         self._output = _Mean(output_tokens, output_tokens / 2)
@@ -201,6 +202,7 @@ class Rates:
         if work_s <= 0:
             return
         self._model.learn(timings, busy, self._prior)
+        self._speeds.clear()
         own = self._engines.get(engine)
         if own is None:
             own = self._engines[engine] = _Learner(self._model.speed, _ENGINE_TRUST)
@@ -216,12 +218,16 @@ class Rates:
     def forget(self, engine: str) -> None:
         """The engine left, or is another one under the old name."""
         self._engines.pop(engine, None)
+        self._speeds.pop(engine, None)
         self.odd.discard(engine)
 
     def speed(self, engine: str) -> Speed:
         """An engine's own speed where it differs from the model's mean, else that mean."""
-        own, mean = self._engines.get(engine), self._model.speed
-        return mean if own is None or _is_same(own.speed, mean) else own.speed
+        known = self._speeds.get(engine)
+        if known is None:
+            own, mean = self._engines.get(engine), self._model.speed
+            known = self._speeds[engine] = mean if own is None or _is_same(own.speed, mean) else own.speed
+        return known
 
     def prefill_s(self, engine: str, tokens: float) -> float:
         """Seconds that an engine needs to compute so many prompt tokens."""

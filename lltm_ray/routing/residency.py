@@ -10,19 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lltm_ray.routing.calibration import Calibration
 from lltm_ray.routing.holdings import Holdings
 from lltm_ray.routing.radix import Node, Sequence, Step
+from lltm_ray.routing.slot_choice import SlotChoice, pick_slot
 from lltm_ray.routing.slots import (
     Path,
-    Plan,
     Server,
     Slot,
     Use,
     best_entry,
-    lost_tokens,
     plan_own_choice,
     plan_slot,
 )
@@ -43,18 +42,9 @@ class Match:
     prompt_tokens: int
     """How long the prompt is, as far as known."""
     matched_bytes: int
+    shared_tokens: int
+    """How many of its first tokens other prompts begin with, too, as a system prompt's."""
     path: Path = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True)
-class SlotChoice:
-    """A slot to pin, or -1 for llama.cpp's own choice, and what the request would find there."""
-
-    slot: int
-    cached_tokens: int = 0
-    source: Literal["slot", "ram", "none"] = "none"
-    lost_tokens: int = 0
-    """Tokens of the slot's old content that would exist nowhere else afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +81,7 @@ class Residency:
             clears_idle: with `--kv-unified` llama.cpp moves idle slots to RAM instead of copying them.
         """
         self.forget_engine(name)
-        self._servers[name] = Server(name, [Slot(index) for index in range(slots)], ram_tokens, clears_idle)
+        self._servers[name] = Server(name, [Slot(index, name) for index in range(slots)], ram_tokens, clears_idle)
         self._learnt.restarted()
 
     def forget_engine(self, name: str) -> None:
@@ -116,7 +106,8 @@ class Residency:
         steps = self._tree.walk(key)
         path = self._path(key, steps)
         engines = () if self._learnt.is_off else self._holders(path, limit)
-        return Match(key, engines, path.prompt_tokens, steps[-1][1] if steps else 0, path)
+        depth = steps[-1][1] if steps else 0
+        return Match(key, engines, path.prompt_tokens, depth, _shared_tokens(steps, len(key)), path)
 
     def choose_slot(self, engine: str, match: Match, free: Collection[int], *, can_pin: bool = True) -> SlotChoice:
         """The free slot on which a request would find most; of equals the one whose content is missed least.
@@ -128,29 +119,15 @@ class Residency:
             can_pin: whether the request can name a slot; otherwise the answer tells llama.cpp's own choice.
         """
         server = self._servers.get(engine)
-        idle = [] if server is None else server.idle(free)
-        if server is None or not idle:
+        if server is None:
             return SlotChoice(-1)
-        path = self._fresh(match)
-        if server.ram_tokens and not any(engine in node.slots or engine in node.ram for node in path.worthy()):
-            spot = min(idle, key=lambda slot: (not slot.is_empty, slot.last_used))
-            return SlotChoice(spot.id if can_pin else -1)
-        own = plan_own_choice(server, idle, path)
-        options = [] if own is None else [(-1, own)]
-        if can_pin and not self._learnt.is_off:
-            options = [(slot.id, plan_slot(server, slot, path, is_pinned=True)) for slot in idle] + options
-        best, plan, cached, lost = self._least_harm(server, options, path)
-        if self._learnt.is_off or not cached:
-            return SlotChoice(best, 0, "none", lost)
-        is_ram = plan.entry is not None
-        return SlotChoice(best, cached, "ram" if is_ram else "slot", lost)
+        return pick_slot(server, free, self._fresh(match), self._learnt, can_pin=can_pin)
 
-    def _least_harm(self, server: Server, options: list[tuple[int, Plan]], path: Path) -> tuple[int, Plan, int, int]:
-        trust = self._learnt.ram_trust
-        valued = [(name, plan, plan.cached_tokens(trust, path.prompt_tokens)) for name, plan in options]
-        most = max(cached for _, _, cached in valued)
-        rated = [(name, plan, most, lost_tokens(server, plan)) for name, plan, cached in valued if cached == most]
-        return min(rated, key=lambda each: (not each[1].slot.is_empty, each[3], each[1].slot.last_used))
+    def spare_tokens(self, engine: str, free: Collection[int]) -> int:
+        """What a new conversation would drive out there, at the least: tokens of the free slot that is missed least."""
+        server = self._servers.get(engine)
+        spare = None if server is None else server.spare(free)
+        return 0 if spare is None or spare.sequence is None else spare.sequence.tokens
 
     def estimate_tokens(self, key: bytes) -> int:
         """A prompt's length in tokens: exact where replies told it, by the learnt tokens per byte beyond."""
@@ -365,6 +342,20 @@ class Residency:
                 return
             if engine not in found and engine not in maybe:
                 maybe[engine] = self._learnt.ram_trust * best_entry(self._servers[engine], path)[1]
+
+
+def _shared_tokens(steps: list[Step], key_bytes: int) -> int:
+    """Tokens up to the last place where known prompts, this one among them, part.
+
+    Where only the reply is another one it is the same session, whose template or tokenizer changed it.
+    """
+    for index, (node, depth, tokens) in enumerate(reversed(steps)):
+        if index == 0 and depth < node.depth:
+            if node.reply is None or depth <= node.reply[0]:
+                return round(tokens)
+        elif len(node.children) > (index > 0 or depth == key_bytes):
+            return round(tokens)
+    return 0
 
 
 def _guessed(server: Server, key: bytes | None) -> Slot | None:

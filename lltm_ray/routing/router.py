@@ -214,6 +214,13 @@ class Router:
         """What the fleet's controller scales by."""
         return tuple(room.demand() for room in self._rooms.values() if room.last_request_unix_nano)
 
+    def loads(self, model: str) -> dict[str, tuple[int, int]]:
+        """Claimed slots, and all that are this router's, of each engine of a model that can take requests."""
+        served = self._models.get(model)
+        return (
+            {row.name: (row.busy, row.slots_total) for row in served.rows.values() if row.is_usable} if served else {}
+        )
+
     # --- claims
 
     async def acquire(self, ask: Ask, *, exclude: Collection[str] = frozenset()) -> Lease:
@@ -233,7 +240,7 @@ class Router:
         if ask.deadline_s == math.inf:
             ask.deadline_s = now_s + self._queue_timeout_s
         match = served.residency.match(ask.key)
-        ask.model, ask.prompt_tokens = name, match.prompt_tokens
+        ask.model, ask.prompt_tokens, ask.shared_tokens = name, match.prompt_tokens, match.shared_tokens
         waiter = Waiter(ask, frozenset(exclude))
         lease = room.claim_now(waiter, match, now_s)
         if lease is not None:
@@ -359,4 +366,3 @@ class Router:
             return self.not_ready(served.name, only)
         served.counts.rejected += 1
         return OverloadedError(overload.why, overload.retry_after_s)
-

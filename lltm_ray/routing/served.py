@@ -144,6 +144,10 @@ class ServedModel:
         """Which engine should take a request; None: no slot is free for it."""
         return self.policy.choose(ask, self.table, self.rates, match.engines, frozenset(exclude))
 
+    def _look_at_spare(self, row: Row) -> None:
+        if self._pins:
+            row.spare_tokens = self.residency.spare_tokens(row.name, row.free)
+
     def claim(self, ask: Ask, match: Match, choice: Choice, now_s: float) -> Lease:
         """Take the slot that a choice is about."""
         row = self.rows[choice.engine]
@@ -153,6 +157,7 @@ class ServedModel:
         lease = self._take(row, spot.slot, ask, now_s, uncached)
         lease.choice, lease.cached_tokens = choice, spot.cached_tokens
         self.residency.begin(row.name, spot.slot, match)
+        self._look_at_spare(row)
         self.policy.placed(ask, row.name)
         return lease
 
@@ -180,9 +185,7 @@ class ServedModel:
     def release(self, lease: Lease, served: Served | None, now_s: float) -> None:
         """Give a slot back and learn from what its reply told."""
         row = lease.row
-        self.table.release(
-            row, uncached_tokens=0 if lease.began else lease.uncached_tokens, is_decoding=lease.began
-        )
+        self.table.release(row, uncached_tokens=0 if lease.began else lease.uncached_tokens, is_decoding=lease.began)
         if lease.slot >= 0:
             row.pinned.discard(lease.slot)
             if lease.slot in row.owned:
@@ -197,8 +200,10 @@ class ServedModel:
             self._settle(lease, 0.0)
             if is_current:
                 self.residency.abort(row.name, lease.slot)
-            return
-        self._learn(lease, served, now_s, is_current=is_current)
+        else:
+            self._learn(lease, served, now_s, is_current=is_current)
+        if is_current:
+            self._look_at_spare(row)
 
     def _learn(self, lease: Lease, served: Served, now_s: float, *, is_current: bool) -> None:
         told, ask = served.timings, lease.ask

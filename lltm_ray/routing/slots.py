@@ -7,7 +7,7 @@ told in tokens. Nothing here changes anything: `residency` carries out what is p
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -23,7 +23,7 @@ RAM_KEEP_RATIO = 0.25
 
 LEAST_TOKENS = 16
 """Shared tokens below which a cache is not worth a look."""
-_MOST_ENTRIES, _MOST_LOOKS = 16, 256
+_MOST_ENTRIES, _MOST_LOOKS = 8, 256
 """RAM entries that are weighed for one prompt, and nodes looked at to find them."""
 
 
@@ -79,6 +79,7 @@ class Slot:
     """One slot; content that is not known is neither empty nor a sequence."""
 
     id: int
+    engine: str
     sequence: Sequence | None = None
     is_empty: bool = True
     last_used: int = -1
@@ -95,16 +96,29 @@ class Server:
     clears_idle: bool
     ram: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)
     ram_used_tokens: int = 0
+    rest: OrderedDict[int, Slot] = field(init=False)
+    """Slots in the order in which they are given away: empty ones, then those used longest ago; some may be in use."""
     unsaved: list[Slot] = field(default_factory=list)
     """Slots whose content may not be in RAM yet."""
     unplaced: int = 0
     """Requests in flight that named no slot and for which no idle one was known."""
 
-    def idle(self, ids: Iterable[int] | None = None) -> list[Slot]:
+    def __post_init__(self) -> None:
+        self.rest = OrderedDict((slot.id, slot) for slot in self.slots)
+
+    def spare(self, free: Collection[int], *, is_empty: bool = True) -> Slot | None:
+        """The free slot that is missed least: an empty one if that will do, else the one used longest ago."""
+        return next((slot for slot in self.rested(free) if is_empty or not slot.is_empty), None)
+
+    def rested(self, free: Collection[int]) -> Iterator[Slot]:
+        """Free slots, those that are missed least first."""
+        return (slot for slot in self.rest.values() if slot.use is None and slot.id in free)
+
+    def idle(self, ids: Collection[int] | None = None) -> list[Slot]:
         """Slots without a request, of these ids or of all."""
-        count = len(self.slots)
-        chosen = self.slots if ids is None else [self.slots[each] for each in sorted(ids) if 0 <= each < count]
-        return [slot for slot in chosen if slot.use is None]
+        if ids is None:
+            return [slot for slot in self.slots if slot.use is None]
+        return [slot for slot in self.slots if slot.use is None and slot.id in ids]
 
     def guesses(self) -> list[Slot]:
         """Slots that requests in flight are assumed to run on, because they named none."""
@@ -158,34 +172,47 @@ def best_entry(server: Server, path: Path, keep: float = -1.0, tokens: float = 0
 
 def _loadable(server: Server, path: Path) -> list[tuple[Sequence, float]]:
     """Those that share most, in the order of their age; the work is bounded, however many RAM holds."""
-    found: list[tuple[Sequence, float]] = []
-    below: Node | None = None
-    for node in path.worthy():
-        if len(found) >= _MOST_ENTRIES:
-            break
-        tokens = path.index[node]
-        if server.name in node.ram:
-            entries = islice(_ends_below(node, server.name, below), _MOST_ENTRIES)
-            found += [(entry, tokens) for entry in entries if tokens >= RAM_KEEP_RATIO * entry.tokens]
-        below = node
+    shared = ((entry, path.shared(entry)) for entry in _nearest(path, server.name, is_ram=True))
+    found = [(entry, tokens) for entry, tokens in shared if tokens >= RAM_KEEP_RATIO * entry.tokens]
     found.sort(key=lambda each: each[0].serial)
     path.loadable[server.name] = found
     return found
 
 
-def _ends_below(node: Node, engine: str, skipped: Node | None) -> Iterator[Sequence]:
-    """RAM entries of an engine that end at a node or under it, but for one branch."""
+def similar_slots(server: Server, path: Path) -> list[Slot]:
+    """The few idle slots whose content shares most with the prompt."""
+    return [server.slots[each.slot] for each in _nearest(path, server.name, is_ram=False)]
+
+
+def _nearest(path: Path, engine: str, *, is_ram: bool) -> list[Sequence]:
+    """What of an engine shares most with a key, most first; as many as are worth weighing."""
+    found: list[Sequence] = []
+    below: Node | None = None
+    for node in path.worthy():
+        if len(found) >= _MOST_ENTRIES:
+            break
+        if engine in (node.ram if is_ram else node.slots):
+            found += islice(_ends_below(node, engine, below, is_ram=is_ram), _MOST_ENTRIES)
+        below = node
+    return found
+
+
+def _ends_below(node: Node, engine: str, skipped: Node | None, *, is_ram: bool) -> Iterator[Sequence]:
+    """Content of an engine that ends at a node or under it, but for one branch."""
     waiting = [node]
     looks = _MOST_LOOKS
     while waiting and looks:
         each = waiting.pop()
-        if engine in each.ram_ends:
-            yield each.ram_ends[engine]
+        if is_ram:
+            if engine in each.ram_ends:
+                yield each.ram_ends[engine]
+        else:
+            yield from each.slot_ends.get(engine, ())
         for child in each.children.values():
             looks -= 1
             if not looks:
                 break
-            if child is not skipped and engine in child.ram:
+            if child is not skipped and engine in (child.ram if is_ram else child.slots):
                 waiting.append(child)
 
 

@@ -42,6 +42,8 @@ class EngineView:
     """Claims that have had their first byte."""
     waiting: int = 0
     """Requests that the router lets wait for a slot of just this engine."""
+    spare_tokens: int = 0
+    """Cached tokens that a new conversation would drive out of its slots."""
     adapters: frozenset[str] = frozenset()
     """LoRA adapters it has loaded."""
     is_suspect: bool = False

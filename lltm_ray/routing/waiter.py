@@ -6,15 +6,32 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.residency import Match
 from lltm_ray.routing.rows import Lease, Row
 
-__all__ = ["Hold", "Waiter", "is_frozen"]
+__all__ = ["Hold", "Later", "Timer", "Waiter", "call_later", "is_frozen"]
 
 HOME_TOKENS = 64
 """Cached tokens from which an engine counts as a waiter's own."""
+
+
+class Timer(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> None:
+        """It shall not come any more."""
+
+
+Later = Callable[[float, Callable[[], None]], Timer]
+"""Calls something in so many seconds."""
+
+
+def call_later(seconds: float, call: Callable[[], None]) -> Timer:
+    """By the running event loop."""
+    return asyncio.get_running_loop().call_later(seconds, call)
 
 
 @dataclass(slots=True, eq=False)
@@ -25,11 +42,11 @@ class Hold:
     seconds: float
     is_paced: bool = False
     """For a long prefill there to end; else for one of its slots, as the prompt is cached there."""
-    timer: asyncio.TimerHandle | None = None
+    timer: Timer | None = None
 
-    def start(self, over: Callable[[], None]) -> None:
+    def start(self, later: Later, over: Callable[[], None]) -> None:
         """From now on, for its seconds; `over` is called at their end."""
-        self.timer = asyncio.get_running_loop().call_later(self.seconds, over)
+        self.timer = later(self.seconds, over)
         self.row.waiting += not self.is_paced
 
     def stop(self) -> None:
@@ -87,6 +104,7 @@ class Waiter:
 
     def reject(self, error: Exception) -> None:
         """Turn it away."""
+        self.end_hold()
         if self.grant is not None and not self.grant.done():
             self.grant.set_exception(error)
 

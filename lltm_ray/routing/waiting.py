@@ -24,7 +24,7 @@ from lltm_ray.routing.residency import Match
 from lltm_ray.routing.rows import Lease
 from lltm_ray.routing.served import ServedModel
 from lltm_ray.routing.table import LONG_PREFILL_TOKENS
-from lltm_ray.routing.waiter import Hold, Waiter, is_frozen
+from lltm_ray.routing.waiter import Hold, Later, Timer, Waiter, call_later, is_frozen
 
 __all__ = ["Waiter", "WaitingRoom"]
 
@@ -48,6 +48,7 @@ class WaitingRoom:
         clock: monotonic seconds.
         refusal: makes the error for one that is turned away.
         wake: asks for engines; called again and again while somebody waits and there are none.
+        later: sets timers, by default on the running event loop.
     """
 
     def __init__(
@@ -56,15 +57,17 @@ class WaitingRoom:
         clock: Callable[[], float],
         refusal: Callable[[ServedModel, Overload[Waiter]], Exception],
         wake: Callable[[], None] | None = None,
+        later: Later = call_later,
     ) -> None:
         self._served = served
         self._clock = clock
         self._refusal = refusal
         self._wake = wake
+        self._later = later
         self._lead = Lead(served.rates)
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Timer | None = None
         self._timer_at = 0.0
-        self._wake_timer: asyncio.TimerHandle | None = None
+        self._wake_timer: Timer | None = None
         self._crowded_until_s = -inf
         self.last_request_unix_nano = 0
 
@@ -108,12 +111,9 @@ class WaitingRoom:
             OverloadedError: the queue is full, or no slot will come free in time.
             EngineNotReadyError: no engine was ready in time.
         """
-        ticket = self._ticket(waiter, now_s)
-        lease = self._enter(waiter, ticket, now_s)
-        if lease is not None:
-            return lease
         grant: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         waiter.grant = grant
+        ticket = self.enter(waiter, now_s)
         try:
             return await grant
         except asyncio.CancelledError:
@@ -124,22 +124,21 @@ class WaitingRoom:
             self._served.admission.leave(ticket)
             self._set_timers()
 
-    def _enter(self, waiter: Waiter, ticket: Ticket[Waiter], now_s: float) -> Lease | None:
-        """Take a place in the queue; or a slot after all, if there is no place but one would only rather wait."""
+    def enter(self, waiter: Waiter, now_s: float) -> Ticket[Waiter]:
+        """Take a place in the queue for one who has a `grant`, which tells what becomes of it, perhaps at once."""
+        ticket = self._ticket(waiter, now_s)
         overload = self._served.admission.push(ticket, now_s, self._served.capacity())
-        if overload is not None and overload.ticket is ticket:
-            waiter.end_hold()
-            lease = self._try(waiter, self._match(waiter), now_s, None)
-            if lease is None:
-                raise self._refusal(self._served, overload)
-            return lease
         if overload is not None:
-            self._turn_away(overload)
-        if waiter.hold is not None:
-            waiter.hold.start(partial(self._hold_over, waiter))
+            mine = overload.ticket is ticket
+            waiter.has_held = mine or waiter.has_held
+            # no place, but perhaps a slot, as it would only rather have waited
+            if not mine or self._try(waiter, self._match(waiter), now_s, None) is None:
+                self._turn_away(overload)
+        if ticket.queued:
+            self._start_hold(waiter)
         self._crowded_until_s = now_s + CROWDED_S
         self._set_timers()
-        return None
+        return ticket
 
     def _ticket(self, waiter: Waiter, now_s: float) -> Ticket[Waiter]:
         served, ask = self._served, waiter.ask
@@ -232,7 +231,7 @@ class WaitingRoom:
             choice = self._or_hold(waiter, match, choice, now_s)
         if choice is None:
             if waiter.hold is not None and waiter.hold.timer is None and ticket is not None:
-                waiter.hold.start(partial(self._hold_over, waiter))
+                self._start_hold(waiter)
             return None
         return self._claim(waiter, match, choice, now_s, ticket)
 
@@ -268,6 +267,10 @@ class WaitingRoom:
         if waiter.hold is None:
             seconds = max(0.0, min(patience_s, (waiter.ask.deadline_s - now_s) / 2))
             waiter.hold = Hold(self._served.rows[engine], seconds, is_paced)
+
+    def _start_hold(self, waiter: Waiter) -> None:
+        if waiter.hold is not None:
+            waiter.hold.start(self._later, partial(self._hold_over, waiter))
 
     def _hold_over(self, waiter: Waiter) -> None:
         waiter.end_hold()
@@ -327,14 +330,14 @@ class WaitingRoom:
         if self._timer is None and at_s < inf:
             self._timer_at = at_s
             pause_s = max(0.0, at_s - self._clock()) + 0.001
-            self._timer = asyncio.get_running_loop().call_later(pause_s, self._expire)
+            self._timer = self._later(pause_s, self._expire)
         self.keep_awake()
 
     def keep_awake(self) -> None:
         """Ask for engines every `WAKE_S` as long as somebody waits and there are none."""
         needs_it = self._wake is not None and self.count > 0 and self._is_asleep
         if needs_it and self._wake_timer is None:
-            self._wake_timer = asyncio.get_running_loop().call_later(WAKE_S, self._wake_again)
+            self._wake_timer = self._later(WAKE_S, self._wake_again)
         elif not needs_it and self._wake_timer is not None:
             self._wake_timer.cancel()
             self._wake_timer = None

@@ -84,7 +84,8 @@ def real_engine(name: str, model: Path, log_dir: Path, *, slots: int = SLOTS) ->
             url = process.stdout.readline().strip()
             assert url.startswith("http://"), (log_dir / f"{name}.log").read_text()[-2000:]
             info = engine_info(name, url, process.pid, slots=slots)
-            yield Engine(info.with_(slot_folder=str(folder), n_ctx=8192 * slots), process)
+            info = info.with_(slot_folder=str(folder), n_ctx=8192 * slots, cache_ram_tokens=2**20)  # 8 GiB by default
+            yield Engine(info, process)
         finally:
             process.kill()
 

@@ -17,8 +17,9 @@ from gateway_harness import STREAM_HEAD, Engine, FakeEngine, engine_info, event,
 from lltm_ray.errors import EngineExitedError
 from lltm_ray.gateway.failover import Continuation
 from lltm_ray.gateway.headers import build_request
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.tap import StreamTap, ask_details, is_eligible, is_exact
-from lltm_ray.gateway.upstream import ConnectFailedError, UpstreamBrokenError, UpstreamPool
+from lltm_ray.gateway.upstream import ConnectFailedError, UpstreamBrokenError
 from lltm_ray.records import EngineInfo, EngineState
 
 CHAT = "/v1/chat/completions"

@@ -8,8 +8,8 @@ import pytest
 import uvloop
 from gateway_harness import STREAM_HEAD, FakeEngine, engine_info, event, gateway, raw, whole
 
-from lltm_ray.gateway import upstream as upstream_module
-from lltm_ray.gateway.upstream import UpstreamPool
+from lltm_ray.gateway import pool as pool_module
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.routing import router as router_module
 
 GOOD = b'{"ok":true,"usage":{"prompt_tokens":3,"completion_tokens":1}}'
@@ -183,7 +183,7 @@ async def test_connections_are_reused_but_not_after_close_or_a_chunked_answer():
 
 
 async def test_idle_connections_are_dropped_before_the_server_drops_them(monkeypatch):
-    monkeypatch.setattr(upstream_module, "_SWEEP_S", 0.02)
+    monkeypatch.setattr(pool_module, "_SWEEP_S", 0.02)
     async with FakeEngine(answer) as engine:
         pool = UpstreamPool(idle_timeout_s=0.05)
         await pool.fetch(engine.url, [b"GET /x HTTP/1.1\r\n\r\n"], limit_bytes=1000)

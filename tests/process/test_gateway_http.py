@@ -12,7 +12,8 @@ from gateway_harness import STREAM_HEAD, FakeEngine, Gateway, engine_info, event
 from lltm_ray.gateway import protocol
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.headers import build_request, upstream_headers
-from lltm_ray.gateway.upstream import UpstreamBrokenError, UpstreamPool
+from lltm_ray.gateway.pool import UpstreamPool
+from lltm_ray.gateway.upstream import UpstreamBrokenError
 
 GOOD = b'{"ok":true}'
 BODY = b'{"prompt":"a","stream":true}'  # asked for as a stream it goes upstream byte for byte

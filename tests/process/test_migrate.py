@@ -13,8 +13,8 @@ from migration_harness import BookRouter, Member, Talk, member
 
 from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.migrate import Migrator
+from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.slot_files import LocalFiles
-from lltm_ray.gateway.upstream import UpstreamPool
 from lltm_ray.llamacpp.slot_folder import SlotFolder
 from lltm_ray.models.tiny import TinyShape, write_tiny
 from lltm_ray.records import EngineInfo

@@ -287,7 +287,8 @@ def simulate(policy_name: str, *, concurrent: int, has_sessions: bool) -> tuple[
             table.release(engine, is_decoding=True)
             has_prompt.add(engine)
         session = f"s{i}" if has_sessions else ""
-        asked = ask(2100, key=b"system" * 300 + str(i).encode(), affinity=session, max_tokens=100)
+        key = b"system" * 300 + str(i).encode()
+        asked = ask(2100, key=key, affinity=session, max_tokens=100, shared_tokens=2000)
         choice = policy.choose(asked, table, rates, [(name, 2000) for name in sorted(has_prompt)])
         table.claim(choice.engine)
         table.began(choice.engine)
@@ -315,7 +316,8 @@ def test_a_shared_system_prompt_stays_where_it_is_as_long_as_one_slot_is_enough(
 def test_a_new_session_does_not_queue_for_a_full_engine_that_has_the_system_prompt():
     table, policy = Table([view("a", 4, decoding=4), view("b")]), make_policy("residency")
     matches, prompt = [("a", 9900)], 10_000
-    assert policy.choose(ask(prompt, affinity="new", max_tokens=50), table, taught(), matches).wait_for is None
+    new = ask(prompt, affinity="new", max_tokens=50, shared_tokens=9900)
+    assert policy.choose(new, table, taught(), matches).wait_for is None
     policy.placed(ask(affinity="old"), "a")
     assert policy.choose(ask(prompt, affinity="old", max_tokens=50), table, taught(), matches).wait_for == "a"
 

@@ -1,0 +1,96 @@
+"""Which slot of an engine a request should name: the one where most is cached and least is lost. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from lltm_ray.routing.calibration import Calibration
+from lltm_ray.routing.slots import (
+    Path,
+    Plan,
+    Server,
+    Slot,
+    best_entry,
+    lost_tokens,
+    plan_own_choice,
+    plan_slot,
+    similar_slots,
+)
+
+__all__ = ["SlotChoice", "pick_slot"]
+
+_MOST_WEIGHED = 4
+"""Slots that are weighed without a host-memory cache, where what a slot loses is lost."""
+_STEP_RATIO, _LEAST_STEP = 0.05, 16.0
+"""Slots that differ by less, as a share of the prompt or in tokens, are equal: whose content is oldest decides then."""
+_LOSS_RATIO = 0.5
+"""How much a token that is lost weighs against one that is found: its conversation may not come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlotChoice:
+    """A slot to pin, or -1 for llama.cpp's own choice, and what the request would find there."""
+
+    slot: int
+    cached_tokens: int = 0
+    source: Literal["slot", "ram", "none"] = "none"
+    lost_tokens: int = 0
+    """Tokens of the slot's old content that would exist nowhere else afterwards."""
+
+
+def pick_slot(server: Server, free: Collection[int], path: Path, learnt: Calibration, *, can_pin: bool) -> SlotChoice:
+    """The free slot on which a request would find most, what it destroys counted against it.
+
+    Args:
+        server: the engine.
+        free: slots that the caller may use.
+        path: the request's key.
+        learnt: whom to trust.
+        can_pin: whether the request can name a slot; otherwise the answer tells llama.cpp's own choice.
+    """
+    spare = server.spare(free)
+    if spare is None:
+        return SlotChoice(-1)
+    name = server.name
+    if server.ram_tokens and not any(name in node.slots or name in node.ram for node in path.worthy()):
+        return SlotChoice(spare.id if can_pin else -1)
+    has_ram = best_entry(server, path)[0] is not None
+    options = _options(server, free, spare, path, has_ram=has_ram) if can_pin and not learnt.is_off else []
+    if not options or (has_ram and all(plan.entry is None for _, plan in options)):
+        own = plan_own_choice(server, server.idle(free), path)
+        options += [] if own is None else [(-1, own)]
+    return _best(server, options, path, learnt)
+
+
+def _options(
+    server: Server, free: Collection[int], spare: Slot, path: Path, *, has_ram: bool
+) -> list[tuple[int, Plan]]:
+    """Pins worth weighing.
+
+    Slots that share most with the prompt; the one missed least; and where RAM has something, the oldest that is not
+    empty, for only such a one can take it.
+    """
+    weighed = {spare.id: spare} | {slot.id: slot for slot in similar_slots(server, path) if slot.id in free}
+    if not server.ram_tokens:
+        weighed |= {slot.id: slot for slot in islice(server.rested(free), _MOST_WEIGHED)}
+    oldest = server.spare(free, is_empty=False) if has_ram else None
+    if oldest is not None:
+        weighed[oldest.id] = oldest
+    return [(slot.id, plan_slot(server, slot, path, is_pinned=True)) for slot in weighed.values()]
+
+
+def _best(server: Server, options: list[tuple[int, Plan]], path: Path, learnt: Calibration) -> SlotChoice:
+    rated = []
+    step = max(_LEAST_STEP, path.prompt_tokens * _STEP_RATIO)
+    for slot, plan in options:
+        cached = plan.cached_tokens(learnt.ram_trust, path.prompt_tokens)
+        lost = lost_tokens(server, plan)
+        worth = (cached - _LOSS_RATIO * lost) // step
+        rated.append((worth, plan.slot.is_empty, -plan.slot.last_used, slot, cached, lost, plan))
+    _, _, _, slot, cached, lost, plan = max(rated, key=lambda each: each[:3])
+    if learnt.is_off or not cached:
+        return SlotChoice(slot, 0, "none", lost)
+    return SlotChoice(slot, cached, "slot" if plan.entry is None else "ram", lost)
