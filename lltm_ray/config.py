@@ -74,6 +74,9 @@ class GatewayConfig:
     """Keep an account of every request's tokens, for `lltm-ray explain` and for drift against the engines' counters."""
     ledger_requests: int = 100_000
     """Requests the account keeps; the oldest go first."""
+    trace: str | None = None
+    """File into which requests are recorded for `lltm-ray replay`, without their text; `-<gateway>` is added to its
+    stem."""
     max_attempts: int = 3
     """Engines tried for one request before its first byte."""
     connect_timeout_s: float = 2.0
@@ -267,7 +270,8 @@ class FleetConfig:
         """The same settings, with every relative path as it is meant in this process's folder."""
         gateway, server, log_dir = self.gateway, self.llama_server, _absolute(self.log_dir)
         if gateway is not None:
-            gateway = replace(gateway, api_key_file=_absolute(gateway.api_key_file))
+            key_file, trace = _absolute(gateway.api_key_file), _absolute(gateway.trace)
+            gateway = replace(gateway, api_key_file=key_file, trace=trace)
         models = tuple(
             replace(each, model=_absolute_model(each.model), engine=each.engine and _absolute_engine(each.engine))
             for each in self.models

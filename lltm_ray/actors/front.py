@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.moves import MoveReport
 from lltm_ray.records import FleetStatus, GatewayInfo, ModelDemand, ServerCounters
 from lltm_ray.routing.ledger import Drift, Ledger
+from lltm_ray.routing.recorder import TraceRecorder
 from lltm_ray.routing.router import Router
 from lltm_ray.routing.served import SlotShare
 
@@ -74,7 +76,14 @@ class Front:
     def __init__(self, config: GatewayConfig, fleet: str, name: str) -> None:
         self._fleet, self._name = fleet, name
         self._status = FleetStatus(name="")
-        self._router = Router(config.queue_limit, config.queue_timeout_s, policy=config.policy, wake=self._wake)
+        self._recorder = _open_trace(config, name)
+        self._router = Router(
+            config.queue_limit,
+            config.queue_timeout_s,
+            policy=config.policy,
+            wake=self._wake,
+            record=self._recorder.record_lease if self._recorder else None,
+        )
         self._ledger = _open_ledger(config, fleet, name)
         self._drift: dict[str, Drift] = {}
         self._others = OtherGateways(fleet, name)
@@ -137,7 +146,9 @@ class Front:
             await asyncio.sleep(HEARTBEAT_S)
 
     def close(self) -> None:
-        """Write the account to its end."""
+        """Write account and trace to their ends."""
+        if self._recorder is not None:
+            self._recorder.close()
         if self._ledger is not None:
             self._ledger.close()
 
@@ -176,6 +187,13 @@ class Front:
             if drift.prompt_tokens or drift.generated_tokens:
                 log.warning("%s counts other tokens than we do: %s", told.engine, drift)
             self._drift[told.engine] = drift
+
+
+def _open_trace(config: GatewayConfig, name: str) -> TraceRecorder | None:
+    if config.trace is None:
+        return None
+    path = Path(config.trace)
+    return TraceRecorder(path.with_name(f"{path.stem}-{name}{path.suffix}"))
 
 
 def _open_ledger(config: GatewayConfig, fleet: str, name: str) -> Ledger | None:

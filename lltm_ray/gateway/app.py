@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlencode
 
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError, RequestTooLargeError
@@ -296,6 +297,9 @@ class GatewayApp:
             request.record.error = "no folder for clients' slots"
             await request.reply(403, _NO_FOLDER)
             return
+        # The engine takes the last of several, and writes of names, that we do not: it gets what was checked.
+        checked = {"action": action or ""} | ({} if pinned is None else {"engine": pinned})
+        request.query = urlencode(checked).encode("ascii")
         request.once = True
         await self._forward(request, needs_slot=False, reads_model=False)
         if request.record.status == 200 and action != "save":

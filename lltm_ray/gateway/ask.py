@@ -20,6 +20,8 @@ PRIORITY_HEADER = b"x-lltm-priority"
 _SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
 _SESSION_FIELDS = ("prompt_cache_key", "conversation", "session_id", "user")
 _LIMITS = ("max_completion_tokens", "max_tokens", "n_predict", "max_output_tokens")
+_MOST_TOKENS = 2**31
+"""JSON knows no largest number, but what is computed from one has to."""
 _CANNOT_PIN = frozenset(("/v1/messages", "/responses", "/v1/responses"))
 """Routes where llama-server drops `id_slot`."""
 
@@ -56,7 +58,7 @@ def _limit(fields: dict[str, Any]) -> int | None:
     for name in _LIMITS:
         value = fields.get(name)
         if type(value) is int and value >= 0:
-            return value
+            return min(value, _MOST_TOKENS)
     return None
 
 

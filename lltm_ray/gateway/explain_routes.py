@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from urllib.parse import unquote
 
 from lltm_ray.errors import ConfigError
@@ -11,6 +12,7 @@ from lltm_ray.routing.ledger import Ledger
 
 PATH = "/lltm/explain"
 _MOST = 1000
+_NUMBER = re.compile(r"[0-9]{1,4}\Z")
 
 
 class ExplainRoutes:
@@ -36,7 +38,7 @@ class ExplainRoutes:
     async def _latest(self, request: Request) -> None:
         """`GET /lltm/explain[?limit=20][&tenant=]`: the latest requests."""
         limit = request.param("limit") or "20"
-        if not limit.isdigit() or not 0 < int(limit) <= _MOST:
+        if not _NUMBER.match(limit) or not 0 < int(limit) <= _MOST:
             raise ConfigError("limit", limit, f"must be a number from 1 to {_MOST}")
         tenant = request.param("tenant") or ""
         found = await asyncio.to_thread(self._open.find, limit=int(limit), tenant=tenant)

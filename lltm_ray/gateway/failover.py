@@ -118,11 +118,16 @@ class Continuation:
         before = told.position
         try:
             parts = self._restarted(engine, id_slot) if mark is None else self._resumed(engine, id_slot, mark)
-            async for part in parts:
-                yield part
+            try:
+                async for part in parts:
+                    yield part
+            except DivergedError as error:  # before anything new was passed on: only what the client has is compared
+                if not self._is_greedy or told.position > before:
+                    raise cannot_continue(engine.name, str(error)) from error
+                mark = self._from_text()
+                async for part in self._resumed(engine, id_slot, mark):
+                    yield part
             attempt.is_whole = True
-        except DivergedError as error:
-            raise cannot_continue(engine.name, str(error)) from error
         finally:
             started_at = mark.tokens if mark else 0
             attempt.wasted_tokens = max(0, min(before, told.seen_tokens) - started_at)
@@ -136,13 +141,22 @@ class Continuation:
             is_known = bool(mark.tokens and told.chars)
             told.rewind(mark if is_known else Mark(0, 0))
             return mark if is_known else None
-        self.is_exact = False
         mark = told.mark()
         if mark.chars == told.chars:
+            self.is_exact = False
             told.rewind(mark)
             return mark
-        told.give_up_ids()
-        return Mark(told.position, told.chars)
+        return self._from_text()
+
+    def _from_text(self) -> Mark:
+        """At the end of the text, by the tokens that the next engine makes of it.
+
+        So do sampled replies whose ids have a gap, and greedy ones that another engine says otherwise: where requests
+        share a GPU's batches, rounding may tip a near tie.
+        """
+        self._is_greedy = self.is_exact = False
+        self._tap.told.give_up_ids()
+        return Mark(self._tap.told.position, self._tap.told.chars)
 
     # --- from the start
 

@@ -199,6 +199,9 @@ class Relay:
         except _FAILED:
             self._router.suspect(survivor)
             tried.add(survivor.name)
+            if tap.is_finished:  # it died between its last event and the end of its answer
+                await self._finish(request, tap.ending())
+                return True
             attempt.outcome = Outcome.FAILED
             return False
         except LltmRayError:

@@ -107,10 +107,11 @@ class Connection(asyncio.Protocol):
         """
         self._sink = sink
         try:
+            self.unblock()  # what came before us may have been too much at once, and nobody else would go on
             self._pour()
             while not self._done:
                 if self._error is not None:
-                    raise self._error
+                    raise self._sink_error or self._error
                 await self._wait()
         finally:
             self._sink = None

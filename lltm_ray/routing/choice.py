@@ -29,6 +29,8 @@ class Ask:
     max_tokens: int | None = None
     tenant: str = ""
     priority: int = 0
+    arrived_s: float = 0.0
+    """Monotonic seconds at which the router was asked."""
     deadline_s: float = inf
     """Monotonic seconds by which the answer must have begun."""
     affinity: str = ""

@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 
 from lltm_ray.errors import ConfigError
 from lltm_ray.routing.choice import Ask, Choice
+from lltm_ray.routing.rows import Lease, Served
 from lltm_ray.routing.simulated import BLOCK_BYTES
 from lltm_ray.routing.trace import HEADER, Arrival, Parents, write_line
 
@@ -90,6 +91,15 @@ class TraceRecorder:
 
     def __exit__(self, *_exc: object) -> None:
         self.close()
+
+    def record_lease(self, lease: Lease, served: Served) -> None:
+        """Note a request that an engine has answered; see `Router`."""
+        told = served.timings
+        prompt_tokens = told.cache_n + told.prompt_n
+        if lease.choice is not None:
+            self.record(
+                lease.ask, lease.ask.arrived_s, prompt_tokens, told.predicted_n, lease.choice, reply=served.reply
+            )
 
     def record(
         self,

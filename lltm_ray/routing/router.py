@@ -38,6 +38,7 @@ class Router:
         policy: name of the policy that chooses engines.
         clock: monotonic seconds.
         wake: called with the name of a model that somebody waits for and no engine runs.
+        record: told of every request that an engine answered.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Router:
         policy: str = "residency",
         clock: Callable[[], float] = time.monotonic,
         wake: Callable[[str], None] | None = None,
+        record: Callable[[Lease, Served], None] | None = None,
     ) -> None:
         self._queue_limit = queue_limit
         self._queue_timeout_s = queue_timeout_s
         self._policy = policy
         self._clock = clock
         self._wake = wake
+        self._record = record
         self._models: dict[str, ServedModel] = {}
         self._rooms: dict[str, WaitingRoom] = {}
         self._names: tuple[str, ...] = ()
@@ -240,6 +243,7 @@ class Router:
         if ask.deadline_s == math.inf:
             ask.deadline_s = now_s + self._queue_timeout_s
         match = served.residency.match(ask.key)
+        ask.arrived_s = now_s
         ask.model, ask.prompt_tokens, ask.shared_tokens = name, match.prompt_tokens, match.shared_tokens
         waiter = Waiter(ask, frozenset(exclude))
         lease = room.claim_now(waiter, match, now_s)
@@ -264,6 +268,8 @@ class Router:
             return
         lease.released = True
         self._models[lease.model].release(lease, served, self._clock())
+        if self._record is not None and served is not None:
+            self._record(lease, served)
         self._rooms[lease.model].dispatch(lease.engine.name)
 
     # --- moving engines and conversations

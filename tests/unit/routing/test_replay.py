@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from lltm_ray.errors import ConfigError
+from lltm_ray.records import EngineInfo, EngineState, Timings
 from lltm_ray.routing.choice import Ask, Choice
 from lltm_ray.routing.measure import Ideal, Result, Spread, deep_bytes
 from lltm_ray.routing.policy import POLICIES
 from lltm_ray.routing.recorder import KEY_BYTES, TraceRecorder
 from lltm_ray.routing.replay import Fleet, Replay
+from lltm_ray.routing.router import Router, Served
 from lltm_ray.routing.simulated import EngineSpec, SimulatedEngine, Task, common_blocks
 from lltm_ray.routing.synthetic import KINDS, request_rate, shape_of, synthetic
 from lltm_ray.routing.trace import HEADER, Arrival, read_trace, trace_lines
@@ -442,3 +444,19 @@ def test_recording_costs_the_request_path_microseconds(tmp_path: Path) -> None:
             recorder.record(ask, 0.0, 100, 10, choice)
             taken.append(time.thread_time_ns() - began)
     assert sorted(taken)[1000] < 15_000
+
+
+async def test_what_the_router_records_can_be_replayed(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    recorder = TraceRecorder(path)
+    router = Router(8, 5.0, record=recorder.record_lease)
+    router.update(
+        [EngineInfo(name="a", model="m", state=EngineState.READY, url="http://a", slots_total=1, server_pid=1)]
+    )
+    for turn in range(3):
+        lease = await router.acquire(Ask(model="m", key=b"x" * 640 * (turn + 1)))
+        router.release(lease, Served(timings=Timings(prompt_n=160 * (turn + 1), predicted_n=5, prompt_ms=1.0)))
+    recorder.close()
+    arrivals = list(read_trace(path))
+    assert [arrival.output_tokens for arrival in arrivals] == [5, 5, 5]
+    assert b"xxx" not in path.read_bytes()
