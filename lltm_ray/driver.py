@@ -6,7 +6,7 @@ with lltm_ray.Cluster.start(model="tiny", engines=2) as cluster:
     answer = cluster.chat([{"role": "user", "content": "hi"}], max_tokens=16)
 ```
 
-Calls go to the least loaded engine by the same router as the gateway's; it and the directory's watcher live on one
+Calls go to engines by the same router as the gateway's, which names no slot here; it and the directory's watcher live on one
 background event loop, so that a `Cluster` may be used from any thread.
 """
 
@@ -143,7 +143,7 @@ class Cluster:
     # calls ------------------------------------------------------------------------------------------------------
 
     def chat(self, messages: Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
-        """One chat answer from the least loaded engine; `params` as in /v1/chat/completions.
+        """One chat answer from the engine that the router chooses; `params` as in /v1/chat/completions.
 
         Raises:
             UpstreamError: llama-server refused the request.

@@ -50,7 +50,7 @@ class Calls:
             self._router.update(status.engines, status.models)
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
-        """One method of the least loaded engine's actor."""
+        """One method of the chosen engine's actor."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._call(method, *args, timeout_s=timeout_s, **params)
@@ -73,13 +73,10 @@ class Calls:
         tried: set[str] = set()
         while True:
             lease = await self._router.acquire(ask, exclude=tried)
-            source = (
-                self._handle(lease)
-                .stream.options(num_returns="streaming")
-                .remote(messages, timeout_s=timeout_s, **params)
-            )
-            delivered, served, text = False, None, []
+            delivered, served, text, source = False, None, [], None
             try:
+                handle = self._handle(lease)
+                source = handle.stream.options(num_returns="streaming").remote(messages, timeout_s=timeout_s, **params)
                 while (event := await _next_event(source, deadline, timeout_s)) is not None:
                     delivered = True
                     self._router.began(lease)
@@ -92,7 +89,8 @@ class Calls:
                 if delivered or not self._may_retry(error, lease, tried):
                     raise
             finally:
-                ray.cancel(source)
+                if source is not None:
+                    ray.cancel(source)
                 self._router.release(lease, served)
 
     async def _call(self, method: str, *args: Any, **params: Any) -> Any:
@@ -122,7 +120,10 @@ class Calls:
     def _handle(self, lease: Lease) -> Any:
         name = lease.engine.name
         if name not in self._fleet.engines:
-            self._fleet.engines[name] = get_engine(self._fleet.config.name, name)
+            try:
+                self._fleet.engines[name] = get_engine(self._fleet.config.name, name)
+            except ValueError as error:  # it was stopped since the table was made
+                raise EngineExitedError(name) from error
         return self._fleet.engines[name]
 
 

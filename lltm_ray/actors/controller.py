@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from lltm_ray.actors import names
-from lltm_ray.actors.crew import Crew, cause_of, end_engine, engine_names, find
+from lltm_ray.actors.crew import Crew, cause_of, end_engine, engine_names, find, find_engines
 from lltm_ray.actors.handover import move_caches
 from lltm_ray.actors.placement import (
     Reservation,
@@ -30,6 +30,7 @@ from lltm_ray.actors.placement import (
     reserve_one,
     reserved,
 )
+from lltm_ray.actors.remote import is_revived
 from lltm_ray.actors.watch import get_directory
 from lltm_ray.config import FleetConfig, ModelConfig
 from lltm_ray.errors import LltmRayError, PlacementError
@@ -122,11 +123,14 @@ class Controller:
                 await asyncio.sleep(RETRY_S)
 
     def _sweep(self) -> None:
-        """Shares that an earlier life of this controller asked for and put nobody on."""
+        """What an earlier life of this controller left: shares with nobody on them, engines not yet told to start."""
         manned = engine_names(self._fleet)
         for name, _group in list(reserved(self._fleet)):
             if name not in manned:
                 release(self._fleet, name)
+        if is_revived():
+            for handle in find_engines(self._fleet).values():
+                handle.ensure_ready.remote()  # our word to a new actor waits with us, and was lost with us
 
     async def _look(self, status: FleetStatus) -> None:
         self._status = status
@@ -184,6 +188,7 @@ class Controller:
             why = getattr(action, "why", "") or f"to make room for {getattr(action, 'for_model', '')}"
             self._begin_stop(engines[action.engine], why)
         elif under_way.is_start and under_way.task is not None:
+            under_way.is_start = under_way.stuck = False  # once: its undoing must not be cut short by the next look
             under_way.task.cancel()
 
     def _begin_stop(self, engine: EngineInfo, why: str) -> None:

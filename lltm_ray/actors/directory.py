@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 EXPIRE_AFTER_S = 6.0
 """Six missed heartbeats."""
+FORGET_AFTER_S = 600.0
+"""A silent gateway without an address is one of Ray Serve's replicas, each of which has another name."""
 WAKE_EVERY_S = 0.5
 """Every gateway wakes a model for every request; the news is told this often."""
 LATE = "no heartbeat"
@@ -116,9 +118,12 @@ class Table:
             if self._heard_s[name] < limit and engine.state not in (EngineState.FAILED, EngineState.STOPPED):
                 self._engines[name] = engine.with_(state=EngineState.FAILED, detail=late)
                 changed = True
-        for name, gateway in self._gateways.items():
+        for name, gateway in list(self._gateways.items()):
             if self._heard_s[name] < limit and gateway.state != "failed":
                 self._gateways[name] = replace(gateway, state="failed")
+                changed = True
+            elif self._heard_s[name] < now_s - FORGET_AFTER_S and not gateway.url:
+                del self._gateways[name], self._heard_s[name]
                 changed = True
         return changed and self._changed(None, self)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -168,11 +169,14 @@ class Front:
             await asyncio.sleep(RECONCILE_EVERY_S)
             try:
                 told: list[ServerCounters] = await get_directory(self._fleet).counters.remote()
+                here = {each.engine for each in told}
+                self._drift = {name: drift for name, drift in self._drift.items() if name in here}
+                for counters in told:
+                    await self._compare(self._ledger, counters)
             except (ray.exceptions.RayError, ValueError) as error:
                 log.debug("no counters: %s", error)
-                continue
-            for counters in told:
-                await self._compare(self._ledger, counters)
+            except (sqlite3.Error, OSError) as error:  # the next turn tries again
+                log.warning("the account of %s cannot be compared: %s", self._fleet, error)
 
     async def _compare(self, ledger: Ledger, told: ServerCounters) -> None:
         drift = await asyncio.to_thread(
@@ -184,7 +188,8 @@ class Front:
             asked_unix_nano=told.asked_unix_nano,
         )
         if drift is not None:
-            if drift.prompt_tokens or drift.generated_tokens:
+            is_news = drift != self._drift.get(told.engine)
+            if is_news and (drift.prompt_tokens or drift.generated_tokens):
                 log.warning("%s counts other tokens than we do: %s", told.engine, drift)
             self._drift[told.engine] = drift
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Protocol
 
 from lltm_ray.errors import ConfigError
+from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.migrate import Migrator
 from lltm_ray.gateway.moves import MoveReport
 from lltm_ray.gateway.request import Handler, Request, read_pin
@@ -39,9 +41,12 @@ class DrainRoutes:
     async def _drain(self, request: Request) -> None:
         """`POST /lltm/drain?engine=X[&timeout_s=30]`: the report; goes on to its end if the client leaves."""
         name, timeout_s = _engine(request), _timeout_s(request)
-        report = await self._migrator.drain(name, timeout_s)
-        for other in await self._peers.move_caches(name, timeout_s) if self._peers else ():
-            report += other
+        if self._peers is None:
+            report = await self._migrator.drain(name, timeout_s)
+        else:
+            own, theirs = self._migrator.drain(name, timeout_s), self._peers.move_caches(name, timeout_s)
+            report, others = await asyncio.gather(own, theirs)
+            report = sum(others, report)
         await request.reply_json(report.public())
 
     async def _undrain(self, request: Request) -> None:
@@ -54,6 +59,8 @@ class DrainRoutes:
 
 
 def _engine(request: Request) -> str:
+    if find(request.headers, b"origin") is not None:
+        raise ConfigError("origin", "a web page", "pages may not move engines' caches; use lltm-ray drain")
     name = read_pin(request)
     if not name:
         raise ConfigError("engine", name, "name one with ?engine=")

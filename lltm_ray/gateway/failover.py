@@ -15,7 +15,7 @@ A reply that comes out different ends with `EngineExitedError`, never with a tex
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,7 @@ class Continuation:
         """Whether the reply is what one engine would have given; False once a sampled one was taken up."""
         self.attempts: list[Attempt] = []
 
-    async def on(self, engine: EngineInfo, *, id_slot: int = -1) -> AsyncIterator[bytes]:
+    async def on(self, engine: EngineInfo, *, id_slot: int = -1) -> AsyncGenerator[bytes, None]:
         """The client's bytes from one engine, to the end of the stream.
 
         Raises:

@@ -43,19 +43,23 @@ class Lingerer:
 
     async def _watch(self, lease: Lease) -> None:
         pause_s, silences = FIRST_LOOK_S, 0
+        suspects: set[tuple[int, int]] | None = None
         try:
             while silences < _MAX_SILENCES:
                 await asyncio.sleep(pause_s)
                 pause_s = min(LAST_LOOK_S, pause_s * 1.5)
-                busy = await self._busy(lease)
-                silences = silences + 1 if busy is None else 0
-                if busy is False:
+                working = await self._working(lease)
+                silences = silences + 1 if working is None else 0
+                if working is None:
+                    continue
+                suspects = working if suspects is None else suspects & working
+                if not _may_run(lease, working, suspects):
                     return
         finally:
             self._router.release(lease)
 
-    async def _busy(self, lease: Lease) -> bool | None:
-        """Whether its slot (or, if nobody knows which, more slots than are claimed otherwise) still works."""
+    async def _working(self, lease: Lease) -> set[tuple[int, int]] | None:
+        """Slots of its engine that work, each with its task's number; None: no answer."""
         engine = lease.engine
         headers: Headers = [(b"authorization", b"Bearer " + engine.api_key.encode("utf-8"))] if engine.api_key else []
         request = build_request(b"GET", b"/slots", engine.url, headers, b"")
@@ -68,5 +72,14 @@ class Lingerer:
             return None
         if slots is None:
             return None
-        working = {slot["id"] for slot in slots if slot.get("is_processing")}
-        return lease.slot in working if lease.slot >= 0 else len(working) >= lease.row.busy
+        return {(slot["id"], slot.get("id_task", -1)) for slot in slots if slot.get("is_processing")}
+
+
+def _may_run(lease: Lease, working: set[tuple[int, int]], suspects: set[tuple[int, int]]) -> bool:
+    """Whether its slot still works; if nobody knows which, one that did from the first look, and more than are claimed.
+
+    Slots of other gateways work too, so that their number alone would never tell the end.
+    """
+    if lease.slot >= 0:
+        return any(slot == lease.slot for slot, _ in working)
+    return bool(suspects) and len(working) >= lease.row.busy

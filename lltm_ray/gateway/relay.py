@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError
@@ -189,11 +190,12 @@ class Relay:
         broken.outcome = Outcome.CONTINUED
         before = tap.delivered_tokens
         try:
-            async for part in continuation.on(survivor, id_slot=lease.slot if lease else -1):
-                request.record.bytes_sent += len(part)
-                request.ends.add(part)
-                request.entry.cell.delivered(tap.position - before)
-                await request.send({"type": "http.response.body", "body": part, "more_body": True})
+            async with aclosing(continuation.on(survivor, id_slot=lease.slot if lease else -1)) as parts:
+                async for part in parts:
+                    request.record.bytes_sent += len(part)
+                    request.ends.add(part)
+                    request.entry.cell.delivered(tap.position - before)
+                    await request.send({"type": "http.response.body", "body": part, "more_body": True})
             await self._finish(request, b"")
             return True
         except _FAILED:

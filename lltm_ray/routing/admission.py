@@ -114,7 +114,8 @@ class Admission(Generic[T]):
         self._capacity = Capacity(0, 0.0, 0.0, 0.0)
         self._rejected: Counter[Reason] = Counter()
         self._returning = 0
-        """Who was told to come back for a place, less the places that came free since: a herd is spread by it."""
+        """Who was told to come back for a place, less the places that came free since: a herd is spread by it.
+        It is over when somebody gets a slot at once while nobody waits."""
 
     # --- coming and going
 
@@ -154,13 +155,15 @@ class Admission(Generic[T]):
 
     def take(self, ticket: Ticket[T], now_s: float) -> None:
         """A ticket gets its slot: charge its tenant. Also for one that never had to wait."""
-        if ticket.queued:
+        has_waited = ticket.queued
+        if has_waited:
             self._correction.took(ticket, now_s - ticket.pushed_s)
         else:
             ticket.pushed_s = now_s
             self._queue.add(ticket)
         self._queue.charge(ticket)
-        self._returning = max(0, self._returning - 1)
+        is_calm = not has_waited and not self and self._limit > 0
+        self._returning = 0 if is_calm else max(0, self._returning - 1)
 
     def leave(self, ticket: Ticket[T]) -> None:
         """Its client is gone; a second time does nothing. Nothing is charged."""

@@ -106,7 +106,7 @@ class Choice:
         return line
 
 
-def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int) -> Score:
+def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int, output_tokens: float) -> Score:
     """What an engine would make of a request that gets the next slot there, in seconds.
 
     llama.cpp computes prompts in batches between decode steps, so all requests of an engine wait for each other's
@@ -118,14 +118,14 @@ def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int) -> Sco
         row: the engine; a full one is taken as it is when one of its slots has come free.
         rates: of the model.
         cached_tokens: what of the prompt it has.
+        output_tokens: how long the reply will be.
     """
     speed = rates.speed(row.name)
     others = row.busy if row.busy < row.slots_total else max(0, row.slots_total - 1)
     prefill_s = max(0, ask.prompt_tokens - cached_tokens) * speed.prefill_token_s
     behind_s = row.prefilling_tokens * speed.prefill_token_s * 0.5
-    output = rates.output_tokens(ask.max_tokens)
-    own_s = speed.prefill_overhead_s + prefill_s + behind_s + output * speed.decode_s(others + 1)
-    others_s = min(row.decoding, others) * prefill_s + others * output * speed.decode_step_s
+    own_s = speed.prefill_overhead_s + prefill_s + behind_s + output_tokens * speed.decode_s(others + 1)
+    others_s = min(row.decoding, others) * prefill_s + others * output_tokens * speed.decode_step_s
     if not cached_tokens:
         others_s += RETURN_RATIO * row.spare_tokens * speed.prefill_token_s
     return Score(row.name, cached_tokens, row.busy, own_s, others_s)
@@ -134,7 +134,7 @@ def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int) -> Sco
 def choose_row(ask: Ask, row: EngineView, rates: Rates, matches: Matches, rule: str) -> Choice:
     """The choice of an engine for another reason than its expected time; it is the only one considered."""
     cached = next((tokens for name, tokens in matches if name == row.name), 0)
-    score = estimate(ask, row, rates, cached)
+    score = estimate(ask, row, rates, cached, rates.output_tokens(ask.max_tokens))
     return Choice(
         engine=row.name,
         cached_tokens=cached,

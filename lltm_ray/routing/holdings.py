@@ -88,7 +88,7 @@ class Holdings:
         unsaved, server.unsaved = server.unsaved, []
         if not server.ram_tokens:
             return
-        for slot in unsaved:
+        for slot in sorted(unsaved, key=lambda each: each.id):  # its order decides which is evicted first
             if slot.use is None and slot.sequence is not None:
                 self.save(server, slot.sequence)
                 if server.clears_idle:

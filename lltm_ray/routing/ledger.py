@@ -250,10 +250,10 @@ class Ledger:
             try:
                 self._write(db, batch)
             except _BAD_VALUE as error:
-                self._write_singly(db, batch, error)
-            for entry in batch:
-                self._pending.popleft()
-                entry.cell.free()
+                _log.warning("a request cannot be written: %s", error)
+                self._write_singly(db, batch)
+            else:
+                self._forget(batch)
         store.prune(db, self._keep)
         self._is_failing = self._is_dropping = False
 
@@ -273,14 +273,19 @@ class Ledger:
             self._counts["unbalanced"] += len(unbalanced)
             _log.error("tokens of request %s do not add up over its attempts", unbalanced[0])
 
-    def _write_singly(self, db: sqlite3.Connection, batch: Sequence[LedgerEntry], why: Exception) -> None:
-        """After a value that SQLite refuses: keep the others."""
-        _log.warning("a request cannot be written: %s", why)
+    def _write_singly(self, db: sqlite3.Connection, batch: Sequence[LedgerEntry]) -> None:
+        """After a value that SQLite refuses: keep the others, each once, also when the disk refuses in between."""
         for entry in batch:
             try:
                 self._write(db, [entry])
             except _BAD_VALUE:
                 self._counts["dropped"] += 1
+            self._forget([entry])
+
+    def _forget(self, written: Sequence[LedgerEntry]) -> None:
+        for entry in written:
+            self._pending.popleft()
+            entry.cell.free()
 
     def _drop(self, entry: LedgerEntry, why: str) -> None:
         self._counts["dropped"] += 1

@@ -24,8 +24,8 @@ T = TypeVar("T", bound=EngineView)
 
 _Wait = tuple[str | None, float, float]
 """Engine, seconds gained, seconds to wait."""
-_CONSIDERED = 8
-_LEAST_LOADED = 4
+_CONSIDERED = 4
+_LEAST_LOADED = 3
 _WAIT_AFTER = 8
 """Replies that must have been seen before a service time is believed."""
 _LEAST_GAIN_S = 0.05
@@ -120,8 +120,9 @@ class Residency(Policy):
         if not least:
             return None
         if not matches and _is_plain(ask, least, rates):
-            return choose_row(ask, least[0], rates, matches, "")
+            return choose_row(ask, min(least, key=_harm), rates, matches, "")
         holders = table.holders(ask.adapter) if ask.adapter else NOBODY
+        output = rates.output_tokens(ask.max_tokens)
         free: dict[str, tuple[T, int]] = {}
         full: list[tuple[Score, T]] = []
         for name, cached in matches[:_CONSIDERED]:
@@ -131,7 +132,7 @@ class Residency(Policy):
             if row.has_room:
                 free[name] = row, cached
             else:
-                full.append((estimate(ask, row, rates, cached), row))
+                full.append((estimate(ask, row, rates, cached, output), row))
         home = self._home(ask, table, least[0])
         if home is not None and not _may_take(home, avoid, holders):
             home = None
@@ -140,7 +141,7 @@ class Residency(Policy):
         shared = ask.shared_tokens if matches else 0
         ranked = []
         for name, (row, cached) in free.items():
-            score = estimate(ask, row, rates, cached)
+            score = estimate(ask, row, rates, cached, output)
             bonus = self._bonus_s(ask, rates, score) if row is home else 0.0
             if shared > cached:
                 bonus += (1.0 - self._copy_ratio) * (shared - cached) * rates.speed(name).prefill_token_s
@@ -313,7 +314,12 @@ def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
         return False
     if rates.odd and any(row.name in rates.odd for row in least):
         return False
-    return least[0].prefilling_tokens < LONG_PREFILL_TOKENS and not least[0].spare_tokens
+    return all(row.prefilling_tokens < LONG_PREFILL_TOKENS for row in least)
+
+
+def _harm(row: EngineView) -> tuple[int, int]:
+    """One more busy slot is less than a conversation driven out; further ones are not."""
+    return max(row.busy, 1) + (row.spare_tokens > 0), row.spare_tokens
 
 
 def _by_cost(each: tuple[Score, EngineView]) -> tuple[float, str]:

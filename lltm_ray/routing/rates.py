@@ -12,6 +12,7 @@ timers have (RFC 6298).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from lltm_ray.records import Timings
@@ -199,7 +200,7 @@ class Rates:
             held_s: seconds the slot was claimed; None takes the server's own working time.
         """
         work_s = (timings.prompt_ms + timings.predicted_ms) / 1e3
-        if work_s <= 0:
+        if not 0 < work_s < inf:
             return
         self._model.learn(timings, busy, self._prior)
         self._speeds.clear()
@@ -253,7 +254,8 @@ class Rates:
     def output_tokens(self, max_tokens: int | None = None, deviations: float = 0.0) -> float:
         """How many tokens a reply will have, at most `max_tokens`; llama.cpp's -1 is no limit."""
         expected = self._output.mean + deviations * self._output.deviation
-        return expected if max_tokens is None or max_tokens < 0 else min(expected, float(max_tokens))
+        # a client's limit may be an int that no float can hold
+        return float(max_tokens) if max_tokens is not None and 0 <= max_tokens < expected else expected
 
     def slot_wait_s(self, slots: int, ahead: int = 0, deviations: float = 1.0) -> float:
         """Seconds until one of so many busy slots is free for a request with `ahead` others before it.
@@ -266,7 +268,7 @@ class Rates:
         """Tokens computed and generated in a second by each busy slot."""
         if self._held_s > 0:
             return self._tokens / self._held_s
-        return (512 + self._output.mean) / self._service.mean
+        return (512 + self._output.mean) / self._service.mean if self._service.mean > 0 else 0.0
 
     def snapshot(self) -> dict[str, Any]:
         """What is known, as JSON."""

@@ -22,7 +22,7 @@ from lltm_ray.errors import ConfigError
 from lltm_ray.routing.choice import Ask, Choice
 from lltm_ray.routing.rows import Lease, Served
 from lltm_ray.routing.simulated import BLOCK_BYTES
-from lltm_ray.routing.trace import HEADER, Arrival, Parents, write_line
+from lltm_ray.routing.trace import HEADER, MOST, Arrival, Parents, write_line
 
 __all__ = ["KEY_BYTES", "TraceRecorder"]
 
@@ -169,11 +169,12 @@ class TraceRecorder:
             reply=content[len(key) :],
             prompt_tokens=max(1, note.prompt_tokens),
             output_tokens=note.output_tokens,
-            max_tokens=ask.max_tokens,
+            # what cannot be read again would make the whole trace useless
+            max_tokens=ask.max_tokens if ask.max_tokens is not None and 0 <= ask.max_tokens <= MOST else None,
             tenant=self._label(ask.tenant),
             session=self._label(ask.affinity),
             priority=ask.priority,
-            allowance_s=ask.deadline_s - note.arrived_s,
+            allowance_s=max(1e-6, ask.deadline_s - note.arrived_s),
             engine=note.engine,
             predicted_tokens=note.predicted_tokens,
         )

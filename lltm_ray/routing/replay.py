@@ -138,6 +138,7 @@ class Replay:
         self._running: dict[str, int] = {}
         self._parked: dict[str, deque[Arrival]] = {}
         self._measured = Measured()
+        self._ended_s = 0.0
 
     def run(self, arrivals: Iterable[Arrival], progress: Callable[[int], None] | None = None) -> Result:
         """Play the trace to its end.
@@ -157,7 +158,7 @@ class Replay:
                 progress(number)
         self._play_until(inf)
         self._look()
-        return self._measured.result(self.served, self.now_s)
+        return self._measured.result(self.served, self._ended_s)
 
     # --- time
 
@@ -212,7 +213,7 @@ class Replay:
         began_ns, began_cpu_ns = perf_counter_ns(), thread_time_ns()
         # as `Router.acquire` does
         match = self.served.residency.match(ask.key)
-        ask.prompt_tokens = match.prompt_tokens
+        ask.prompt_tokens, ask.shared_tokens = match.prompt_tokens, match.shared_tokens
         waiter = Waiter(ask, frozenset(), since_unix_nano=1)
         lease = self._room.claim_now(waiter, match, self.now_s)
         if lease is None:
@@ -281,6 +282,7 @@ class Replay:
 
     def _over(self, request: _Request) -> None:
         """Ended or refused: the session's next turn may come after its pause."""
+        self._ended_s = self.now_s  # the clock goes on, to timers that were cancelled
         session = request.arrival.session
         if not session:
             return

@@ -98,7 +98,7 @@ class Residency:
 
     # --- deciding
 
-    def match(self, key: bytes, limit: int = 8) -> Match:
+    def match(self, key: bytes, limit: int = 4) -> Match:
         """Who holds the beginning of a key in idle slots or RAM; at most `limit` engines, deepest first.
 
         The work depends on the length of the path and on `limit`, not on how many engines hold it.

@@ -87,6 +87,7 @@ class Router:
             served.info = infos.get(name)
             served.update(listed, self._share)
         for name in [name for name in self._models if name not in by_model]:
+            self._models[name].info = None
             self._models[name].update((), self._share)
         self._names = tuple(by_model)
         self._engines = {
@@ -249,7 +250,7 @@ class Router:
         lease = room.claim_now(waiter, match, now_s)
         if lease is not None:
             return lease
-        if not served.table.slots_total:
+        if not served.table.slots_total or (ask.only is not None and ask.only not in served.table):
             self._check_hope(served, ask.only)
         return await room.wait(waiter, now_s)
 
@@ -351,7 +352,7 @@ class Router:
     def _check_hope(self, served: ServedModel, only: str | None) -> None:
         """Before waiting: wake a model that can start, refuse one that cannot come."""
         if served.is_startable:
-            if self._wake is not None:
+            if self._wake is not None and not served.table.slots_total:
                 self._wake(served.name)
         elif is_hopeless(self._listed(served.name, only)):
             raise self.not_ready(served.name, only)

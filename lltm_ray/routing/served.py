@@ -36,6 +36,8 @@ class SlotShare:
     def of(self, engine: str, slots_total: int) -> set[int]:
         """Slot ids of one engine; the offset by its name spreads what does not divide evenly."""
         offset = sum(engine.encode("utf-8"))
+        if self.count > slots_total > 0:  # more routers than slots: several share one, and llama-server lets them wait
+            return {(self.index + offset) % slots_total}
         return {slot for slot in range(slots_total) if (slot + offset) % self.count == self.index}
 
 
@@ -95,6 +97,8 @@ class ServedModel:
     def _merge(self, name: str, info: EngineInfo, slots: set[int]) -> None:
         row = self.rows.get(name)
         if row is None or identity(row.info) != identity(info):
+            if row is not None:
+                row.listed = False  # nobody shall wait for this life any more
             self._forget(name)
             row = Row(name, self.name, len(slots), info=info, owned=slots, free=set(slots), node_id=info.node_id)
             self.rows[name] = row
@@ -197,7 +201,8 @@ class ServedModel:
             return
         is_current = self.rows.get(row.name) is row
         if served is None:
-            self._settle(lease, 0.0)
+            if not lease.began:  # else it has cost something and nobody knows what: the charge stays as planned
+                self._settle(lease, 0.0)
             if is_current:
                 self.residency.abort(row.name, lease.slot)
         else:
@@ -218,7 +223,7 @@ class ServedModel:
             lease.row.name,
             lease.slot,
             ask.key,
-            reply=served.reply,
+            reply=served.reply if ask.key else None,  # what follows an unknown prompt begins nothing
             prompt_tokens=told.cache_n + told.prompt_n,
             cached_tokens=told.cache_n,
             output_tokens=told.predicted_n,

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _PARENT_BYTES = 16 * 2**20
 _WINDOW = 16_384
 """Lines are written when a request ends; a reader puts so many in order of arrival."""
 _MAX_LINE_CHARS = 64 * 2**20
+MOST = 10**15
+"""No number of a trace is larger."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,11 +203,11 @@ class _Taker:
     def name(self, field: str) -> str:
         return f"trace, line {self._number}, {field}"
 
-    def number(self, field: str, default: float | None = None, *, low: float = 0, high: float = 1e15) -> float:
+    def number(self, field: str, default: float | None = None, *, low: float = 0, high: float = MOST) -> float:
         value: Any = self._fields.get(field, default)
         if default == inf and field not in self._fields:
             return inf
-        if type(value) not in (int, float) or not isfinite(value) or not low <= value <= high:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise ConfigError(self.name(field), value, f"must be a number from {low:g} to {high:g}")
         return float(value)
 

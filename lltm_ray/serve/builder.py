@@ -22,7 +22,7 @@ def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Applicat
             `serve run lltm_ray.serve:app model=tiny engines=2 engine.n_parallel=8`.
 
     Who may reach the endpoint is Serve's to say (`http_options`); keys are checked when `gateway.api_key_file` is set.
-    Run one ingress replica: each router counts its own claims on the slots.
+    Each ingress replica owns its part of every engine's slots, as gateways do.
 
     Raises:
         ConfigError: an unknown or wrong setting, or an address, which Serve binds.

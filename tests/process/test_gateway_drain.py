@@ -131,6 +131,9 @@ async def test_clients_cannot_fill_a_folder_that_nobody_gave_them(engines):
             status, told = await act(gate, action, filename="mine.bin")
             assert (status, told["error"]["type"]) == (403, "permission_error")
             assert "slot_save_path" in told["error"]["message"]
+        for last in ("action", "%61ction", "%u0061ction"):  # the engine takes the last of several
+            action = f"erase&{last}=save"
+            assert (await act(gate, action, filename="mine.bin"))[0] == 200
         assert not list(Path(engines[0].info.slot_folder).iterdir())
         async with gate.http.post(f"{gate.url}/slots/0?action=save", json={}) as reply:
             assert reply.status == 400, "which engine?"

@@ -306,6 +306,63 @@ async def test_the_app_needs_nothing_beyond_asgi_to_notice_a_client_that_left():
         assert gate.claims() == {"e": 0}
 
 
+async def test_a_pump_goes_on_where_the_engine_had_to_wait_before_it():
+    async def flood(request, writer):
+        writer.write(STREAM_HEAD + b"100000\r\n" + b"x" * 2**20 + b"\r\n0\r\n\r\n")
+
+    pool = UpstreamPool()
+    async with FakeEngine(flood) as engine:
+        connection = await pool.open(engine.url, [b"GET / HTTP/1.1\r\n\r\n"])
+        await asyncio.sleep(0.1)  # more has come than is taken unread
+        parts: list[bytes] = []
+        async with asyncio.timeout(5):
+            await connection.pump(lambda part: parts.append(part) is None)
+        assert sum(map(len, parts)) == 2**20
+        pool.release(connection)
+
+
+async def test_what_a_sink_raises_is_not_taken_for_the_engines_fault():
+    async def two_events(request, writer):
+        writer.write(STREAM_HEAD)
+        for _ in range(2):
+            await asyncio.sleep(0.05)
+            writer.write(event(b"1"))
+
+    def sink(part):
+        raise ZeroDivisionError
+
+    pool = UpstreamPool()
+    async with FakeEngine(two_events) as engine:
+        connection = await pool.open(engine.url, [b"GET / HTTP/1.1\r\n\r\n"])
+        with pytest.raises(ZeroDivisionError):
+            await connection.pump(sink)
+
+
+async def test_a_survivor_that_dies_after_its_last_event_does_not_end_the_reply_twice():
+    def told(content: str, tokens: int, **more: object) -> bytes:
+        counts = {"tokens": [7] if content else [], "stop": not content, "id_slot": 0, "tokens_predicted": tokens}
+        return event(json.dumps({"index": 0, "content": content} | counts | {"tokens_evaluated": 3} | more).encode())
+
+    events = [told("a", 1), told("b", 2), told("", 2, stop_type="eos")]
+    asked = 0
+
+    async def die(request, writer):
+        nonlocal asked
+        asked += 1
+        writer.write(STREAM_HEAD + b"".join(events[:1] if asked == 1 else events))
+        await writer.drain()
+        writer.close()
+
+    async with FakeEngine(die) as one, FakeEngine(die) as two, FakeEngine(die) as three:
+        engines = (engine_info(name, each.url) for name, each in (("1", one), ("2", two), ("3", three)))
+        async with gateway(*engines) as gate:
+            body = {"prompt": "a", "stream": True, "temperature": 0}
+            async with gate.http.post(f"{gate.url}/completion", json=body) as reply:
+                seen = await reply.read()
+        assert seen.count(b'"stop":true') == 1
+        assert asked == 2
+
+
 def test_everything_works_on_uvloop_too():
     async def break_off(request, writer):
         writer.write(STREAM_HEAD + event(b"1"))

@@ -6,7 +6,7 @@ import json
 
 import aiohttp
 import pytest
-from gateway_harness import CHAT, VOLATILE, Engine, gateway, infos, real_engine
+from gateway_harness import CHAT, VOLATILE, Engine, FakeEngine, engine_info, gateway, infos, real_engine, whole
 
 
 async def busy_slots(gate, engine: Engine) -> int:
@@ -120,3 +120,21 @@ async def test_a_body_over_a_mebibyte_is_understood_as_well(pair):
         body = json.dumps(BODIES["/completion"] | {"unused": "x" * (2**20 + 1)}).encode()
         async with gate.http.post(f"{gate.url}/completion", data=io.BytesIO(body)) as reply:
             assert (reply.status, (await reply.json())["tokens_predicted"]) == (200, 8)
+
+
+async def test_a_slot_that_nobody_knows_is_not_kept_by_the_requests_of_other_gateways():
+    looks = 0
+
+    async def busy_for_others(request, writer):
+        nonlocal looks
+        if request.startswith(b"GET /slots"):
+            looks += 1
+            slots = [{"id": 0, "id_task": 7 if looks < 3 else 7 + looks, "is_processing": True}]
+            writer.write(whole(json.dumps(slots).encode()))
+
+    async with FakeEngine(busy_for_others) as engine, gateway(engine_info("e", engine.url)) as gate:
+        with pytest.raises(asyncio.TimeoutError):
+            await gate.http.post(f"{gate.url}/v1/messages", data=b"{}", timeout=aiohttp.ClientTimeout(total=0.1))
+        assert gate.claims() == {"e": 1}
+        await gate.idle()
+        assert looks == 3

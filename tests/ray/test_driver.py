@@ -7,6 +7,7 @@ import pytest
 import ray
 
 import lltm_ray
+from lltm_ray.actors import calls
 from lltm_ray.errors import ConfigError, DeadlineError, FleetError, UpstreamError
 from lltm_ray.records import EngineState
 from tests.ray.conftest import HI, post
@@ -67,6 +68,22 @@ def test_leaving_a_stream_early_frees_its_slot(cluster):
     assert busy(cluster) == 1
     stream.close()
     until_idle(cluster)
+
+
+def test_an_engine_that_ended_since_the_table_was_made_is_passed_over_and_keeps_no_claim(cluster, monkeypatch):
+    def gone(fleet, name):
+        raise ValueError(f"no actor {name}")
+
+    monkeypatch.setattr(calls, "get_engine", gone)
+    lost = cluster._fleet.engines.pop("engine-0")
+    try:
+        engines = {event.engine for _ in range(8) for event in cluster.stream(HI, max_tokens=2)}
+        assert engines == {"engine-1"}
+        assert {cluster.chat(HI, max_tokens=2).engine for _ in range(8)} == {"engine-1"}
+        claims = cluster._calls._router.snapshot()["engines"]
+        assert [row["slots_busy"] for row in claims.values()] == [0, 0]
+    finally:
+        cluster._fleet.engines["engine-0"] = lost
 
 
 def test_a_deadline_cancels_the_request_and_frees_its_slot(cluster):

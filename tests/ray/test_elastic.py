@@ -3,14 +3,16 @@
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import ray
 from ray.util import placement_group_table
 
 from lltm_ray.actors import names
-from lltm_ray.actors.crew import engine_names, find_engines
+from lltm_ray.actors.crew import Crew, engine_names, find_engines
 from lltm_ray.actors.fleet import find_fleet, start_fleet
+from lltm_ray.actors.placement import demand_of, plan_share, read_nodes, reserve_one, resolve_models
 from lltm_ray.config import FleetConfig, build
 from lltm_ray.records import EngineState, GatewayInfo, ModelDemand, ModelState
 from tests.ray.conftest import HI, servers
@@ -123,6 +125,21 @@ def test_a_model_that_cannot_start_says_why_and_a_start_without_room_waits(two):
     assert not state_of(two, "broken").is_startable
     assert "8 GPU" in until(lambda: state_of(two, "wide").detail if _failed(two, "wide") else "")
     assert [engine.model for engine in two.status().engines] == ["warm"], "what could not help stayed"
+
+
+def test_an_engine_whose_controller_died_before_it_could_start_it_is_started_by_the_next(two):
+    until(lambda: ready(two, "warm"))
+    (model,) = (each for each in resolve_models(two.config, read_nodes()) if each.name == "broken")
+    model = replace(model, model="tiny")
+    name = ray.get(two.directory.new_name.remote(()))
+    share = reserve_one("two", plan_share(demand_of(model, name), read_nodes()), detached=True)
+    crew = Crew(config=two.config, run_id=two.run_id, gateway_node_id=None)
+    crew.make(model, share, engines_on_node=2, detached=True)
+    until(lambda: any(each.name == name for each in two.status().engines))
+    time.sleep(1.0)
+    assert not ready(two, "broken"), "nobody told it to"
+    ray.kill(controller_of(two), no_restart=False)
+    assert until(lambda: ready(two, "broken"), 40.0)[0].name == name
 
 
 def _failed(fleet, model):

@@ -2,7 +2,7 @@
 
 import json
 
-from lltm_ray.actors.directory import EXPIRE_AFTER_S, LATE, Table
+from lltm_ray.actors.directory import EXPIRE_AFTER_S, FORGET_AFTER_S, LATE, Table
 from lltm_ray.records import EngineInfo, EngineState, GatewayInfo
 from lltm_ray.routing.rows import LATE_DETAIL
 
@@ -52,6 +52,17 @@ def test_silence_makes_an_engine_failed_and_a_word_brings_it_back(tmp_path):
     assert not table.expire(NOW + EXPIRE_AFTER_S * 1.2), "told once"
     assert table.register(engine(), NOW + 10)
     assert table.status().engines[0].state is EngineState.READY
+
+
+def test_a_replica_that_never_comes_back_is_forgotten_and_a_gateway_with_an_address_is_not(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    for name, url in (("gateway-0", "http://127.0.0.1:8000"), ("serve-x", "")):
+        table.register_gateway(GatewayInfo(name=name, url=url, state="ready", pid=1), NOW)
+    assert table.expire(NOW + EXPIRE_AFTER_S * 1.1)
+    assert [each.name for each in table.status().gateways] == ["gateway-0", "serve-x"]
+    assert table.expire(NOW + FORGET_AFTER_S * 1.1)
+    assert [each.name for each in table.status().gateways] == ["gateway-0"]
+    assert not table.expire(NOW + FORGET_AFTER_S * 1.2)
 
 
 def test_the_table_survives_a_restart_and_its_version_grows(tmp_path):

@@ -1,14 +1,21 @@
 """Several models in the settings, in the plan of shares, in the directory's table, in the controller's eyes; no Ray."""
 
+import asyncio
+import time
+
 import pytest
 
-from lltm_ray.actors.controller import merge_demand, rules_of
+from lltm_ray.actors.controller import Controller, ControllerSpec, Move, merge_demand, rules_of
+from lltm_ray.actors.crew import Crew
 from lltm_ray.actors.directory import Table, models_of
+from lltm_ray.actors.front import Front
 from lltm_ray.actors.placement import demand_of, engines_beside, give_back, name_engines, plan_share
 from lltm_ray.config import FleetConfig, ModelConfig, build
 from lltm_ray.errors import ConfigError
 from lltm_ray.gpu.shares import NodeCapacity, ShareDemand
-from lltm_ray.records import EngineInfo, EngineState, GatewayInfo, ModelDemand, ModelState
+from lltm_ray.records import EngineInfo, EngineState, GatewayInfo, ModelDemand, ModelState, ServerCounters
+from lltm_ray.routing.ledger import Ledger
+from lltm_ray.routing.scaling import Stop
 from lltm_ray.serve import build_app
 
 SEVERAL = {
@@ -180,3 +187,38 @@ def test_demand_is_no_news_for_routers_and_survives_a_restart(tmp_path):
     assert seen.status().gateways[0].demand == ()
     seen.register(engine(), 0.0)
     assert table(tmp_path).status().gateways[0].name == "g"
+
+
+async def test_the_same_drift_is_logged_once(tmp_path, caplog):
+    front, ledger = Front.__new__(Front), Ledger(tmp_path / "ledger.sqlite")
+    front._drift = {}
+    told = ServerCounters(
+        engine="e", server_pid=1, prompt_tokens=7.0, generated_tokens=0.0, busy=0, asked_unix_nano=time.time_ns()
+    )
+    for _ in range(3):
+        await front._compare(ledger, told)
+    ledger.close()
+    assert front._drift["e"].prompt_tokens == 7
+    assert caplog.text.count("counts other tokens") == 1
+
+
+async def test_a_start_that_is_withdrawn_at_two_looks_is_undone_to_its_end():
+    crew = Crew(config=FleetConfig(), run_id="r", gateway_node_id=None)
+    controller = Controller(ControllerSpec(crew=crew, models=()))
+    undone = asyncio.Event()
+
+    async def start():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.05)
+            undone.set()
+
+    move = Move(engine="engine-1", model="a", is_start=True, stuck=True)
+    controller._run(move, start())
+    for _ in range(2):
+        await asyncio.sleep(0.01)
+        await controller._begin(Stop("engine-1", "nobody asks for it any more"), {})
+    await asyncio.wait({move.task})
+    assert undone.is_set()
+    assert not controller.snapshot()["moves"]

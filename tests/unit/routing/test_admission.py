@@ -274,6 +274,16 @@ def test_a_herd_is_told_to_come_back_one_after_the_other():
     assert max(crowd) == 600.0
 
 
+def test_a_herd_that_never_came_back_is_forgotten_when_slots_are_free_again():
+    admission = room(ticket("a"), limit=1)
+    for _ in range(1000):
+        admission.push(ticket("a"), 0.0, CAPACITY)
+    drain(admission)
+    admission.take(ticket("a"), 100.0)
+    assert admission.push(ticket("a"), 200.0, CAPACITY) is None
+    assert admission.push(ticket("a"), 200.0, CAPACITY).retry_after_s == 1.0
+
+
 def test_who_cannot_begin_in_time_is_refused_and_told_when_it_could():
     admission = room(*[ticket(cost=100.0, deadline_s=5.5) for _ in range(10)])
     late = ticket(deadline_s=6.0, lead_s=1.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lltm_ray.routing import ledger_store as store
 from lltm_ray.routing.ledger import Attempt, Drift, Ledger, LedgerEntry, Outcome, Sums, find_drift
 from lltm_ray.routing.ledger_entry import printed_error
 
@@ -144,7 +145,7 @@ ledger = Ledger(sys.argv[1], flush_s=float(sys.argv[3]))
 random.seed(int(sys.argv[2]))
 running, begun = {}, 0
 while True:
-    if len(running) < 20 and begun < 50:
+    if len(running) < 20 and begun < 400:  # more than the pipe holds: it is killed on its way, however late
         entry = LedgerEntry(request_id=f"r-{begun}", tenant="t", model="m", arrived_unix_nano=1_700_000_000_000 + begun)
         ledger.begin(entry, Attempt(engine=f"e{begun % 3}", server_pid=7))
         running[begun] = entry
@@ -160,7 +161,7 @@ while True:
         attempt.generated_tokens = attempt.delivered_tokens
         ledger.finish(running.pop(number))
         print("finish", number, flush=True)
-        if begun == 50 and not running:
+        if begun == 400 and not running:
             time.sleep(60)
     elif random.random() < 0.01 and len(entry.attempts) < 2:
         attempt.generated_tokens, attempt.outcome, attempt.is_estimate = attempt.delivered_tokens, "continued", True
@@ -252,6 +253,27 @@ def test_one_value_that_sqlite_refuses_loses_one_request_only(ledger):
     assert ledger.flush()
     assert {each["request_id"] for each in ledger.find()} == {"before", "after"}
     assert (ledger.counters["dropped"], ledger.counters["written"]) == (2, 2)
+
+
+def test_a_disk_that_refuses_in_between_writes_nothing_twice(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path / "ledger.sqlite", flush_s=60.0)
+    calls, write = [], store.write
+
+    def refuse_once(db, entries, sums):
+        calls.append(entries)
+        if len(calls) == 4:  # all, the first, the second, the third
+            raise sqlite3.OperationalError("disk I/O error")
+        write(db, entries, sums)
+
+    monkeypatch.setattr(store, "write", refuse_once)
+    run_one(ledger, "good")
+    ledger.finish(LedgerEntry(request_id="bad", status=2**70))
+    run_one(ledger, "last")
+    assert not ledger.flush()
+    assert ledger.flush()
+    assert [each["request_id"] for each in ledger.find()] == ["last", "good"]
+    assert ledger.counters["written"] == 2
+    ledger.close()
 
 
 def test_a_file_cannot_bring_code_with_it(ledger):

@@ -176,7 +176,7 @@ def test_a_slow_engine_gets_less_until_the_fast_ones_are_busy():
 def test_the_time_expected_is_the_sum_of_its_parts():
     rates = taught()
     speed = rates.speed("a")
-    score = estimate(ask(1000, max_tokens=10), view("a", 2, decoding=1, prefilling_tokens=400), rates, 600)
+    score = estimate(ask(1000, max_tokens=10), view("a", 2, decoding=1, prefilling_tokens=400), rates, 600, 10)
     own = speed.prefill_s(400) + 200 * speed.prefill_token_s + 10 * rates.decode_s("a", 3)
     assert score.expected_s == pytest.approx(own)
     assert score.others_s == pytest.approx(400 * speed.prefill_token_s + 2 * 10 * speed.decode_step_s)

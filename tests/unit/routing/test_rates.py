@@ -143,3 +143,22 @@ def test_what_is_known_can_be_shown():
     shown = rates.snapshot()
     assert shown["requests"] == 1
     assert shown["engines"]["a"]["prefill_tokens_s"] > 0
+
+
+def test_a_limit_that_no_float_can_hold_is_no_error():
+    assert Rates(output_tokens=100.0).output_tokens(10**400) == 100.0
+    assert Rates(output_tokens=100.0).output_tokens(0) == 0.0
+
+
+@pytest.mark.parametrize("odd_ms", [float("nan"), float("inf"), -1e9])
+def test_a_time_that_is_none_spoils_nothing(odd_ms):
+    rates = Rates()
+    rates.learn("a", Timings(prompt_n=100, prompt_ms=odd_ms, predicted_n=10, predicted_ms=10.0), busy=1)
+    assert rates.requests == 0
+    assert rates.speed("a") == Speed()
+
+
+def test_replies_that_took_no_time_by_our_clock_tell_no_throughput():
+    rates = Rates()
+    rates.learn("a", reply(), busy=1, held_s=0.0)
+    assert rates.throughput_tokens_s() == 0.0

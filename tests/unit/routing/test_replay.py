@@ -252,6 +252,22 @@ def test_a_turn_waits_for_the_end_of_the_last_one_and_its_pause() -> None:
     assert result.simulated_s == pytest.approx(1.6 + 2.0 + 0.016)
 
 
+def test_the_clock_of_a_result_stops_with_the_last_request() -> None:
+    fleet = Fleet(engines=1, spec=replace(SLOW, slots=1), queue_timeout_s=60.0)
+    result = Replay("residency", fleet).run([arrival(0, "a" * 100), arrival(0.1, "b" * 100)])
+    assert result.served == 2
+    assert result.simulated_s == pytest.approx(2 * 1.6)
+
+
+def test_a_replay_tells_the_policy_what_the_router_does() -> None:
+    seen = []
+    replay = Replay("residency", Fleet(engines=1, spec=SLOW))
+    choose = replay.served.choose
+    replay.served.choose = lambda ask, *more: seen.append(ask) or choose(ask, *more)  # type: ignore[assignment]
+    replay.run([arrival(number * 10, "a" * 100 + last) for number, last in enumerate("bcd")])
+    assert [ask.shared_tokens for ask in seen] == [0, 1600, 1600]
+
+
 def test_turns_never_overtake_one_another() -> None:
     turns = [arrival(0.01 * size, "a" * (size + 100), "s", pause_s=1.0 if size else None) for size in range(5)]
     result = Replay("residency", Fleet(engines=2, spec=SLOW)).run(turns)
@@ -444,6 +460,14 @@ def test_recording_costs_the_request_path_microseconds(tmp_path: Path) -> None:
             recorder.record(ask, 0.0, 100, 10, choice)
             taken.append(time.thread_time_ns() - began)
     assert sorted(taken)[1000] < 15_000
+
+
+def test_what_a_client_may_write_never_makes_a_trace_unreadable(tmp_path: Path) -> None:
+    limits = (-1, 0, 7, 10**400)
+    asks = [ask_of(b"x" * KEY_BYTES, max_tokens=each) for each in limits]
+    arrivals = recorded(tmp_path / "trace", *((ask, 80.0, None) for ask in asks))
+    assert [each.max_tokens for each in arrivals] == [None, None, 7, None]
+    assert all(0 < each.allowance_s < 1e-3 for each in arrivals)
 
 
 async def test_what_the_router_records_can_be_replayed(tmp_path):

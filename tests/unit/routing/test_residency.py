@@ -452,3 +452,30 @@ def test_predictions_are_what_a_plain_model_of_llama_cpp_finds(turns, ram_tokens
     assert residency.calibration()["ram_sequences"] == len(server.ram)
     held = {each.slot: each.tokens for each in residency.held("a")}
     assert held == {i: len(each) for i, each in enumerate(server.slots) if each and i not in server.busy}
+
+
+def test_idle_slots_are_published_in_the_order_of_their_ids():
+    residency = fleet("a", slots=3, ram=100)
+    for slot, letter in ((1, b"b"), (0, b"a")):
+        residency.begin("a", slot, residency.match(letter * 40))
+    for slot, letter in ((1, b"b"), (0, b"a")):
+        done = {"prompt_tokens": 40, "cached_tokens": 0, "output_tokens": 1, "predicted_tokens": 0}
+        residency.finish("a", slot, letter * 40, reply=None, **done)
+    serve(residency, "a", 2, b"c" * 40)
+    for slot in (0, 1):
+        residency.erase("a", slot)
+    serve(residency, "a", 2, b"d" * 40)  # RAM has room for two: the third drives out that of slot 0
+    assert residency.match(b"a" * 40).engines == ()
+    assert residency.match(b"b" * 40).engines == (("a", 39),)
+
+
+def test_a_copy_in_memory_is_found_where_a_later_prompt_parts_from_it():
+    residency = fleet("a", slots=1, ram=1000)
+    serve(residency, "a", 0, b"s" * 60 + b"a" * 40)
+    serve(residency, "a", 0, b"q" * 100)
+    residency.set_engine("b", slots=1, ram_tokens=0)
+    serve(residency, "b", 0, b"s" * 60 + b"b" * 40)
+    residency.forget_engine("b")
+    residency.set_engine("b", slots=1, ram_tokens=0)
+    serve(residency, "b", 0, b"s" * 60 + b"c" * 40)
+    assert ("a", 60) in residency.match(b"s" * 60 + b"d" * 40).engines

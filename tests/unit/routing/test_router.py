@@ -10,6 +10,7 @@ from lltm_ray.routing import router as router_module
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.router import Router, Served
 from lltm_ray.routing.rows import LATE_DETAIL
+from lltm_ray.routing.served import SlotShare
 
 
 def acquire(router: Router, model: str | None, *, timeout_s: float | None = None, exclude=(), only=None):
@@ -385,3 +386,16 @@ async def test_a_request_without_a_slot_goes_round_and_avoids_engines_that_faile
 def test_the_snapshot_shows_no_key():
     router = make(engine("a").with_(api_key="secret"))
     assert "secret" not in repr(router.snapshot())
+
+
+async def test_more_routers_than_slots_share_them_rather_than_have_none():
+    names = set()
+    for index in range(3):
+        router = make(engine("a", slots=2))
+        router.update([engine("a", slots=2)], share=SlotShare(index, 3))
+        lease = await acquire(router, "m", timeout_s=1)
+        names.add(lease.slot)
+    assert names <= {0, 1}
+    shares = [SlotShare(index, 2).of("a", 4) for index in range(2)]
+    assert shares[0] | shares[1] == {0, 1, 2, 3}
+    assert not shares[0] & shares[1]

@@ -107,11 +107,12 @@ async def test_nobody_waits_for_its_own_engine_past_half_of_its_time():
     router.release(holder)
 
 
-async def test_nobody_waits_for_an_engine_that_left():
+@pytest.mark.parametrize("left", [[], [engine("home", slots=1, state=EngineState.STARTING)]])
+async def test_nobody_waits_for_an_engine_that_left_or_restarts(left):
     router, [holder] = await home_is_busy()
     task = asyncio.create_task(acquire(router, LONG))
     await waiting(router, 1)
-    router.update([engine("other", slots=1)])
+    router.update([engine("other", slots=1), *left])
     async with asyncio.timeout(0.1):
         assert (await task).engine.name == "other"
     router.release(holder)
@@ -395,3 +396,66 @@ async def test_slots_that_were_free_are_charged_as_long_as_it_is_crowded():
     router.release(lease)
     now[0] = 11.0
     assert (await router.acquire(Ask(**ask))).cost_tokens == 0
+
+
+async def test_who_broke_off_after_the_first_byte_pays_and_who_got_none_does_not():
+    now = [0.0]
+    router = make(engine("a", slots=1), clock=lambda: now[0])
+    holder = await acquire(router, timeout_s=math.inf)
+    tasks = [asyncio.create_task(acquire(router, tenant="t", timeout_s=math.inf)) for _ in range(2)]
+    await waiting(router, 2)
+    lanes = router._models["m"].admission._queue._classes[0].lanes
+    router.release(holder)
+    for task, has_begun in zip(tasks, (False, True), strict=True):
+        lease = await task
+        assert lanes["t"].counter == lease.cost_tokens > 0
+        if has_begun:
+            router.began(lease)
+        router.release(lease)
+    assert lanes["t"].counter == lease.cost_tokens
+
+
+async def test_a_model_that_left_the_fleet_keeps_nobody_waiting():
+    router = Router(8, 5.0, wake=lambda _: None)
+    router.update((), [model(ModelState.COLD)])
+    task = asyncio.create_task(acquire(router))
+    await waiting(router, 1)
+    router.update((), [])
+    async with asyncio.timeout(0.5):
+        with pytest.raises(EngineNotReadyError, match="left the fleet"):
+            await task
+    assert router._rooms["m"]._wake_timer is None
+
+
+async def test_who_is_pinned_to_an_engine_that_failed_is_refused_at_once_while_others_are_ready():
+    router = make(engine("a"), engine("b", state=EngineState.FAILED))
+    async with asyncio.timeout(0.5):
+        with pytest.raises(EngineNotReadyError, match="b is failed"):
+            await acquire(router, only="b")
+    woken: list[str] = []
+    router = Router(8, 5.0, wake=woken.append)
+    router.update([engine("a"), engine("b", state=EngineState.FAILED)], [model(ModelState.READY)])
+    with pytest.raises(EngineNotReadyError):
+        await acquire(router, only="b", timeout_s=0.05)
+    assert not woken
+
+
+async def test_a_reply_to_a_prompt_without_a_key_is_taken_for_the_beginning_of_no_prompt():
+    router, reply = make(engine("a")), b"once upon a time " * 40
+    router.release(await acquire(router, b""), Served(timings=told(0, 40, generated=160), reply=reply))
+    assert router._models["m"].residency.match(reply + b"in the west").engines == ()
+
+
+async def test_a_restarted_engine_is_a_stranger_to_rates_and_sessions():
+    router = make(engine("a"), engine("b"))
+    served, ask = router._models["m"], Ask(model="m", affinity="s")
+    lease = await acquire(router, affinity="s", only="a")
+    router.release(lease, Served(timings=told(0, 100)))
+
+    def knows_it() -> tuple[bool, bool]:
+        home = served.policy._home(ask, served.table, served.table.get("b"))
+        return "a" in served.rates.snapshot()["engines"], home is not None
+
+    assert knows_it() == (True, True)
+    router.update([engine("a", pid=2), engine("b")])
+    assert knows_it() == (False, False)
