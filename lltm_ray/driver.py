@@ -6,8 +6,8 @@ with lltm_ray.Cluster.start(model="tiny", engines=2) as cluster:
     answer = cluster.chat([{"role": "user", "content": "hi"}], max_tokens=16)
 ```
 
-Calls go to engines by the same router as the gateway's, which names no slot here; it and the directory's watcher live on one
-background event loop, so that a `Cluster` may be used from any thread.
+Calls go to engines by the same router as the gateway's, which names no slot here; it and the directory's watcher live
+on one background event loop, so that a `Cluster` may be used from any thread.
 """
 
 from __future__ import annotations

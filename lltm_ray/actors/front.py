@@ -25,7 +25,7 @@ from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.moves import MoveReport
 from lltm_ray.records import FleetStatus, GatewayInfo, ModelDemand, ServerCounters
 from lltm_ray.routing.ledger import Drift, Ledger
-from lltm_ray.routing.recorder import TraceRecorder
+from lltm_ray.routing.replay.recorder import TraceRecorder
 from lltm_ray.routing.router import Router
 from lltm_ray.routing.served import SlotShare
 

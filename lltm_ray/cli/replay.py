@@ -21,12 +21,12 @@ from lltm_ray.cli._output import (
     progress_bar,
 )
 from lltm_ray.errors import ConfigError
-from lltm_ray.routing.measure import Ideal, quiet_gc
 from lltm_ray.routing.policy import POLICIES, make_policy
 from lltm_ray.routing.replay import Fleet, Replay, Result
-from lltm_ray.routing.simulated import EngineSpec
-from lltm_ray.routing.synthetic import KINDS, request_rate, shape_of, synthetic
-from lltm_ray.routing.trace import Arrival, read_trace, trace_lines
+from lltm_ray.routing.replay.measure import Ideal, quiet_gc
+from lltm_ray.routing.replay.simulated import EngineSpec
+from lltm_ray.routing.replay.synthetic import KINDS, request_rate, shape_of, synthetic
+from lltm_ray.routing.replay.trace import Arrival, read_trace, trace_lines
 
 GC_NOTE = "cyclic garbage collection frozen and off, as in a gateway after its start"
 _DEFAULT_REQUESTS = 2000

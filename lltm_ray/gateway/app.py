@@ -32,7 +32,7 @@ from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_bod
 from lltm_ray.gateway.slot_files import LocalFiles, SlotFiles
 from lltm_ray.records import FleetStatus
 from lltm_ray.routing.ledger import Ledger, LedgerEntry
-from lltm_ray.routing.ledger_entry import Outcome
+from lltm_ray.routing.ledger.entry import Outcome
 from lltm_ray.routing.router import Router
 
 GENERATING = (

@@ -24,7 +24,7 @@ from lltm_ray.gateway.tap import StreamTap, is_eligible
 from lltm_ray.gateway.upstream import ConnectFailedError, UpstreamBrokenError
 from lltm_ray.records import EngineInfo
 from lltm_ray.routing.ledger import Attempt, Ledger
-from lltm_ray.routing.ledger_entry import Outcome
+from lltm_ray.routing.ledger.entry import Outcome
 from lltm_ray.routing.router import Lease, Router
 
 _MAX_BREAKS = 2

@@ -17,11 +17,11 @@ from typing import Any
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
 from lltm_ray.records import EngineInfo, EngineState, ModelDemand, ModelInfo, ModelState
 from lltm_ray.routing.admission import Overload
+from lltm_ray.routing.admission.waiting import Waiter, WaitingRoom
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.residency import Held
 from lltm_ray.routing.rows import Lease, Row, Served, describe, identity, is_hopeless
 from lltm_ray.routing.served import ServedModel, SlotShare
-from lltm_ray.routing.waiting import Waiter, WaitingRoom
 
 __all__ = ["SUSPECT_S", "Lease", "Router", "Served"]
 

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from lltm_ray.cli import app
-from lltm_ray.routing.trace import HEADER
+from lltm_ray.routing.replay.trace import HEADER
 
 
 def replay(*argv: str, wide: bool = True) -> Result:

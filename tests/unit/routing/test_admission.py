@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lltm_ray.errors import ConfigError
-from lltm_ray.routing import fairness
-from lltm_ray.routing.admission import Admission, Capacity, Reason, Ticket
+from lltm_ray.routing.admission import Admission, Capacity, Reason, Ticket, fairness
 
 CAPACITY = Capacity(slots=4, tokens_s=100.0, service_s=4.0, service_dev_s=0.0)
 UNKNOWN = Capacity(slots=0, tokens_s=0.0, service_s=0.0, service_dev_s=0.0)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lltm_ray.routing import ledger_store as store
 from lltm_ray.routing.ledger import Attempt, Drift, Ledger, LedgerEntry, Outcome, Sums, find_drift
-from lltm_ray.routing.ledger_entry import printed_error
+from lltm_ray.routing.ledger import store
+from lltm_ray.routing.ledger.entry import printed_error
 
 NOW = 1_700_000_000_000_000_000
 
@@ -232,7 +232,7 @@ def test_a_disk_that_refuses_stops_no_request_and_every_lost_one_is_counted(tmp_
 
 def test_what_waited_for_the_disk_is_written_when_it_is_back(tmp_path, monkeypatch):
     ledger = Ledger(tmp_path / "l.sqlite", flush_s=0.01)
-    monkeypatch.setattr("lltm_ray.routing.ledger_store.BUSY_S", 0.05)
+    monkeypatch.setattr("lltm_ray.routing.ledger.store.BUSY_S", 0.05)
     blocker = sqlite3.connect(tmp_path / "l.sqlite", isolation_level=None)
     blocker.execute("BEGIN EXCLUSIVE")
     run_one(ledger, "r")

@@ -9,13 +9,13 @@ import sys
 import threading
 from pathlib import Path
 
-from lltm_ray.routing import progress
-from lltm_ray.routing.progress import MAX_CELLS, NO_CELL, Mark, Progress, count_active, take_over
+from lltm_ray.routing.ledger import progress
+from lltm_ray.routing.ledger.progress import MAX_CELLS, NO_CELL, Mark, Progress, count_active, take_over
 
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from lltm_ray.routing.progress import Mark, Progress
+from lltm_ray.routing.ledger.progress import Mark, Progress
 table = Progress(Path(sys.argv[1]), "gateway", cells=4)
 cells = [table.claim(Mark(f"r-{n}", f"e{n % 2}", "m", "t", "/v1/x", 10 + n, 20 + n, 77, n)) for n in range(10)]
 for n, cell in enumerate(cells):

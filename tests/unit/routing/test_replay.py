@@ -13,14 +13,14 @@ import pytest
 from lltm_ray.errors import ConfigError
 from lltm_ray.records import EngineInfo, EngineState, Timings
 from lltm_ray.routing.choice import Ask, Choice
-from lltm_ray.routing.measure import Ideal, Result, Spread, deep_bytes
 from lltm_ray.routing.policy import POLICIES
-from lltm_ray.routing.recorder import KEY_BYTES, TraceRecorder
 from lltm_ray.routing.replay import Fleet, Replay
+from lltm_ray.routing.replay.measure import Ideal, Result, Spread, deep_bytes
+from lltm_ray.routing.replay.recorder import KEY_BYTES, TraceRecorder
+from lltm_ray.routing.replay.simulated import EngineSpec, SimulatedEngine, Task, common_blocks
+from lltm_ray.routing.replay.synthetic import KINDS, request_rate, shape_of, synthetic
+from lltm_ray.routing.replay.trace import HEADER, Arrival, read_trace, trace_lines
 from lltm_ray.routing.router import Router, Served
-from lltm_ray.routing.simulated import EngineSpec, SimulatedEngine, Task, common_blocks
-from lltm_ray.routing.synthetic import KINDS, request_rate, shape_of, synthetic
-from lltm_ray.routing.trace import HEADER, Arrival, read_trace, trace_lines
 
 SLOW = EngineSpec(prefill_tokens_s=1000.0, prefill_overhead_s=0.0, decode_first_s=0.01, decode_step_s=0.0)
 """1 ms a prompt token, 10 ms a generated one."""

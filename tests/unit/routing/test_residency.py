@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lltm_ray.routing import residency as residency_module
-from lltm_ray.routing import slots as slots_module
 from lltm_ray.routing.residency import Held, Residency
+from lltm_ray.routing.residency import index as residency_module
+from lltm_ray.routing.residency import slots as slots_module
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,13 +8,13 @@ import pytest
 
 from lltm_ray.errors import EngineNotReadyError, OverloadedError
 from lltm_ray.records import EngineInfo, EngineState, ModelInfo, ModelState, Timings
-from lltm_ray.routing import waiting as waiting_module
-from lltm_ray.routing.lead import Lead
+from lltm_ray.routing.admission import waiting as waiting_module
+from lltm_ray.routing.admission.lead import Lead
+from lltm_ray.routing.admission.waiter import is_frozen
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.rates import Rates
 from lltm_ray.routing.router import Router, Served
 from lltm_ray.routing.rows import Lease
-from lltm_ray.routing.waiter import is_frozen
 
 LONG = b"x" * 40_000
 """Well over the tokens from which a prefill is long, whatever a token is."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from lltm_ray.routing.progress import NO_CELL, Cell
+from lltm_ray.routing.ledger.progress import NO_CELL, Cell
 
 _PRINTED_DIGITS = 6
 

@@ -20,14 +20,14 @@ from typing import cast
 from lltm_ray.errors import ConfigError
 from lltm_ray.records import EngineInfo, EngineState, Timings
 from lltm_ray.routing.admission import Overload
-from lltm_ray.routing.measure import Measured, Result, deep_bytes
+from lltm_ray.routing.admission.waiting import Waiter, WaitingRoom
 from lltm_ray.routing.policy import Ask
+from lltm_ray.routing.replay.measure import Measured, Result, deep_bytes
+from lltm_ray.routing.replay.simulated import EngineSpec, SimulatedEngine, Task
+from lltm_ray.routing.replay.trace import Arrival
 from lltm_ray.routing.residency import Residency
 from lltm_ray.routing.rows import Lease, Served
 from lltm_ray.routing.served import ServedModel, SlotShare
-from lltm_ray.routing.simulated import EngineSpec, SimulatedEngine, Task
-from lltm_ray.routing.trace import Arrival
-from lltm_ray.routing.waiting import Waiter, WaitingRoom
 
 __all__ = ["Fleet", "Replay", "Result"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lltm_ray.errors import ConfigError
-from lltm_ray.routing.simulated import BLOCK_BYTES, common_blocks
+from lltm_ray.routing.replay.simulated import BLOCK_BYTES, common_blocks
 
 __all__ = ["HEADER", "Arrival", "Parents", "read_trace", "trace_lines", "write_line"]
 

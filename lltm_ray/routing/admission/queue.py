@@ -19,7 +19,7 @@ from heapq import heapify, heappop, heappush
 from math import inf, isfinite, sqrt
 from typing import Any, Generic, TypeVar
 
-from lltm_ray.routing.fairness import PRIORITIES, FairQueue, Ticket
+from lltm_ray.routing.admission.fairness import PRIORITIES, FairQueue, Ticket
 
 __all__ = ["PRIORITIES", "Admission", "Capacity", "Overload", "Reason", "Ticket"]
 

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lltm_ray.routing import ledger_store as store
-from lltm_ray.routing.ledger_entry import Attempt, Drift, LedgerEntry, Outcome, Sums, find_drift
-from lltm_ray.routing.progress import NO_CELL, Cell, Lost, Mark, Progress, count_active, take_over
+from lltm_ray.routing.ledger import store
+from lltm_ray.routing.ledger.entry import Attempt, Drift, LedgerEntry, Outcome, Sums, find_drift
+from lltm_ray.routing.ledger.progress import NO_CELL, Cell, Lost, Mark, Progress, count_active, take_over
 
 __all__ = ["Attempt", "Drift", "Ledger", "LedgerEntry", "Outcome", "Sums", "find_drift"]
 

@@ -13,8 +13,8 @@ from math import inf
 from random import Random
 
 from lltm_ray.errors import ConfigError
-from lltm_ray.routing.simulated import BLOCK_BYTES, EngineSpec
-from lltm_ray.routing.trace import Arrival
+from lltm_ray.routing.replay.simulated import BLOCK_BYTES, EngineSpec
+from lltm_ray.routing.replay.trace import Arrival
 
 __all__ = ["BLOCK_TOKENS", "KINDS", "Shape", "request_rate", "shape_of", "synthetic"]
 

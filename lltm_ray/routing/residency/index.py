@@ -12,11 +12,11 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from lltm_ray.routing.calibration import Calibration
-from lltm_ray.routing.holdings import Holdings
-from lltm_ray.routing.radix import Node, Sequence, Step
-from lltm_ray.routing.slot_choice import SlotChoice, pick_slot
-from lltm_ray.routing.slots import (
+from lltm_ray.routing.residency.calibration import Calibration
+from lltm_ray.routing.residency.holdings import Holdings
+from lltm_ray.routing.residency.radix import Node, Sequence, Step
+from lltm_ray.routing.residency.slot_choice import SlotChoice, pick_slot
+from lltm_ray.routing.residency.slots import (
     Path,
     Server,
     Slot,

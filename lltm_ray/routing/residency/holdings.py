@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from lltm_ray.routing.radix import Node, Sequence, Tree
-from lltm_ray.routing.slots import Path, Plan, Server, Slot, Use, fits
+from lltm_ray.routing.residency.radix import Node, Sequence, Tree
+from lltm_ray.routing.residency.slots import Path, Plan, Server, Slot, Use, fits
 
 
 class Holdings:

@@ -18,13 +18,13 @@ from math import inf
 
 from lltm_ray.records import ModelDemand
 from lltm_ray.routing.admission import Overload, Ticket
-from lltm_ray.routing.lead import Lead
+from lltm_ray.routing.admission.lead import Lead
+from lltm_ray.routing.admission.waiter import Hold, Later, Timer, Waiter, call_later, is_frozen
 from lltm_ray.routing.policy import Choice
 from lltm_ray.routing.residency import Match
 from lltm_ray.routing.rows import Lease
 from lltm_ray.routing.served import ServedModel
 from lltm_ray.routing.table import LONG_PREFILL_TOKENS
-from lltm_ray.routing.waiter import Hold, Later, Timer, Waiter, call_later, is_frozen
 
 __all__ = ["Waiter", "WaitingRoom"]
 

@@ -12,9 +12,9 @@ from sys import getsizeof
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
+from lltm_ray.routing.replay.simulated import BLOCK_BYTES
+from lltm_ray.routing.replay.trace import Arrival
 from lltm_ray.routing.served import ServedModel
-from lltm_ray.routing.simulated import BLOCK_BYTES
-from lltm_ray.routing.trace import Arrival
 
 __all__ = ["Ideal", "Measured", "Result", "Spread", "deep_bytes", "quiet_gc"]
 

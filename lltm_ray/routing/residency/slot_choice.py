@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
-from lltm_ray.routing.calibration import Calibration
-from lltm_ray.routing.slots import (
+from lltm_ray.routing.residency.calibration import Calibration
+from lltm_ray.routing.residency.slots import (
     Path,
     Plan,
     Server,

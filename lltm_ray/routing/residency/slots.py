@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from lltm_ray.routing.radix import Node, Sequence
+from lltm_ray.routing.residency.radix import Node, Sequence
 
 SLOT_SIMILARITY_RATIO = 0.1
 """`--slot-prompt-similarity`: a slot that shares less of the prompt is not chosen for its content."""

@@ -20,9 +20,9 @@ from typing import NamedTuple, Self
 
 from lltm_ray.errors import ConfigError
 from lltm_ray.routing.choice import Ask, Choice
+from lltm_ray.routing.replay.simulated import BLOCK_BYTES
+from lltm_ray.routing.replay.trace import HEADER, MOST, Arrival, Parents, write_line
 from lltm_ray.routing.rows import Lease, Served
-from lltm_ray.routing.simulated import BLOCK_BYTES
-from lltm_ray.routing.trace import HEADER, MOST, Arrival, Parents, write_line
 
 __all__ = ["KEY_BYTES", "TraceRecorder"]
 

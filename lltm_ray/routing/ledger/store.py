@@ -16,7 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from lltm_ray.routing.ledger_entry import ATTEMPT_FIELDS, SUM_FIELDS, Attempt, LedgerEntry, Sums
+from lltm_ray.routing.ledger.entry import ATTEMPT_FIELDS, SUM_FIELDS, Attempt, LedgerEntry, Sums
 
 BUSY_S = 5.0
 """How long one process waits for another of its node that is writing."""

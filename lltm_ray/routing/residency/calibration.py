@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from lltm_ray.routing.slots import Use
+from lltm_ray.routing.residency.slots import Use
 
 _WEIGHT = 0.2
 """Weight of the newest observation in a moving average: the last ten or so decide."""
