@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lltm_ray.routing.ledger import Attempt, Drift, Ledger, LedgerEntry, Outcome, Sums, find_drift
-from lltm_ray.routing.ledger import store
+from lltm_ray.routing.ledger import Attempt, Drift, Ledger, LedgerEntry, Outcome, Sums, find_drift, store
 from lltm_ray.routing.ledger.entry import printed_error
 
 NOW = 1_700_000_000_000_000_000
