@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from lltm_ray._settings import check as _check
 from lltm_ray._settings import check_choice as _check_choice
@@ -11,14 +12,24 @@ from lltm_ray._settings import check_range as _check_range
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 SPLIT_MODES = ("none", "layer", "row", "tensor")
 POOLING = ("none", "mean", "cls", "last", "rank")
+SIMILARITY_RATIO, LLAMA_CPP_SIMILARITY_RATIO = 0.9, 0.1
+"""`--slot-prompt-similarity`: ours where there is a host-memory prompt cache, and llama.cpp's default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraAdapter:
-    """A GGUF LoRA adapter and its scale (`--lora-scaled`)."""
+    """A GGUF LoRA adapter (`--lora-scaled`). Requests choose it as `model:name`."""
 
     path: str
     scale: float = 1.0
+    """Its strength, for requests that choose no adapter, too; 0: only for those that choose it, which then get 1."""
+    name: str | None = None
+    """None: the file's stem."""
+
+    @property
+    def label(self) -> str:
+        """What requests call it."""
+        return self.name or Path(self.path).stem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +63,7 @@ class EngineConfig:
     """One KV buffer for all slots (`--kv-unified`); off, so that each slot owns n_ctx / n_parallel."""
     cache_ram_mib: int | None = None
     """Host-memory prompt cache in MiB (`--cache-ram`); 0 turns it off, which also keeps tenants apart. None: an eighth
-    of the node's free memory, divided among its engines, at most llama.cpp's own 8192."""
+    of the node's free memory, divided among its engines, at most llama.cpp's own 8192; with `lora` 0."""
     cache_reuse: int | None = None
     """Smallest chunk in tokens to reuse by KV shifting (`--cache-reuse`)."""
     swa_full: bool = False
@@ -60,7 +71,11 @@ class EngineConfig:
     context_shift: bool = False
     """Shift the context when it is full instead of ending (`--context-shift`)."""
     slot_prompt_similarity: float | None = None
-    """How similar a prompt must be to reuse a slot, 0..1 (`--slot-prompt-similarity`)."""
+    """A slot that holds more than this part of a prompt, 0..1, is used without a look into the host-memory prompt cache
+    (`--slot-prompt-similarity`; 0: whenever a request names a slot, and never otherwise). None: 0.9 where there is such
+    a cache and a gateway that names slots, else llama.cpp's 0.1. At 0.1 a shared system prompt keeps the rest of a
+    conversation from being found there; a higher value makes a request that names no slot (/v1/messages, /v1/responses,
+    handles) miss the latest turn of a conversation that grew by more than the rest."""
     n_threads: int | None = None
     """CPU threads for decode (`--threads`). None: on a GPU llama.cpp's choice, else the node's cores divided among its
     engines."""
@@ -73,7 +88,7 @@ class EngineConfig:
     use_mlock: bool = False
     """Lock the model in memory (`--load-mode mlock`)."""
     lora: tuple[LoraAdapter, ...] = ()
-    """Adapters loaded at start (`--lora-scaled`)."""
+    """Adapters loaded at start (`--lora-scaled`), for requests to choose from."""
     mmproj: str | None = None
     """Multimodal projector GGUF (`--mmproj`)."""
     model_draft: str | None = None
@@ -111,6 +126,13 @@ class EngineConfig:
     extra_args: tuple[str, ...] = ()
     """Further llama-server arguments, as they are; the embedded engine refuses those it does not know."""
 
+    @property
+    def slot_similarity_ratio(self) -> float:
+        """The `--slot-prompt-similarity` that its server runs with."""
+        given = self.slot_prompt_similarity
+        default = LLAMA_CPP_SIMILARITY_RATIO if self.cache_ram_mib == 0 else SIMILARITY_RATIO
+        return default if given is None else given
+
     def __post_init__(self) -> None:
         _check_range(
             self,
@@ -143,4 +165,16 @@ class EngineConfig:
             self.cache_type_v,
             "a quantized V cache needs flash_attn on or auto",
         )
+        self._check_adapters()
         _check(all(part >= 0 for part in self.tensor_split), "tensor_split", self.tensor_split, "parts must be >= 0")
+
+    def _check_adapters(self) -> None:
+        names = [adapter.label for adapter in self.lora]
+        for name in names:
+            _check(names.count(name) == 1, "lora.name", name, "two adapters have it: give one another name")
+        _check(
+            not (self.lora and self.cache_ram_mib),
+            "cache_ram_mib",
+            self.cache_ram_mib,
+            "must be 0 with lora: llama.cpp's host-memory prompt cache does not tell adapters apart",
+        )

@@ -2,6 +2,9 @@
 
 `FleetConfig` holds an `EngineConfig` (one llama-server) and a `GatewayConfig` (the HTTP front).
 Field docstrings give the unit, the llama-server flag, and the reason of the default.
+
+A relative path in a TOML file is meant from that file's folder, one from the command line or from code from the
+process's folder. `~` is the home folder in both.
 """
 
 from __future__ import annotations
@@ -10,20 +13,31 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from lltm_ray._engine_config import CACHE_TYPES, POOLING, SPLIT_MODES, EngineConfig, LoraAdapter
+from lltm_ray._engine_config import (
+    CACHE_TYPES,
+    LLAMA_CPP_SIMILARITY_RATIO,
+    POOLING,
+    SIMILARITY_RATIO,
+    SPLIT_MODES,
+    EngineConfig,
+    LoraAdapter,
+)
 from lltm_ray._settings import build, merge
 from lltm_ray._settings import check as _check
 from lltm_ray._settings import check_choice as _check_choice
 from lltm_ray._settings import check_range as _check_range
+from lltm_ray._telemetry_config import TelemetryConfig
 from lltm_ray.errors import ConfigError
 
 __all__ = [
     "CACHE_TYPES",
+    "LLAMA_CPP_SIMILARITY_RATIO",
     "POOLING",
+    "SIMILARITY_RATIO",
     "SPLIT_MODES",
     "EngineConfig",
     "Environment",
@@ -31,11 +45,19 @@ __all__ = [
     "GatewayConfig",
     "LoraAdapter",
     "ModelConfig",
+    "TelemetryConfig",
     "build",
     "merge",
     "read_environment",
 ]
 ROUTING_POLICIES = ("residency", "least-loaded", "round-robin", "consistent-hash", "prefix-hash")
+_PATHS = frozenset(
+    {
+        *("api_key_file", "llama_server", "log_dir", "mmproj", "model", "model_draft", "path", "segment_dir"),
+        *("slot_save_path", "trace"),
+    }
+)
+"""Settings that hold paths, in whichever table they stand."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _FILE = re.compile(r"(?:.*[/:])?(?P<stem>[^/:]+?)(?:-\d{5}-of-\d{5})?\.gguf(?:@.*)?\Z", re.DOTALL)
 
@@ -78,7 +100,7 @@ class GatewayConfig:
     """File into which requests are recorded for `lltm-ray replay`, without their text; `-<gateway>` is added to its
     stem."""
     max_attempts: int = 3
-    """Engines tried for one request before its first byte."""
+    """Engines tried for one request, those that go on with its broken stream included."""
     connect_timeout_s: float = 2.0
     """Per attempt, to reach an engine's socket."""
     drain_timeout_s: float = 30.0
@@ -215,6 +237,8 @@ class FleetConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     gateway: GatewayConfig | None = field(default_factory=GatewayConfig)
     """None: no HTTP front, the driver API only."""
+    telemetry: TelemetryConfig | None = field(default_factory=TelemetryConfig)
+    """None: as one that is not `enabled`."""
 
     def __post_init__(self) -> None:
         _check(bool(_NAME.match(self.name)), "name", self.name, "letters, digits, '.', '_', '-'; at most 63")
@@ -268,21 +292,14 @@ class FleetConfig:
 
     def with_absolute_paths(self) -> Self:
         """The same settings, with every relative path as it is meant in this process's folder."""
-        gateway, server, log_dir = self.gateway, self.llama_server, _absolute(self.log_dir)
-        if gateway is not None:
-            key_file, trace = _absolute(gateway.api_key_file), _absolute(gateway.trace)
-            gateway = replace(gateway, api_key_file=key_file, trace=trace)
-        models = tuple(
-            replace(each, model=_absolute_model(each.model), engine=each.engine and _absolute_engine(each.engine))
-            for each in self.models
-        )
-        server = server if server == "embedded" else _absolute(server)
-        changes: dict[str, Any] = {"llama_server": server, "log_dir": log_dir, "gateway": gateway, "models": models}
-        return replace(self, model=_absolute_model(self.model), engine=_absolute_engine(self.engine), **changes)
+        config: Self = build(type(self), _anchored(asdict(self), Path.cwd()))
+        return config
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str], **overrides: Any) -> Self:
         """Read a TOML file with the fields above at its top level and tables `[engine]`, `[gateway]`, `[[models]]`.
+
+        Its relative paths are meant from its own folder, those of `overrides` from this process's.
 
         Args:
             path: the file.
@@ -295,27 +312,30 @@ class FleetConfig:
             raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError("config", str(path), f"cannot be read: {error}") from error
-        config: Self = build(cls, merge(raw, overrides))
+        config: Self = build(cls, merge(_anchored(raw, Path(path).absolute().parent), overrides))
         return config
 
 
-def _absolute_engine(engine: EngineConfig) -> EngineConfig:
-    return replace(
-        engine,
-        lora=tuple(replace(adapter, path=str(_absolute(adapter.path))) for adapter in engine.lora),
-        mmproj=_absolute(engine.mmproj),
-        model_draft=_absolute(engine.model_draft),
-        slot_save_path=_absolute(engine.slot_save_path),
-    )
+def _anchored(settings: Any, folder: Path) -> Any:
+    """Plain settings with every relative path made absolute from `folder`: actors run in another one."""
+    if isinstance(settings, Mapping):
+        return {
+            name: _absolute(name, value, folder)
+            if name in _PATHS and isinstance(value, str)
+            else _anchored(value, folder)
+            for name, value in settings.items()
+        }
+    return [_anchored(each, folder) for each in settings] if isinstance(settings, list | tuple) else settings
 
 
-def _absolute_model(model: str) -> str:
-    return str(_absolute(model)) if Path(model).expanduser().is_file() else model
-
-
-def _absolute(path: str | None) -> str | None:
-    """From this process's folder: actors run in another one."""
-    return None if path is None else str(Path(path).expanduser().absolute())
+def _absolute(name: str, value: str, folder: Path) -> str:
+    """`value`, unless it is a name and no path: of a model that is no file here, or of the embedded engine."""
+    path = folder / Path(value).expanduser()
+    if name == "llama_server":
+        is_path = value != "embedded"
+    else:
+        is_path = name != "model" or path.is_file() or (value.endswith(".gguf") and ":" not in value)
+    return str(path) if is_path else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

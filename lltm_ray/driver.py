@@ -25,10 +25,11 @@ from typing import Any, Self, TypeVar
 import ray
 
 from lltm_ray.actors import names
-from lltm_ray.actors.calls import Calls, Messages
+from lltm_ray.actors.calls import Messages
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, OnProgress, find_fleet, start_fleet
-from lltm_ray.actors.launch import check_here
+from lltm_ray.actors.observe import FleetTelemetry, WatchedCalls
+from lltm_ray.actors.precheck import check_here
 from lltm_ray.actors.remote import take_auth_mode
 from lltm_ray.actors.runstate import RunState
 from lltm_ray.config import FleetConfig, build, read_environment
@@ -47,7 +48,7 @@ class Cluster:
         self._started = started
         self._owns_ray = owns_ray
         self._loop = _Loop()
-        self._calls = Calls(fleet)
+        self._calls = WatchedCalls(fleet)
         self._loop.run(self._calls.open())
 
     @classmethod
@@ -139,6 +140,11 @@ class Cluster:
     def status(self) -> FleetStatus:
         """Engines and gateways as the directory knows them."""
         return self._fleet.status()
+
+    @property
+    def telemetry(self) -> FleetTelemetry:
+        """What the fleet did and does: summaries, requests, timelines, metrics, rows."""
+        return FleetTelemetry(self._fleet)
 
     # calls ------------------------------------------------------------------------------------------------------
 

@@ -177,6 +177,15 @@ class SlotState:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter that an engine has loaded; its place among the engine's is llama-server's id of it."""
+
+    name: str
+    scale: float = 1.0
+    """What requests that choose no adapter get of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What the directory, routers and `status` know of one engine."""
 
@@ -205,12 +214,16 @@ class EngineInfo:
     capabilities: tuple[str, ...] = ("completion",)
     cache_ram_tokens: int = 0
     """Tokens that its server's host-memory prompt cache has room for."""
+    slot_similarity_ratio: float = 0.1
+    """Its server's `--slot-prompt-similarity`: which slots it uses without a look into that cache."""
     kv_unified: bool = False
     """Its slots share one KV buffer, and an idle one is cleared when another starts."""
     slot_folder: str = ""
     """Where its server saves slots, on its own node; empty where it saves none."""
     has_own_slot_folder: bool = False
     """Nobody chose that folder: it is for moving conversations, not for what clients would save in it."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRA adapters that requests may choose from, in the order of llama-server's ids."""
     updated_unix_nano: int = 0
 
     def with_(self, **changes: Any) -> EngineInfo:
@@ -266,6 +279,8 @@ class ModelInfo:
     max_engines: int = 1
     is_elastic: bool = False
     """Whether its engines come and go with demand."""
+    adapters: tuple[Adapter, ...] = ()
+    """Of its engines, also while there are none."""
     detail: str = ""
     woken_unix_nano: int = 0
     """When a request last asked for it while no engine was ready; 0 once one is."""
@@ -288,6 +303,8 @@ class GatewayInfo:
     restarts: int = 0
     updated_unix_nano: int = 0
     demand: tuple[ModelDemand, ...] = ()
+    closed: tuple[str, ...] = ()
+    """Engines that were drained there: it sends them no requests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

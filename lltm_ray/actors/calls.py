@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from lltm_ray.actors.fleet import Fleet, get_engine
 from lltm_ray.actors.watch import watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
 from lltm_ray.records import Completion, StreamEvent, Timings
+from lltm_ray.routing.adapters import choose
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.prompt import prompt_key, reply_key
 from lltm_ray.routing.router import Lease, Router, Served
@@ -69,13 +71,14 @@ class Calls:
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
         """Tried elsewhere as long as no event was delivered."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        ask = _ask("chat", messages, timeout_s=timeout_s, **params)
+        ask = self._ask("chat", messages, timeout_s=timeout_s, **params)
         tried: set[str] = set()
         while True:
             lease = await self._router.acquire(ask, exclude=tried)
             delivered, served, text, source = False, None, [], None
             try:
                 handle = self._handle(lease)
+                params |= _adapters(lease)
                 source = handle.stream.options(num_returns="streaming").remote(messages, timeout_s=timeout_s, **params)
                 while (event := await _next_event(source, deadline, timeout_s)) is not None:
                     delivered = True
@@ -94,11 +97,13 @@ class Calls:
                 self._router.release(lease, served)
 
     async def _call(self, method: str, *args: Any, **params: Any) -> Any:
-        ask = _ask(method, *args, **params)
+        ask = self._ask(method, *args, **params)
         tried: set[str] = set()
         while True:
             lease, served = await self._router.acquire(ask, exclude=tried), None
             try:
+                if method in _PATHS:
+                    params |= _adapters(lease)
                 answer = await _awaited(getattr(self._handle(lease), method).remote(*args, **params))
                 if isinstance(answer, Completion):
                     served = _served(method, answer.timings, answer.text)
@@ -108,6 +113,24 @@ class Calls:
                     raise
             finally:
                 self._router.release(lease, served)
+
+    def _ask(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Ask:
+        """As the gateway asks for the same request; the slot is llama-server's choice, for others claim some too."""
+        body = params | {"messages" if method == "chat" else "prompt": args[0] if args else None}
+        path, model = _PATHS.get(method, ""), params.get("model") or ""
+        lora = None
+        if path and (":" in model or params.get("lora")):
+            served = self._router.resolve(model)
+            lora = choose(model, params.get("lora"), served, self._router.engines(served))
+        return Ask(
+            model=model,
+            key=prompt_key(path, body, lora),
+            max_tokens=params.get("max_tokens"),
+            deadline_s=time.monotonic() + timeout_s,
+            adapter=lora[0][0] if lora else "",
+            lora=lora,
+            can_pin=False,
+        )
 
     def _may_retry(self, error: LltmRayError, lease: Lease, tried: set[str]) -> bool:
         """An engine that is gone or going has given nothing: another one may."""
@@ -127,19 +150,10 @@ class Calls:
         return self._fleet.engines[name]
 
 
-def _ask(method: str, *args: Any, timeout_s: float, **params: Any) -> Ask:
-    """As the gateway asks for the same request; the slot is llama-server's choice, for others claim some too."""
-    body = params | {"messages" if method == "chat" else "prompt": args[0] if args else None}
-    path = _PATHS.get(method, "")
-    limit = params.get("max_tokens")
-    latest_s = time.monotonic() + timeout_s
-    return Ask(
-        model=params.get("model") or "",
-        key=prompt_key(path, body),
-        max_tokens=limit,
-        deadline_s=latest_s,
-        can_pin=False,
-    )
+def _adapters(lease: Lease) -> dict[str, Any]:
+    """What the engine is to be told of its adapters."""
+    field: dict[str, Any] = json.loads(b"{%b}" % lease.lora)
+    return field
 
 
 def _served(method: str, timings: Timings, text: str) -> Served:

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from lltm_ray.actors import names
-from lltm_ray.actors.crew import Crew, cause_of, end_engine, engine_names, find, find_engines
+from lltm_ray.actors.crew import Crew, cause_of, end_engine, engine_names, find_engines
 from lltm_ray.actors.handover import move_caches
 from lltm_ray.actors.placement import (
     Reservation,
@@ -30,8 +30,8 @@ from lltm_ray.actors.placement import (
     reserve_one,
     reserved,
 )
-from lltm_ray.actors.remote import is_revived
-from lltm_ray.actors.watch import get_directory
+from lltm_ray.actors.remote import find, is_revived
+from lltm_ray.actors.watch import get_directory, keep_going
 from lltm_ray.config import FleetConfig, ModelConfig
 from lltm_ray.errors import LltmRayError, PlacementError
 from lltm_ray.gpu.shares import NodeCapacity
@@ -100,6 +100,7 @@ class Controller:
         self._released_at_s = float("-inf")
         self._status = FleetStatus(name=self._fleet)
         self._done: deque[str] = deque(maxlen=64)
+        self._is_swept = False
 
     def snapshot(self) -> dict[str, Any]:
         """What is under way, what was decided last, what is remembered of each model."""
@@ -109,12 +110,15 @@ class Controller:
 
     async def run(self) -> None:
         """For ever; while the directory is away nothing is decided."""
-        version, swept = 0, False
+        await keep_going(f"look after fleet {self._fleet}", self._run_on)
+
+    async def _run_on(self) -> None:
+        version = 0
         while True:
             try:
-                if not swept:
+                if not self._is_swept:
                     await asyncio.to_thread(self._sweep)
-                    swept = True
+                    self._is_swept = True
                 status: FleetStatus = await get_directory(self._fleet).watch.remote(version, LOOK_EVERY_S)
                 version = status.version
                 await self._look(status)
@@ -159,12 +163,13 @@ class Controller:
         await self._tell()
 
     def _engines(self, status: FleetStatus) -> dict[str, EngineInfo]:
-        """The directory's table with what is under way."""
+        """The directory's table with what is under way. That a start failed, and why, is its own task's to say."""
         seen = {engine.name: engine for engine in status.engines}
         for name, move in self._moves.items():
-            if move.is_start and name not in seen:
-                seen[name] = EngineInfo(name=name, model=move.model, state=EngineState.STARTING)
-            elif not move.is_start and name in seen:
+            if move.is_start:
+                known = seen.get(name) or EngineInfo(name=name, model=move.model, state=EngineState.STARTING)
+                seen[name] = known.with_(state=EngineState.STARTING) if known.state is EngineState.FAILED else known
+            elif name in seen:
                 seen[name] = seen[name].with_(state=EngineState.DRAINING)
         return seen
 
@@ -200,6 +205,8 @@ class Controller:
         async def live() -> None:
             try:
                 await work
+            except Exception:  # nobody waits for this task; the next look plans with what there is then
+                log.exception("a move of %s of fleet %s broke off", move.engine, self._fleet)
             finally:
                 self._moves.pop(move.engine, None)
 
@@ -213,9 +220,10 @@ class Controller:
         except asyncio.CancelledError:  # withdrawn: nobody asks for it any more
             await self._end(move.engine)
             raise
-        except (LltmRayError, ray.exceptions.RayError, ValueError) as error:
+        except Exception as error:  # whatever it was, the share must be given back, and the next try wait
             cause = cause_of(error)
-            log.warning("%s of fleet %s does not start: %s", move.engine, self._fleet, cause)
+            is_expected = isinstance(error, LltmRayError | ray.exceptions.RayError | ValueError)
+            log.warning("%s of fleet %s does not start: %s", move.engine, self._fleet, cause, exc_info=not is_expected)
             self._state = after_failure(self._state, move.model, time.monotonic(), self._settings)
             self._trouble[move.model] = getattr(cause, "message", str(cause))
             await self._end(move.engine)
@@ -299,9 +307,7 @@ class ControllerActor:
         self._life = asyncio.get_running_loop().create_task(self._controller.run())
 
     async def snapshot(self) -> dict[str, Any]:
-        """As `Controller.snapshot`; raises what ended its loop, if anything did."""
-        if self._life.done():
-            self._life.result()
+        """As `Controller.snapshot`."""
         return self._controller.snapshot()
 
 

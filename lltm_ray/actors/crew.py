@@ -12,7 +12,7 @@ from lltm_ray.actors import names
 from lltm_ray.actors.engine import MAX_WAITING, EngineActor
 from lltm_ray.actors.launch import EngineSpec
 from lltm_ray.actors.placement import Reservation, release
-from lltm_ray.actors.remote import actor
+from lltm_ray.actors.remote import actor, find, options
 from lltm_ray.config import FleetConfig, ModelConfig
 from lltm_ray.errors import LltmRayError
 
@@ -45,19 +45,6 @@ class Crew:
         return actor(EngineActor).options(**own, **calls, **share.actor_options()).remote(spec)
 
 
-def options(*, detached: bool) -> dict[str, Any]:
-    """Ray's options that all named actors of a fleet have."""
-    return {"namespace": names.NAMESPACE, "lifetime": "detached" if detached else None}
-
-
-def find(actor_name: str) -> Any | None:
-    """An actor by name; None when there is none (any more), so that what is left of a fleet can still be ended."""
-    try:
-        return ray.get_actor(actor_name, namespace=names.NAMESPACE)
-    except ValueError:
-        return None
-
-
 def engine_names(fleet: str) -> set[str]:
     """Engines of a fleet whose actors Ray knows, whoever made them."""
     prefix = names.engine(fleet, "")
@@ -88,9 +75,10 @@ def end_leftovers(fleet: str) -> None:
     for name in engine_names(fleet):
         log.warning("ending %s, which an earlier fleet %r left", name, fleet)
         end_engine(fleet, name)
-    handle = find(names.controller(fleet))
-    if handle is not None:
-        ray.kill(handle)
+    for name in (names.controller(fleet), names.telemetry(fleet)):
+        handle = find(name)
+        if handle is not None:
+            ray.kill(handle)
     release(fleet)
 
 

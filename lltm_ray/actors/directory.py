@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import time
+from collections import deque
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from typing import Any
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lltm_ray.actors.launch import adapters_of
 from lltm_ray.actors.node import NodeActor
 from lltm_ray.actors.remote import actor
+from lltm_ray.actors.watch import keep_going
 from lltm_ray.config import FleetConfig, read_environment
 from lltm_ray.records import (
+    Adapter,
     EngineInfo,
     EngineState,
     FleetStatus,
@@ -43,6 +47,8 @@ FORGET_AFTER_S = 600.0
 """A silent gateway without an address is one of Ray Serve's replicas, each of which has another name."""
 WAKE_EVERY_S = 0.5
 """Every gateway wakes a model for every request; the news is told this often."""
+REMEMBERED = 1000
+"""Removed engines; a heartbeat that is still under way is of one of the last."""
 LATE = "no heartbeat"
 """How the detail of such an engine begins: it may come back any moment, unlike one that failed."""
 
@@ -56,7 +62,7 @@ class Table:
         self._notes: dict[str, tuple[ModelState, str]] = {}
         self._woken: dict[str, int] = {}
         self._retired: set[str] = set()
-        self._removed: set[str] = set()
+        self._removed: deque[str] = deque(maxlen=REMEMBERED)
         self._newest = -1
         self._path = path
         self._engines: dict[str, EngineInfo] = {}
@@ -103,11 +109,13 @@ class Table:
 
     def remove(self, name: str) -> bool:
         """Forget an engine or gateway that was stopped on purpose; its name is not used again."""
-        self._removed.add(name)
+        self._removed.append(name)
         self._retired.discard(name)
         gone = self._engines.pop(name, None) or self._gateways.pop(name, None)
         self._heard_s.pop(name, None)
-        return self._changed(gone, None)
+        self.version += gone is not None
+        self._save()
+        return gone is not None
 
     def expire(self, now_s: float) -> bool:
         """Mark those whose heartbeats ended; by the monotonic clock, which neither jumps nor runs while we sleep."""
@@ -130,14 +138,16 @@ class Table:
     def retire(self, name: str) -> bool:
         """From here on an engine takes no more requests, whatever its heartbeats say."""
         self._retired.add(name)
+        self._save()
         engine = self._engines.get(name)
         return engine is not None and self.register(engine, self._heard_s[name])
 
     def new_name(self, taken: Collection[str]) -> str:
-        """For an engine that is about to be made; not one that was ever used, as far as we know, nor `taken`."""
+        """For an engine that is about to be made; not one that was ever given out, nor `taken`."""
         used = {*self._engines, *self._removed, *taken}
         numbers = [int(name.removeprefix("engine-")) for name in used if re.fullmatch(r"engine-\d+", name)]
         self._newest = max(self._newest, *numbers, -1) + 1
+        self._save()  # its engine is unknown here until its first heartbeat
         return f"engine-{self._newest}"
 
     def wake(self, model: str) -> bool:
@@ -192,6 +202,9 @@ class Table:
         table = {
             "engines": [asdict(engine) for engine in self._engines.values()],
             "gateways": [asdict(gateway) for gateway in self._gateways.values()],
+            "retired": list(self._retired),
+            "removed": list(self._removed),
+            "newest": self._newest,
         }
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -210,11 +223,15 @@ class Table:
                     state=EngineState(raw["state"]),
                     gpu_ids=tuple(raw["gpu_ids"]),
                     capabilities=tuple(raw["capabilities"]),
+                    adapters=tuple(Adapter(**each) for each in raw["adapters"]),
                 )
                 self._engines[raw["name"]] = EngineInfo(**raw)
             for raw in table["gateways"]:
-                raw["demand"] = tuple(ModelDemand(**each) for each in raw["demand"])
+                raw.update(demand=tuple(ModelDemand(**each) for each in raw["demand"]), closed=tuple(raw["closed"]))
                 self._gateways[raw["name"]] = GatewayInfo(**raw)
+            self._retired.update(table["retired"])
+            self._removed.extend(table["removed"])
+            self._newest = table["newest"]
         except FileNotFoundError:
             log.debug("%s does not exist yet", self._path)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -238,6 +255,7 @@ def models_of(config: FleetConfig) -> tuple[ModelInfo, ...]:
             min_engines=model.min_engines or 0,
             max_engines=model.max_engines or model.engines,
             is_elastic=config.is_elastic,
+            adapters=adapters_of(model.engine or config.engine),
         )
         for model in config.served()
     )
@@ -253,11 +271,12 @@ class Directory:
         self._news = asyncio.Condition()
         self._samplers: dict[str, Any] = {}
         self._counters: dict[str, ServerCounters] = {}
-        self._expiry = asyncio.get_running_loop().create_task(self._expire())
+        self._expiry = asyncio.create_task(keep_going("look for missed heartbeats", self._expire))
 
     async def register(self, info: EngineInfo) -> None:
         """An engine's heartbeat or change of state."""
-        self._ensure_sampler(info.node_id)
+        if info.state in (EngineState.READY, EngineState.DRAINING):  # before, it would slow their start
+            self._ensure_sampler(info.node_id)
         await self._tell(self._table.register(info, time.monotonic()))
 
     async def register_gateway(self, info: GatewayInfo) -> None:
@@ -324,7 +343,9 @@ class Directory:
         if node_id in self._samplers:
             return
         here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        self._samplers[node_id] = actor(NodeActor).options(scheduling_strategy=here).remote(self._plan[0].name)
+        config = self._plan[0]
+        sends = config.telemetry is not None and config.telemetry.enabled
+        self._samplers[node_id] = actor(NodeActor).options(scheduling_strategy=here).remote(config.name, sends=sends)
 
     async def _tell(self, changed: bool) -> None:
         if changed:

@@ -17,9 +17,11 @@ from typing import Any
 
 import ray
 
-from lltm_ray.actors.launch import EngineSpec, Launch, plan_launch
+from lltm_ray.actors.engine_trace import Carrier, EngineTrace
+from lltm_ray.actors.launch import EngineSpec, Launch, adapters_of, plan_launch
 from lltm_ray.actors.orphan import end_this_actor, until_orphaned
 from lltm_ray.actors.remote import is_revived, node_ip
+from lltm_ray.actors.sender import Sender
 from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
 from lltm_ray.errors import (
     DeadlineError,
@@ -54,6 +56,7 @@ class Engine:
         self._slots_folder: OwnedFolder | None = None
         self._slots, self._slots_total, self._calls = asyncio.Semaphore(1), 1, 0
         self._starting: asyncio.Task[None] | None = None
+        self.trace = EngineTrace(self, None)
         self._closed = False
         self._info = EngineInfo(
             name=spec.name,
@@ -135,6 +138,7 @@ class Engine:
         self._update(state=EngineState.STOPPED)
 
     async def _start(self) -> None:
+        began_unix_nano = time.time_ns()
         try:
             if self._server is None:
                 host = "127.0.0.1" if self.spec.is_local(self._info.node_id) else self._info.node_ip
@@ -145,8 +149,10 @@ class Engine:
             if self._closed:  # stopped while we planned
                 raise EngineNotReadyError(self.spec.name, "stopped for good")
             await self._server.ensure_ready()
+            self.trace.loaded(began_unix_nano)
         except LltmRayError as error:
             self._update(state=EngineState.STOPPED if self._closed else EngineState.FAILED, detail=error.message)
+            self.trace.loaded(began_unix_nano, error.message)
             raise
         except Exception as error:  # the actor's border: a full disk, a folder that cannot be written, ...
             log.exception("%s: cannot be started", self.spec.name)
@@ -170,7 +176,9 @@ class Engine:
             slot_folder=launch.slot_folder,
             has_own_slot_folder=launch.slots is not None,
             cache_ram_tokens=launch.cache_ram_tokens,
+            slot_similarity_ratio=launch.slot_similarity_ratio,
             kv_unified=self.spec.fleet.engine.kv_unified,
+            adapters=adapters_of(self.spec.fleet.engine),
         )
         return ServerProcess(launch.server, self._on_change)
 
@@ -203,43 +211,84 @@ class EngineActor:
         context = ray.get_runtime_context()
         self._directory = get_directory(spec.fleet.name)
         self._engine = Engine(spec, node_id=context.get_node_id(), address=node_ip(), tell=self._register)
+        telemetry = spec.fleet.telemetry
+        sender = Sender(spec.fleet.name, spec.name) if telemetry is not None and telemetry.enabled else None
+        self._trace = self._engine.trace = EngineTrace(self._engine, sender)
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(work) for work in (self._live(revived=is_revived()), self._end_with_fleet())]
+        works = (self._live(revived=is_revived()), self._end_with_fleet(), *([sender.run()] if sender else []))
+        self._tasks = [loop.create_task(work) for work in works]
 
     async def ensure_ready(self) -> EngineInfo:
         """Start if needed, wait until ready; raises what kept it from starting."""
         return await self._engine.ensure_ready()
 
-    async def chat(self, messages: list[Message], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
-        """One chat answer; `params` as in llama-server's /v1/chat/completions."""
-        async with self._engine.slot(timeout_s) as client:
-            return replace(await client.chat(messages, **params), engine=self._engine.spec.name)
+    async def chat(
+        self,
+        messages: list[Message],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        carrier: Carrier | None = None,
+        **params: Any,
+    ) -> Completion:
+        """One chat answer; `params` as in llama-server's /v1/chat/completions, `carrier` as in W3C Trace Context."""
+        async with self._trace.call("/v1/chat/completions", timeout_s, params, carrier) as (client, seen):
+            seen.see(done := await client.chat(messages, **params))
+            return replace(done, engine=self._engine.spec.name)
 
     async def complete(
-        self, prompt: str | list[int], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
+        self,
+        prompt: str | list[int],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        carrier: Carrier | None = None,
+        **params: Any,
     ) -> Completion:
         """One completion of a raw prompt; `params` as in llama-server's /completion, `max_tokens` works too."""
-        async with self._engine.slot(timeout_s) as client:
-            return replace(await client.complete(prompt, **params), engine=self._engine.spec.name)
+        async with self._trace.call("/completion", timeout_s, params, carrier) as (client, seen):
+            seen.see(done := await client.complete(prompt, **params))
+            return replace(done, engine=self._engine.spec.name)
 
     async def stream(
-        self, messages: list[Message], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
+        self,
+        messages: list[Message],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        carrier: Carrier | None = None,
+        **params: Any,
     ) -> AsyncIterator[StreamEvent]:
         """A chat answer event by event; closing the generator frees the slot."""
-        async with self._engine.slot(timeout_s) as client, aclosing(client.chat_stream(messages, **params)) as events:
+        async with (
+            self._trace.call("/v1/chat/completions", timeout_s, params, carrier, is_stream=True) as (client, seen),
+            aclosing(client.chat_stream(messages, **params)) as events,
+        ):
             async for event in events:
+                seen.see(event)
                 yield replace(event, engine=self._engine.spec.name)
 
-    async def embed(self, texts: str | list[str], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Embeddings:
+    async def embed(
+        self,
+        texts: str | list[str],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        carrier: Carrier | None = None,
+        **params: Any,
+    ) -> Embeddings:
         """One vector for each text; the fleet must serve embeddings."""
-        async with self._engine.slot(timeout_s) as client:
-            return replace(await client.embed(texts, **params), engine=self._engine.spec.name)
+        async with self._trace.call("/v1/embeddings", timeout_s, params, carrier) as (client, seen):
+            seen.see(done := await client.embed(texts, **params))
+            return replace(done, engine=self._engine.spec.name)
 
     async def rerank(
-        self, query: str, documents: list[str], top_n: int | None = None, *, timeout_s: float = CALL_TIMEOUT_S
+        self,
+        query: str,
+        documents: list[str],
+        top_n: int | None = None,
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        carrier: Carrier | None = None,
     ) -> tuple[RerankHit, ...]:
         """Documents by relevance; the fleet must serve a reranker."""
-        async with self._engine.slot(timeout_s) as client:
+        async with self._trace.call("/v1/rerank", timeout_s, {}, carrier) as (client, _):
             return await client.rerank(query, documents, top_n=top_n)
 
     async def tokenize(self, text: str, **params: Any) -> tuple[int, ...]:

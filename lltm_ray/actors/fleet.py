@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lltm_ray.actors import names
 from lltm_ray.actors.controller import ControllerActor, ControllerSpec
-from lltm_ray.actors.crew import Crew, cause_of, end_engine, end_leftovers, find, find_engines, options
+from lltm_ray.actors.crew import Crew, cause_of, end_engine, end_leftovers, find_engines
 from lltm_ray.actors.directory import Directory
 from lltm_ray.actors.gateway import GatewayActor, port_of
 from lltm_ray.actors.placement import (
@@ -28,7 +28,8 @@ from lltm_ray.actors.placement import (
     reserve,
     resolve_models,
 )
-from lltm_ray.actors.remote import actor
+from lltm_ray.actors.remote import actor, find, options
+from lltm_ray.actors.telemetry import make_telemetry
 from lltm_ray.config import FleetConfig, GatewayConfig, ModelConfig
 from lltm_ray.errors import EngineStartError, FleetError, PlacementError
 from lltm_ray.gpu.shares import SharePlan
@@ -53,6 +54,8 @@ class Fleet:
     gateways: dict[str, Any] = field(default_factory=dict)
     controller: Any | None = None
     """Of an elastic fleet."""
+    telemetry: Any | None = None
+    """None: the fleet runs without."""
 
     def status(self) -> FleetStatus:
         """The directory's table now; waits while Ray restarts the directory.
@@ -78,8 +81,9 @@ class Fleet:
         try:
             self._drain()
         finally:
-            for handle in (*self.gateways.values(), self.directory):
-                ray.kill(handle)
+            for handle in (*self.gateways.values(), self.directory, self.telemetry):
+                if handle is not None:
+                    ray.kill(handle)
             for name in self.engines:
                 end_engine(self.config.name, name)
             release(self.config.name)
@@ -96,6 +100,7 @@ class Fleet:
         _settle([gateway.drain.remote(gateway_s) for gateway in self.gateways.values()], gateway_s)
         _settle([self.engines[name].stop.remote(drain_s) for name in self._alive()], drain_s)
         _settle([self.directory.close.remote()], 0.0)
+        _settle([self.telemetry.close.remote()] if self.telemetry is not None else [], 0.0)
 
     def _alive(self) -> list[str]:
         """Engines that can hear; others have no server, or their node is gone, and are only killed."""
@@ -189,6 +194,7 @@ def find_fleet(name: str) -> Fleet:
         engines=engines,
         gateways={each: handle for each, handle in gateways.items() if handle is not None},
         controller=find(names.controller(name)),
+        telemetry=find(names.telemetry(name)),
     )
 
 
@@ -212,6 +218,7 @@ def _populate(
 ) -> None:
     config, here = fleet.config, ray.get_runtime_context().get_node_id()
     crowd = Counter(share.plan.node_id for share in shares)
+    fleet.telemetry = make_telemetry(config, detached=detached)
     crew = Crew(config=config, run_id=fleet.run_id, gateway_node_id=here if config.gateway else None, exposed=expose)
     for share, model in zip(shares, name_engines(models).values(), strict=True):
         beside = engines_beside(models, len(read_nodes()), crowd[share.plan.node_id]) if config.is_elastic else 0
@@ -231,7 +238,7 @@ def _make_gateways(config: FleetConfig, gateway: GatewayConfig, node_id: str, *,
     made: dict[str, Any] = {}
     for name in names.gateways(gateway.processes):
         own = options(detached=detached) | {"name": names.gateway(config.name, name), "scheduling_strategy": strategy}
-        made[name] = actor(GatewayActor).options(**own).remote(name, config.name, gateway)
+        made[name] = actor(GatewayActor).options(**own).remote(name, config.name, gateway, config.telemetry)
         if gateway.processes > 1 and not gateway.port:
             gateway = replace(gateway, port=port_of(unwrap(made[name].ready.remote()).url))
     return made

@@ -10,24 +10,30 @@ import asyncio
 import logging
 import os
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from lltm_ray.actors import names
-from lltm_ray.actors.crew import find
+from lltm_ray.actors.remote import find
+from lltm_ray.actors.sender import Sender
+from lltm_ray.actors.telemetry import RemoteTelemetry
 from lltm_ray.actors.transfer import RayFiles
-from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
-from lltm_ray.config import GatewayConfig, read_environment
+from lltm_ray.actors.watch import HEARTBEAT_S, keep_going, reach_directory, watch_fleet
+from lltm_ray.config import GatewayConfig, TelemetryConfig, read_environment
 from lltm_ray.gateway.app import GatewayApp
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.moves import MoveReport
-from lltm_ray.records import FleetStatus, GatewayInfo, ModelDemand, ServerCounters
+from lltm_ray.gateway.trace import Tracing
+from lltm_ray.records import FleetStatus, GatewayInfo, ServerCounters
 from lltm_ray.routing.ledger import Drift, Ledger
 from lltm_ray.routing.replay.recorder import TraceRecorder
 from lltm_ray.routing.router import Router
 from lltm_ray.routing.served import SlotShare
+from lltm_ray.telemetry.content import read_capture
+from lltm_ray.telemetry.rows import QueueRow
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +61,13 @@ class OtherGateways:
         """The same at each of them."""
         await self._ask("open_engine", engine)
 
+    async def rescale(self, engine: str, scales: dict[int, float]) -> None:
+        """The same at each of them."""
+        await self._ask("rescale", engine, scales)
+
     async def _ask(self, method: str, *args: Any) -> list[Any]:
-        actors = [find(names.gateway(self._fleet, name)) for name in self.names if name != self._name]
+        others = [names.gateway(self._fleet, name) for name in self.names if name != self._name]
+        actors = await asyncio.to_thread(lambda: [find(name) for name in others])
         calls = [getattr(handle, method).remote(*args) for handle in actors if handle is not None]
         answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
@@ -72,10 +83,13 @@ class Front:
         config: the gateway's settings.
         fleet: whose engines it serves.
         name: of this front among those of the fleet.
+        telemetry: the fleet's settings; None: it runs without.
     """
 
-    def __init__(self, config: GatewayConfig, fleet: str, name: str) -> None:
+    def __init__(self, config: GatewayConfig, fleet: str, name: str, telemetry: TelemetryConfig | None = None) -> None:
         self._fleet, self._name = fleet, name
+        is_on = telemetry is not None and telemetry.enabled
+        self._sender = Sender(fleet, name) if is_on else None
         self._status = FleetStatus(name="")
         self._recorder = _open_trace(config, name)
         self._router = Router(
@@ -87,6 +101,7 @@ class Front:
         )
         self._ledger = _open_ledger(config, fleet, name)
         self._drift: dict[str, Drift] = {}
+        self._wakes: dict[str, asyncio.Task[None]] = {}
         self._others = OtherGateways(fleet, name)
         self.app = GatewayApp(
             router=self._router,
@@ -97,15 +112,19 @@ class Front:
             files=RayFiles(ray.get_runtime_context().get_node_id()),
             account=self.account,
             peers=self._others,
+            tracing=_tracing(self._sender, telemetry),
+            telemetry=RemoteTelemetry(fleet) if is_on else None,
         )
 
     def snapshot(self) -> dict[str, Any]:
         """Claims and queues of its router."""
         return self._router.snapshot()
 
-    def demand(self) -> tuple[ModelDemand, ...]:
-        """What is asked of each model here."""
-        return self._router.demand()
+    def word(self) -> dict[str, Any]:
+        """What every heartbeat tells of this front: the demand for each model here, and which engines are closed."""
+        rows = self._router.snapshot()["engines"]
+        closed = tuple(name for name, row in rows.items() if row["is_closed"])
+        return {"demand": self._router.demand(), "closed": closed}
 
     def account(self) -> dict[str, Any]:
         """The ledger's counters, and each engine's drift from its own: 0 expected, None while it works."""
@@ -114,21 +133,29 @@ class Front:
         drift = {name: [each.prompt_tokens, each.generated_tokens] for name, each in self._drift.items()}
         return self._ledger.counters | {"drift_tokens": drift}
 
+    def rescale(self, engine: str, scales: dict[int, float]) -> None:
+        """Another gateway gave an engine's adapters other scales."""
+        self._router.rescale(engine, scales)
+
     async def follow(self) -> None:
         """Keep the router's table true, for ever."""
-        tasks = [asyncio.create_task(work) for work in (self._reconcile(), self.app.leveller.run())]
-        try:
-            async for status in watch_fleet(self._fleet):
-                self._status = status
-                self._others.names = tuple(each.name for each in status.gateways)
-                self._router.update(status.engines, status.models, self._share(status))
-        finally:
-            for task in tasks:
-                task.cancel()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(keep_going("follow the directory", self._follow))
+            group.create_task(keep_going("compare the account", self._reconcile))
+            group.create_task(keep_going("level the engines", self.app.leveller.run))
+            if self._sender is not None:
+                group.create_task(keep_going("send telemetry", self._sender.run))
+                group.create_task(keep_going("tell of the queue", self._tell_queue))
+
+    async def _follow(self) -> None:
+        async for status in watch_fleet(self._fleet):
+            self._status = status
+            self._others.names = tuple(each.name for each in status.gateways)
+            self._router.update(status.engines, status.models, self._share(status))
 
     async def serve_unseen(self) -> None:
         """`follow`, and be known to the directory, where nobody else tells it of us."""
-        beat = asyncio.create_task(self._beat())
+        beat = asyncio.create_task(keep_going("tell the directory of this front", self._beat))
         try:
             await self.follow()
         finally:
@@ -137,13 +164,28 @@ class Front:
     async def _beat(self) -> None:
         node_id = ray.get_runtime_context().get_node_id()
         while True:
-            info = GatewayInfo(
-                name=self._name, url="", state="ready", node_id=node_id, pid=os.getpid(), demand=self.demand()
-            )
+            info = GatewayInfo(name=self._name, url="", state="ready", node_id=node_id, pid=os.getpid(), **self.word())
             try:
-                get_directory(self._fleet).register_gateway.remote(info)
+                (await reach_directory(self._fleet)).register_gateway.remote(info)
             except ValueError as error:  # it is being restarted
                 log.debug("no directory to register at: %s", error)
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _tell_queue(self) -> None:
+        """What is in hand, for telemetry."""
+        while self._sender is not None:
+            now = time.time_ns()
+            for each in self._router.demand():
+                row = QueueRow(
+                    at_unix_nano=now,
+                    gateway=self._name,
+                    model=each.model,
+                    waiting=each.waiting,
+                    running=each.running,
+                    rejected=each.rejected,
+                    predicted_wait_s=each.predicted_wait_s,
+                )
+                self._sender.outbox.add("queues", row)
             await asyncio.sleep(HEARTBEAT_S)
 
     def close(self) -> None:
@@ -159,8 +201,14 @@ class Front:
         return SlotShare(living.index(self._name), len(living))
 
     def _wake(self, model: str) -> None:
+        """Called for every request that waits; one word under way is enough."""
+        if model not in self._wakes:
+            self._wakes[model] = asyncio.create_task(self._tell_to_wake(model))
+            self._wakes[model].add_done_callback(lambda _task: self._wakes.pop(model))
+
+    async def _tell_to_wake(self, model: str) -> None:
         try:
-            get_directory(self._fleet).wake.remote(model)
+            (await reach_directory(self._fleet)).wake.remote(model)
         except ValueError as error:  # it is being restarted: the next heartbeat's demand says the same
             log.debug("no directory to wake %s: %s", model, error)
 
@@ -168,8 +216,9 @@ class Front:
         while self._ledger is not None:
             await asyncio.sleep(RECONCILE_EVERY_S)
             try:
-                told: list[ServerCounters] = await get_directory(self._fleet).counters.remote()
+                told: list[ServerCounters] = await (await reach_directory(self._fleet)).counters.remote()
                 here = {each.engine for each in told}
+                self._ledger.forget_servers(here)
                 self._drift = {name: drift for name, drift in self._drift.items() if name in here}
                 for counters in told:
                     await self._compare(self._ledger, counters)
@@ -192,6 +241,12 @@ class Front:
             if is_news and (drift.prompt_tokens or drift.generated_tokens):
                 log.warning("%s counts other tokens than we do: %s", told.engine, drift)
             self._drift[told.engine] = drift
+
+
+def _tracing(sender: Sender | None, config: TelemetryConfig | None) -> Tracing | None:
+    if sender is None or config is None:
+        return None
+    return Tracing(sender.outbox.add, read_capture(os.environ, config.redact))
 
 
 def _open_trace(config: GatewayConfig, name: str) -> TraceRecorder | None:

@@ -16,8 +16,8 @@ import ray
 
 from lltm_ray.actors.front import Front
 from lltm_ray.actors.remote import is_revived, node_ip
-from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
-from lltm_ray.config import GatewayConfig
+from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, keep_going, watch_fleet
+from lltm_ray.config import GatewayConfig, TelemetryConfig
 from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.moves import MoveReport
 from lltm_ray.gateway.server import serve
@@ -33,15 +33,16 @@ REBIND_S = 15.0
 class GatewayActor:
     """On the node of whoever started the fleet; several of them share the port."""
 
-    def __init__(self, name: str, fleet: str, config: GatewayConfig) -> None:
+    def __init__(self, name: str, fleet: str, config: GatewayConfig, telemetry: TelemetryConfig | None = None) -> None:
         context = ray.get_runtime_context()
         self._name, self._fleet, self._config, self._directory = name, fleet, config, get_directory(fleet)
+        self._telemetry = telemetry
         self._node_id, self._is_revived = context.get_node_id(), is_revived()
         self._info = GatewayInfo(name=name, url="", state="starting", node_id=self._node_id, pid=os.getpid())
         self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stop = asyncio.Event()
         self._front: Front | None = None
-        self._tasks = [asyncio.create_task(work) for work in (self._run(), self._beat())]
+        self._tasks = [asyncio.create_task(work) for work in (self._run(), keep_going("beat", self._beat))]
 
     async def ready(self) -> GatewayInfo:
         """Once connections are accepted; raises what kept the gateway from it."""
@@ -62,6 +63,11 @@ class GatewayActor:
         """Send requests to a drained engine again."""
         if self._front is not None:
             self._front.app.migrator.undrain(engine)
+
+    async def rescale(self, engine: str, scales: dict[int, float]) -> None:
+        """Another gateway gave an engine's adapters other scales."""
+        if self._front is not None:
+            self._front.rescale(engine, scales)
 
     async def drain(self, timeout_s: float) -> None:
         """Refuse new requests, let running ones finish for up to `timeout_s`, close the socket."""
@@ -86,7 +92,7 @@ class GatewayActor:
                 await asyncio.sleep(RETRY_S)
 
     def _follow(self) -> Front:
-        front = Front(self._config, self._fleet, self._name)
+        front = Front(self._config, self._fleet, self._name, self._telemetry)
         self._tasks.append(asyncio.create_task(front.follow()))
         return front
 
@@ -122,7 +128,7 @@ class GatewayActor:
 
     async def _beat(self) -> None:
         while True:
-            self._tell(demand=self._front.demand() if self._front else ())
+            self._tell(**(self._front.word() if self._front else {}))
             await asyncio.sleep(HEARTBEAT_S)
 
 

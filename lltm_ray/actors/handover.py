@@ -8,7 +8,7 @@ import logging
 import ray
 
 from lltm_ray.actors import names
-from lltm_ray.actors.crew import find
+from lltm_ray.actors.remote import find
 from lltm_ray.gateway.moves import MoveReport
 from lltm_ray.records import GatewayInfo
 

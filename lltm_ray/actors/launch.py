@@ -12,10 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lltm_ray.config import EngineConfig, Environment, FleetConfig, read_environment
+from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO, EngineConfig, Environment, FleetConfig, read_environment
 from lltm_ray.errors import PlacementError
-from lltm_ray.gateway.auth import ApiKeys
-from lltm_ray.gateway.server import bind
 from lltm_ray.gpu.host import available_ram_bytes, usable_cores
 from lltm_ray.gpu.nvml import read_inventory, visible
 from lltm_ray.gpu.shares import memory_budget
@@ -26,7 +24,7 @@ from lltm_ray.llamacpp.slot_folder import OwnedFolder, SlotFolder, own_folder, s
 from lltm_ray.models.gguf import read_model
 from lltm_ray.models.memory import MemoryPlan, plan_fit
 from lltm_ray.models.resolve import ResolvedModel, resolve
-from lltm_ray.records import GpuInfo
+from lltm_ray.records import Adapter, GpuInfo
 
 Progress = Callable[[str, int, int], None]
 
@@ -67,6 +65,8 @@ class Launch:
     gpus: tuple[GpuInfo, ...]
     cache_ram_tokens: int
     """What the server's host-memory prompt cache has room for."""
+    slot_similarity_ratio: float
+    """The server's `--slot-prompt-similarity`."""
     slots: OwnedFolder | None = None
     """Where its slots are saved, where nobody chose a folder; removed with the engine."""
     slot_folder: str = ""
@@ -90,7 +90,7 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
     fleet = spec.fleet
     model = resolve(fleet.model, cache_dir=environment.cache_dir, offline=environment.hf_offline, progress=progress)
     gpus = _own_gpus(spec.share)
-    engine = _as_neighbour(spec)
+    engine = _by_slot_rule(spec, _as_neighbour(spec))
     plan = plan_fit(
         read_model(model.path),
         budget_bytes=memory_for(spec, engine, gpus),
@@ -101,9 +101,8 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
     slots = _own_slots(spec, environment)
     engine = replace(engine, slot_save_path=str(slots.path)) if slots else engine
     try:
-        server = _server(
-            replace(spec, fleet=replace(fleet, engine=engine)), environment, model.path, plan, served_name, host
-        )
+        spec = replace(spec, fleet=replace(fleet, engine=engine))
+        server = _server(spec, environment, model.path, plan, served_name, host)
     except BaseException:
         if slots:
             slots.remove()
@@ -115,6 +114,7 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
         served_name=served_name,
         gpus=gpus,
         cache_ram_tokens=_cache_ram_tokens(engine.cache_ram_mib or 0, plan),
+        slot_similarity_ratio=engine.slot_similarity_ratio,
         slots=slots,
         slot_folder=engine.slot_save_path or "",
     )
@@ -128,20 +128,9 @@ def _cache_ram_tokens(cache_ram_mib: int, plan: MemoryPlan) -> int:
     return cache_ram_mib * 2**20 * plan.n_ctx // kv_bytes
 
 
-def check_here(config: FleetConfig) -> None:
-    """What can be told wrong before Ray is started, when everything will run on this machine. Downloads nothing.
-
-    Raises:
-        ModelError, ServerBinaryError, ConfigError: as the fleet would, some seconds later.
-    """
-    environment = read_environment()
-    find_server(config.llama_server, environment)
-    if Path(config.model).suffix == ".gguf" and ":" not in config.model:
-        read_model(resolve(config.model, cache_dir=environment.cache_dir).path)
-    if config.gateway is not None:
-        if config.gateway.api_key_file is not None:
-            ApiKeys.from_file(config.gateway.api_key_file)
-        bind(config.gateway).close()
+def adapters_of(engine: EngineConfig) -> tuple[Adapter, ...]:
+    """What requests may choose from, in the order in which llama-server numbers them."""
+    return tuple(Adapter(name=each.label, scale=each.scale) for each in engine.lora)
 
 
 def _server(
@@ -196,14 +185,26 @@ def _as_neighbour(spec: EngineSpec) -> EngineConfig:
 
     Its CPU threads spin while they wait for each other: several servers that each take all cores starve one another
     for seconds. Its host-memory prompt cache is 8 GiB a server by default: a few servers would fill a small machine.
+    That cache takes one adapter's keys and values for another's, so there is none where requests choose adapters.
     """
     engine = spec.fleet.engine
+    if engine.lora:
+        engine = replace(engine, cache_ram_mib=0)
     if engine.cache_ram_mib is None:
         part_mib = available_ram_bytes() // (8 * spec.engines_on_node) // 2**20
         engine = replace(engine, cache_ram_mib=min(LLAMA_CPP_CACHE_RAM_MIB, part_mib))
     if engine.n_threads is None and not spec.share:
         engine = replace(engine, n_threads=max(1, usable_cores() // spec.engines_on_node))
     return engine
+
+
+def _by_slot_rule(spec: EngineSpec, engine: EngineConfig) -> EngineConfig:
+    """Our own rule is for requests that name their slot: where none do, slots are better taken by llama.cpp's."""
+    gateway = spec.fleet.gateway
+    pins = spec.exposed if gateway is None else gateway.policy == "residency"
+    if pins or engine.slot_prompt_similarity is not None:
+        return engine
+    return replace(engine, slot_prompt_similarity=LLAMA_CPP_SIMILARITY_RATIO)
 
 
 def _own_gpus(share: float) -> tuple[GpuInfo, ...]:

@@ -33,3 +33,8 @@ def gateways(processes: int) -> tuple[str, ...]:
 def node(fleet: str, node_id: str) -> str:
     """The sampler on one node."""
     return f"lltm:{fleet}:node:{node_id}"
+
+
+def telemetry(fleet: str) -> str:
+    """The fleet's telemetry."""
+    return f"lltm:{fleet}:telemetry"

@@ -10,6 +10,8 @@ from typing import Any
 import ray
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
+from lltm_ray.actors import names
+
 
 def actor(cls: type[Any]) -> Any:
     """Make a Ray actor class: restarted for ever, no CPU of its own (engines ask for their share), no blind retries.
@@ -39,3 +41,16 @@ def is_revived() -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own property reads one that Ray has deprecated
         return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def options(*, detached: bool) -> dict[str, Any]:
+    """Ray's options that all named actors of a fleet have."""
+    return {"namespace": names.NAMESPACE, "lifetime": "detached" if detached else None}
+
+
+def find(actor_name: str) -> Any | None:
+    """An actor by name; None when there is none (any more), so that what is left of a fleet can still be ended."""
+    try:
+        return ray.get_actor(actor_name, namespace=names.NAMESPACE)
+    except ValueError:
+        return None

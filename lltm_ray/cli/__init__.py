@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "demo:demo",
     "up": "up:up",
     "status": "status:status",
+    "top": "top:top",
     "drain": "drain:drain",
     "down": "status:down",
     "chat": "chat:chat",

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,11 +21,11 @@ from lltm_ray.errors import ConfigError, LltmRayError
 
 PIPE_WIDTH = 200
 """Columns where nobody looks at a terminal: lines are for programs and files then, and paths must stay whole."""
+KEY_REMEDY = "give one of the gateway's keys with --api-key-file"
 OUT = Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 ERR = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else PIPE_WIDTH)
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-UrlOption = Annotated[str, typer.Option(help="Base URL of a gateway or of one llama-server.")]
 KeyFileOption = Annotated[
     Path | None, typer.Option(help="File whose first line is the API key to send.", show_default="no key")
 ]
@@ -35,8 +36,14 @@ ProgressCallback = Callable[[str, int, int | None], None]
 
 def fail(error: LltmRayError) -> NoReturn:
     """Say the error in one sentence and end: exit code 2 where the user's input is wrong (ConfigError), else 1."""
-    ERR.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+    print_error(error)
     raise typer.Exit(2 if isinstance(error, ConfigError) else 1)
+
+
+def print_error(error: LltmRayError) -> None:
+    """The error in one sentence, with the remedy where an endpoint wants a key that it did not get."""
+    remedy = f"; {KEY_REMEDY}" if error.http_status == HTTPStatus.UNAUTHORIZED else ""
+    ERR.print(f"[bold red]error:[/] {escape(error.message + remedy)}", soft_wrap=True)
 
 
 @contextmanager

@@ -11,21 +11,21 @@ from typing import Annotated, Any
 import typer
 import uvloop
 
-from lltm_ray.cli._load_result import LoadPlan, LoadResult, Percentiles
-from lltm_ray.cli._load_run import run_load
+from lltm_ray.cli._endpoint import NameOption, UrlOption, endpoint_of
 from lltm_ray.cli._output import (
     ERR,
     OUT,
     JsonFlag,
     KeyFileOption,
     ProgressCallback,
-    UrlOption,
     errors_end_the_command,
     print_json,
     print_table,
     progress_bar,
     read_key,
 )
+from lltm_ray.load.result import LoadPlan, LoadResult, Percentiles
+from lltm_ray.load.run import run_load
 
 _Requests = Annotated[
     int | None, typer.Option(min=1, help="Requests to send.", show_default="200, or without bound under --duration")
@@ -55,7 +55,8 @@ _Model = Annotated[str, typer.Option(help="Served model name.", show_default="th
 @errors_end_the_command()
 def bench(
     *,
-    url: UrlOption = "http://127.0.0.1:8000",
+    url: UrlOption = "",
+    name: NameOption = "default",
     model: _Model = "",
     api_key_file: KeyFileOption = None,
     requests: _Requests = None,
@@ -77,7 +78,7 @@ def bench(
     Ctrl-C ends the run and shows what was measured until then. Exit code 1: no request succeeded.
     """
     plan = LoadPlan(
-        url=url,
+        url=endpoint_of(url, name),
         model=model,
         api_key=read_key(api_key_file),
         requests=requests,

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 import requests
 import typer
-from rich.markup import escape
 
-from lltm_ray.cli._output import ERR, OUT, KeyFileOption, UrlOption, errors_end_the_command, read_key
+from lltm_ray.cli._endpoint import NameOption, UrlOption, endpoint_of
+from lltm_ray.cli._output import ERR, OUT, KeyFileOption, errors_end_the_command, print_error, read_key
 from lltm_ray.errors import ConfigError, DeadlineError, EngineExitedError, LltmRayError, ModelNotFoundError
 from lltm_ray.llamacpp import wire
 from lltm_ray.llamacpp.replies import Reply
@@ -43,7 +43,8 @@ _Timeout = Annotated[float, typer.Option(help="Longest silence of the server, in
 def chat(
     prompt: _Prompt = None,
     *,
-    url: UrlOption = "http://127.0.0.1:8000",
+    url: UrlOption = "",
+    name: NameOption = "default",
     model: _Model = "",
     system: _System = "",
     max_tokens: _MaxTokens = None,
@@ -58,7 +59,7 @@ def chat(
     """
     params = {"max_tokens": max_tokens, "temperature": temperature}
     given = {name: value for name, value in params.items() if value is not None}
-    endpoint = Endpoint(url.rstrip("/"), read_key(api_key_file), timeout, given)
+    endpoint = Endpoint(endpoint_of(url, name), read_key(api_key_file), timeout, given)
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()
     if prompt == "":
@@ -183,7 +184,7 @@ def converse(talk: Conversation) -> None:
             try:
                 talk.ask(line)
             except LltmRayError as error:
-                ERR.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+                print_error(error)
 
 
 def _read_line() -> str | None:

@@ -13,13 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from lltm_ray import _optional
-from lltm_ray.cli._load_result import LoadPlan
-from lltm_ray.cli._load_run import run_load
 from lltm_ray.cli._output import ERR, OUT, errors_end_the_command
 from lltm_ray.cli.bench import show
 from lltm_ray.config import FleetConfig, GatewayConfig
 from lltm_ray.driver import Cluster
 from lltm_ray.errors import EngineError
+from lltm_ray.load.result import LoadPlan
+from lltm_ray.load.run import run_load
 from lltm_ray.records import FleetStatus
 
 LOAD_REQUESTS = 200

@@ -136,20 +136,20 @@ def _check_httptools() -> Finding:
     return _required("httptools")
 
 
-def _required(package: str) -> Finding:
+def _required(package: str, distribution: str = "") -> Finding:
     """A package that comes with ours and must import."""
     if find_spec(package) is None:
         return Finding(state="bad", detail="not installed", remedy="the installation is damaged: pip install lltm_ray")
     import_module(package)
-    return Finding(state="ok", detail=version(package))
+    return Finding(state="ok", detail=version(distribution or package))
 
 
 def _check_otlp() -> Finding:
-    return _extra("otlp", "opentelemetry-exporter-otlp", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    return _required("opentelemetry.exporter.otlp", "opentelemetry-exporter-otlp")
 
 
 def _check_nvml() -> Finding:
-    found = _extra("nvml", "nvidia-ml-py", "pynvml")
+    found = _required("pynvml", "nvidia-ml-py")
     reason = read_inventory().reason
     if found.state == "ok" and reason:
         return Finding(state="off", detail=f"{found.detail} is installed, but {reason}")

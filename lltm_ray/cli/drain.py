@@ -7,19 +7,19 @@ from typing import Annotated, Any
 import requests
 import typer
 
+from lltm_ray.cli._endpoint import NameOption, UrlOption, endpoint_of
 from lltm_ray.cli._output import (
     ERR,
     OUT,
     JsonFlag,
     KeyFileOption,
-    UrlOption,
     errors_end_the_command,
     human_bytes,
     print_json,
     print_table,
     read_key,
 )
-from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError
+from lltm_ray.errors import AuthenticationError, ConfigError, DeadlineError, LltmRayError
 from lltm_ray.llamacpp.replies import Reply
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -35,7 +35,8 @@ _Undrain = Annotated[bool, typer.Option("--undrain", help="Let a drained engine 
 def drain(
     engine: _Engine,
     *,
-    url: UrlOption = "http://127.0.0.1:8000",
+    url: UrlOption = "",
+    name: NameOption = "default",
     api_key_file: KeyFileOption = None,
     timeout: _Timeout = 30.0,
     undrain: _Undrain = False,
@@ -45,7 +46,7 @@ def drain(
 
     The engine stays closed until --undrain or until its server is restarted. Exit code 1: something stayed on it.
     """
-    key, base = read_key(api_key_file), url.rstrip("/")
+    key, base = read_key(api_key_file), endpoint_of(url, name)
     if undrain:
         _post(f"{base}/lltm/undrain", key, _ANSWER_TIMEOUT_S, engine=engine)
         OUT.print(f"{engine} takes requests again", markup=False)
@@ -99,4 +100,4 @@ def _refusal(engine: str, status: int, message: str) -> LltmRayError:
     shown = f"engine={engine!r}: "
     if status == 400 and message.startswith(shown):
         return ConfigError("engine", engine, message.removeprefix(shown))
-    return LltmRayError(message)
+    return AuthenticationError(message) if status == AuthenticationError.http_status else LltmRayError(message)

@@ -10,7 +10,7 @@ import requests
 import typer
 from rich.markup import escape
 
-from lltm_ray.actors.runstate import RunState
+from lltm_ray.cli._endpoint import NameOption, UrlOption, endpoint_of
 from lltm_ray.cli._output import (
     OUT,
     JsonFlag,
@@ -27,8 +27,6 @@ _TIMEOUT_S = 15.0
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)))
 
 _Id = Annotated[str | None, typer.Argument(help="x-request-id of the answer. Left out: the last requests.")]
-_Url = Annotated[str, typer.Option(help="Base URL of a gateway.", show_default="the fleet's own")]
-_Name = Annotated[str, typer.Option(help="The fleet's name, where no URL is given.")]
 _Limit = Annotated[int, typer.Option(min=1, max=1000, help="Without an id: how many requests.")]
 _Tenant = Annotated[str, typer.Option(help="Without an id: only this tenant's.", show_default="all")]
 
@@ -39,16 +37,16 @@ def explain(
     *,
     limit: _Limit = 20,
     tenant: _Tenant = "",
-    url: _Url = "",
+    url: UrlOption = "",
     api_key_file: KeyFileOption = None,
-    name: _Name = "default",
+    name: NameOption = "default",
     as_json: JsonFlag = False,
 ) -> None:
     """Why this engine and slot, what reuse was expected and found, waits, attempts, tokens.
 
     Every answer has its id in the header x-request-id. Without an id the last requests are listed.
     """
-    base, key = (url or _endpoint_of(name)).rstrip("/"), read_key(api_key_file)
+    base, key = endpoint_of(url, name), read_key(api_key_file)
     if request_id:
         found = _ask(base, key, f"{PATH}/{quote(request_id, safe='')}")
         if found is None:
@@ -57,13 +55,6 @@ def explain(
         return
     listed = (_ask(base, key, PATH, {"limit": limit, "tenant": tenant}) or {}).get("requests", [])
     print_json(listed) if as_json else _print_list(listed)
-
-
-def _endpoint_of(name: str) -> str:
-    state = RunState.load(name)
-    if state is None or not state.endpoint:
-        raise ConfigError("url", "", f"no fleet {name!r} runs here; give the gateway's URL, or start one (lltm-ray up)")
-    return state.endpoint
 
 
 def _ask(base: str, key: str, path: str, params: dict[str, Any] | None = None) -> dict[str, Any] | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,16 +21,24 @@ from lltm_ray.cli._output import (
     print_table,
     progress_bar,
 )
+from lltm_ray.config import build
 from lltm_ray.errors import ConfigError
 from lltm_ray.routing.policy import POLICIES, make_policy
 from lltm_ray.routing.replay import Fleet, Replay, Result
 from lltm_ray.routing.replay.measure import Ideal, quiet_gc
 from lltm_ray.routing.replay.simulated import EngineSpec
-from lltm_ray.routing.replay.synthetic import KINDS, request_rate, shape_of, synthetic
+from lltm_ray.routing.replay.synthetic import KINDS, Shape, request_rate, shape_of, synthetic
 from lltm_ray.routing.replay.trace import Arrival, read_trace, trace_lines
 
 GC_NOTE = "cyclic garbage collection frozen and off, as in a gateway after its start"
 _DEFAULT_REQUESTS = 2000
+
+
+def _keys(kind: type[Any], *elsewhere: str) -> str:
+    """Names of a dataclass's fields and their defaults, for people."""
+    items = ((item.name, item.default) for item in fields(kind) if item.name not in elsewhere)
+    return ", ".join(f"{name}={value:.12g}" if isinstance(value, int | float) else name for name, value in items)
+
 
 _Trace = Annotated[Path | None, typer.Argument(help="Recorded trace. Left out: --synthetic makes one.")]
 _Kind = Annotated[str | None, typer.Option("--synthetic", help=f"Make a trace: {', '.join(KINDS)}.")]
@@ -42,15 +51,19 @@ _Policies = Annotated[
 _Requests = Annotated[
     int | None, typer.Option(min=1, help="How many of the trace.", show_default=f"all; synthetic {_DEFAULT_REQUESTS}")
 ]
-_OfKind = {"show_default": "the kind's own"}
-_Load = Annotated[float | None, typer.Option(help="Synthetic: share of what the fleet can do.", **_OfKind)]
-_Turns = Annotated[int | None, typer.Option(help="Synthetic: turns of a session.", **_OfKind)]
-_First = Annotated[int | None, typer.Option(help="Synthetic: tokens of a first turn.", **_OfKind)]
-_Turn = Annotated[int | None, typer.Option(help="Synthetic: tokens of each further turn.", **_OfKind)]
-_Output = Annotated[int | None, typer.Option(help="Synthetic: tokens of a reply.", **_OfKind)]
-_System = Annotated[int | None, typer.Option(help="Synthetic: tokens that all prompts begin with.", **_OfKind)]
-_Pause = Annotated[float | None, typer.Option(help="Synthetic: mean seconds between turns.", **_OfKind)]
-_Deadline = Annotated[float | None, typer.Option(help="Synthetic: seconds until an answer must begin.", **_OfKind)]
+_Pairs = list[str] | None
+_AGAIN = "; may be given again."
+_Engine = Annotated[
+    _Pairs, typer.Option(metavar="KEY=VALUE", help=f"Of each engine: {_keys(EngineSpec, 'slots')}{_AGAIN}")
+]
+_Workload = Annotated[
+    _Pairs,
+    typer.Option(metavar="KEY=VALUE", help=f"Of a synthetic trace, by default the kind's own: {_keys(Shape)}{_AGAIN}"),
+]
+_RouterPairs = Annotated[
+    _Pairs,
+    typer.Option("--router", metavar="KEY=VALUE", help=f"Of the router: {_keys(Fleet, 'engines', 'spec')}{_AGAIN}"),
+]
 _Write = Annotated[Path | None, typer.Option(help="Write the trace to this file instead of playing it.")]
 
 
@@ -64,23 +77,9 @@ def replay(
     slots: Annotated[int, typer.Option(help="Slots of each.")] = 4,
     requests: _Requests = None,
     seed: Annotated[int, typer.Option(help="Synthetic: the same seed makes the same trace.")] = 0,
-    load: _Load = None,
-    turns: _Turns = None,
-    first_tokens: _First = None,
-    turn_tokens: _Turn = None,
-    output_tokens: _Output = None,
-    system_tokens: _System = None,
-    pause: _Pause = None,
-    deadline: _Deadline = None,
-    prefill_rate: Annotated[float, typer.Option(help="Prompt tokens an engine computes a second.")] = 42_300.0,
-    prefill_overhead_ms: Annotated[float, typer.Option(help="On top of it for each prompt.")] = 2.0,
-    decode_ms: Annotated[float, typer.Option(help="A generated token when one request decodes.")] = 1.28,
-    decode_step_ms: Annotated[float, typer.Option(help="What each further one adds.")] = 0.06,
-    batch_tokens: Annotated[int, typer.Option(help="Prompt tokens computed between two decode steps.")] = 2048,
-    ram_tokens: Annotated[int, typer.Option(help="An engine's host-memory prompt cache.")] = 262_144,
-    queue_limit: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
-    queue_timeout: Annotated[float, typer.Option(help="Longest wait without a deadline, in seconds.")] = 60.0,
-    residency_mib: Annotated[float, typer.Option(help="Room for the router's index of caches.")] = 64.0,
+    engine: _Engine = None,
+    workload: _Workload = None,
+    router: _RouterPairs = None,
     write: _Write = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -89,33 +88,9 @@ def replay(
     The router is the real one; only engines and time are simulated. An engine is by default like a 1.3 B model on an
     H200. The ideal is one server with unlimited slots and memory. State is what the router holds at its peak.
     """
-    spec = EngineSpec(
-        slots=slots,
-        prefill_tokens_s=prefill_rate,
-        prefill_overhead_s=prefill_overhead_ms / 1e3,
-        decode_first_s=decode_ms / 1e3,
-        decode_step_s=decode_step_ms / 1e3,
-        batch_tokens=batch_tokens,
-        ram_tokens=ram_tokens,
-    )
-    fleet = Fleet(
-        engines=engines,
-        spec=spec,
-        queue_limit=queue_limit,
-        queue_timeout_s=queue_timeout,
-        residency_bytes=int(residency_mib * 2**20),
-    )
-    changes = {
-        "load": load,
-        "turns": turns,
-        "first_tokens": first_tokens,
-        "turn_tokens": turn_tokens,
-        "output_tokens": output_tokens,
-        "system_tokens": system_tokens,
-        "pause_s": pause,
-        "allowance_s": deadline,
-    }
-    source = _source(trace, kind, changes, _Run(fleet, requests, seed))
+    spec = build(EngineSpec, {"slots": slots} | _pairs("engine", engine), "engine.")
+    fleet = build(Fleet, {"engines": engines, "spec": spec} | _pairs("router", router), "router.")
+    source = _source(trace, kind, _pairs("workload", workload), _Run(fleet, requests, seed))
     if write is not None:
         _write(write, source)
         return
@@ -143,16 +118,33 @@ Source = Callable[[], Iterator[Arrival]]
 """Begins the trace anew each time."""
 
 
+def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE texts of an option; what is no number stays text, for `build` to refuse."""
+    found = {}
+    for text in texts or ():
+        name, is_pair, value = text.partition("=")
+        if not is_pair:
+            raise ConfigError(option, text, f"must be KEY=VALUE; `lltm-ray replay --help` lists the keys of --{option}")
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        with suppress(ValueError):  # the next kind may do
+            return kind(text)
+    return text
+
+
 def _source(trace: Path | None, kind: str | None, changes: dict[str, Any], run: _Run) -> Source:
     if (trace is None) == (kind is None):
         why = "give either a recorded trace or --synthetic KIND"
         raise ConfigError("trace", "" if trace is None else str(trace), f"{why}; kinds are {', '.join(KINDS)}")
     if trace is not None:
-        given = [name for name, value in changes.items() if value is not None]
-        if given:
-            raise ConfigError(given[0], changes[given[0]], "changes synthetic traces only, not a recorded one")
+        for name, value in changes.items():
+            raise ConfigError(f"workload.{name}", value, "changes synthetic traces only, not a recorded one")
         return lambda: _first(read_trace(trace), run.requests)
-    shape = shape_of(str(kind), **changes)
+    shape = build(Shape, asdict(shape_of(str(kind))) | changes, "workload.")
     requests_s = request_rate(shape, run.fleet.engines, run.fleet.spec)
     requests = run.requests or _DEFAULT_REQUESTS
     return lambda: synthetic(shape, requests=requests, requests_s=requests_s, seed=run.seed)
@@ -221,12 +213,12 @@ def _show(name: str, fleet: Fleet, ideal: Ideal, results: list[Result]) -> None:
         rows.append((each.policy, *reuse, each.computed_tokens, *times, f"{each.goodput_ratio:.2%}", refused))
     print_table(columns, rows)
     OUT.print()
-    costs = ("policy", "decision µs p50", "p99", "CPU p50", "p99", "release µs p50", "p99", "CPU p99", "state", "index")
+    work = ("decision CPU µs p50", "p99", "settling p50", "p99", "release p50", "p99")
+    costs = ("policy", "decision µs p50", "p99", *work, "state", "index")
     print_table(costs, [_cost(each) for each in results], title="what deciding costs here")
 
 
 def _cost(each: Result) -> tuple[Any, ...]:
-    wall, cpu, release = each.decision_us, each.decision_cpu_us, each.release_us
+    spreads = each.decision_us, each.decision_cpu_us, each.settle_cpu_us, each.release_cpu_us
     sizes = human_bytes(each.state_peak_bytes), human_bytes(each.residency_peak_bytes)
-    times = (wall.p50, wall.p99, cpu.p50, cpu.p99, release.p50, release.p99, each.release_cpu_us.p99)
-    return each.policy, *times, *sizes
+    return each.policy, *(time for spread in spreads for time in (spread.p50, spread.p99)), *sizes

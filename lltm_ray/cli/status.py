@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Annotated
-
-import typer
 
 from lltm_ray.actors.runstate import RunState
+from lltm_ray.cli._endpoint import NameOption
 from lltm_ray.cli._output import ERR, OUT, JsonFlag, errors_end_the_command, print_json, print_table
 from lltm_ray.config import read_environment
 from lltm_ray.driver import Cluster
 from lltm_ray.errors import FleetError
 from lltm_ray.records import FleetStatus
 
-NameOption = Annotated[str, typer.Option(help="The fleet's name.")]
 DOWN_TIMEOUT_S = 120.0
 
 
@@ -70,11 +67,12 @@ def _end_process(state: RunState) -> None:
 
 
 def _print(seen: FleetStatus) -> None:
+    closed = {name for gateway in seen.gateways for name in gateway.closed}
     columns = ("engine", "state", "model", "node", "gpus", "share", "server pid", "slots", "restarts", "detail")
     rows = [
         (
             engine.name,
-            str(engine.state),
+            f"{engine.state}, closed" if engine.name in closed else str(engine.state),
             engine.model,
             engine.node_ip,
             ",".join(map(str, engine.gpu_ids)) or None,

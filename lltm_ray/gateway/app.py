@@ -15,6 +15,9 @@ from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError, RequestToo
 from lltm_ray.gateway.accounting import RequestRecord
 from lltm_ray.gateway.ask import build_ask
 from lltm_ray.gateway.auth import ApiKeys
+from lltm_ray.gateway.dashboard.feed import Telemetry
+from lltm_ray.gateway.dashboard.routes import PUBLIC as DASHBOARD_FILES
+from lltm_ray.gateway.dashboard.routes import TIMELINE_PATH, DashboardRoutes
 from lltm_ray.gateway.drain_routes import DrainRoutes, Peers
 from lltm_ray.gateway.explain_routes import PATH as EXPLAIN_PATH
 from lltm_ray.gateway.explain_routes import ExplainRoutes
@@ -29,10 +32,12 @@ from lltm_ray.gateway.protocol import EXTENSION
 from lltm_ray.gateway.relay import Relay
 from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope, Send, encode, send_error
 from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_pin, understand
+from lltm_ray.gateway.settle import cut_off, settle
 from lltm_ray.gateway.slot_files import LocalFiles, SlotFiles
+from lltm_ray.gateway.timeline import begin_trace
+from lltm_ray.gateway.trace import Tracing
 from lltm_ray.records import FleetStatus
 from lltm_ray.routing.ledger import Ledger, LedgerEntry
-from lltm_ray.routing.ledger.entry import Outcome
 from lltm_ray.routing.router import Router
 
 GENERATING = (
@@ -47,9 +52,9 @@ CHEAP = (
     *("/responses/input_tokens", "/v1/responses/input_tokens"),
 )
 """POST routes that any ready engine of the model answers without a slot."""
+_OPEN = PUBLIC | DASHBOARD_FILES
 _log = logging.getLogger(__name__)
 KEPT_RECORDS = 1024
-_MODEL_CHARS = 96
 MAX_TARGET_BYTES = 8192
 """Longest path and query; llama-server hangs up on ones that are too long for it, and does not say so."""
 LINGER_S = 2.0
@@ -74,6 +79,8 @@ class GatewayApp:
         account: the ledger's state for `/lltm/status`.
         files: carries saved slots between engines' folders.
         peers: the fleet's other gateways.
+        tracing: takes rows of finished requests; None: no clock is read for it.
+        telemetry: the fleet's figures, for the live page and `/metrics`; None: the fleet runs without.
         on_done: takes each request's record when it is over; it must be quick and must not raise. None appends to
             `records`, which keeps the last 1024.
     """
@@ -90,6 +97,8 @@ class GatewayApp:
         files: SlotFiles | None = None,
         account: Callable[[], dict[str, Any]] = dict,
         peers: Peers | None = None,
+        tracing: Tracing | None = None,
+        telemetry: Telemetry | None = None,
         on_done: Callable[[RequestRecord], None] | None = None,
     ) -> None:
         self.records: deque[RequestRecord] = deque(maxlen=KEPT_RECORDS)
@@ -98,13 +107,17 @@ class GatewayApp:
         self._keys = keys
         self._clock = clock
         self._on_done = on_done or self.records.append
+        self._tracing = tracing
         self._pool = UpstreamPool(connect_timeout_s=config.connect_timeout_s)
         self._ledger = ledger
         self.migrator = Migrator(router, self._pool, files or LocalFiles())
         self.leveller = Leveller(router, self.migrator)
         self._relay = Relay(router, self._pool, config, ledger=ledger, confirm=self.migrator.confirm, clock=clock)
-        self._fleet_routes = FleetRoutes(router, Fleet(router, self._pool), config, self._look(status, account))
+        self._fleet_routes = FleetRoutes(
+            router, Fleet(router, self._pool, peers), config, self._look(status, account), telemetry
+        )
         self._explain_routes = ExplainRoutes(ledger)
+        self._dashboard_routes = DashboardRoutes(telemetry)
         self._deadlines = Deadlines(config.request_timeout_s)
         self._running = 0
         self._is_draining = False
@@ -126,7 +139,7 @@ class GatewayApp:
         routes: dict[tuple[str, str], Handler] = {("POST", path): self._generate for path in GENERATING}
         routes |= {("POST", path): self._cheap for path in CHEAP}
         routes |= DrainRoutes(self.migrator, peers).build() | self._explain_routes.build()
-        return routes | self._fleet_routes.build()
+        return routes | self._dashboard_routes.build() | self._fleet_routes.build()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI scope."""
@@ -202,7 +215,7 @@ class GatewayApp:
             await _preflight(request)
             return
         self._check_head(request)
-        if request.path not in PUBLIC:
+        if request.path not in _OPEN:
             request.tenant = self._keys.check(request.headers)
         handler = self._routes.get((request.method, request.path)) or self._by_pattern(request)
         if self._is_draining and request.path != STATUS_PATH:
@@ -218,6 +231,9 @@ class GatewayApp:
         if request.method == "GET" and request.path.startswith(EXPLAIN_PATH + "/"):
             request.record.route = EXPLAIN_PATH
             return self._explain_routes.explain_path
+        if request.method == "GET" and request.path.startswith(TIMELINE_PATH + "/"):
+            request.record.route = TIMELINE_PATH
+            return self._dashboard_routes.timeline_path
         request.record.route = "other"
         return _not_found
 
@@ -241,6 +257,8 @@ class GatewayApp:
             raise error  # the host must break the connection: an end would look like success
         request.record.error = error.message
         request.record.status = error.http_status
+        if request.trace is not None:
+            request.trace.error_type = error.code
         headers = request.own_headers()
         if not isinstance(error, RequestTooLargeError):
             await send_error(request.send, error, headers)
@@ -252,13 +270,18 @@ class GatewayApp:
         record.total_s = self._clock() - request.arrived_at
         record.ends = request.ends.join()
         if request.is_accounted and self._ledger is not None:
-            self._ledger.finish(_settled(request, self._config.policy))
+            self._ledger.finish(settle(request, self._config.policy))
+        if self._tracing is not None and request.trace is not None:
+            self._tracing.note(request, request.trace)
         self._on_done(record)
 
     # --- forwarded routes
 
     async def _generate(self, request: Request) -> None:
         request.is_accounted = True
+        if self._tracing is not None:
+            request.trace = begin_trace(request.headers)
+            request.reply_text = "" if self._tracing.capture is not None else None
         await self._forward(request, needs_slot=True)
 
     async def _cheap(self, request: Request) -> None:
@@ -273,13 +296,14 @@ class GatewayApp:
             if reads_model:
                 await understand(request)
             if needs_slot:
-                request.ask = build_ask(request, tenant=request.tenant, patience_s=self._config.queue_timeout_s)
+                patience_s = self._config.queue_timeout_s
+                request.ask = build_ask(request, self._router, tenant=request.tenant, patience_s=patience_s)
             await self._relay.forward(request)
         except asyncio.CancelledError:
             cause = guard.absorb()
             if cause is None:
                 raise
-            _cut_off(request.entry, cause)
+            cut_off(request.entry, cause)
             if cause is Cause.DEADLINE:
                 raise DeadlineError("the request", self._config.request_timeout_s) from None
             request.record.error = cause
@@ -304,29 +328,6 @@ class GatewayApp:
         await self._forward(request, needs_slot=False, reads_model=False)
         if request.record.status == 200 and action != "save":
             self._router.erased(request.record.engine, int(request.path.rpartition("/")[2]))
-
-
-def _cut_off(entry: LedgerEntry, cause: Cause) -> None:
-    """The last attempt ended from our side."""
-    last = entry.attempts[-1] if entry.attempts else None
-    if last is not None and last.outcome == Outcome.OK:
-        last.outcome = Outcome.CLIENT_GONE if cause is Cause.CLIENT_GONE else Outcome.DEADLINE
-
-
-def _settled(request: Request, policy: str) -> LedgerEntry:
-    """The request's line in the account, complete."""
-    entry, record, ask = request.entry, request.record, request.ask
-    entry.tenant, entry.policy = request.tenant, policy
-    if not entry.model:  # refused: the client's own word, which may be of any length
-        entry.model = ((ask.model if ask else request.model) or "")[:_MODEL_CHARS]
-    entry.affinity = ask.affinity if ask else ""
-    entry.wait_s, entry.ttft_s, entry.total_s = record.queue_s, record.ttft_s, record.total_s
-    entry.status, entry.error = record.status, record.error
-    entry.delivered_tokens = record.delivered_tokens
-    if request.choice is not None:
-        entry.why = request.choice.why
-        entry.considered = [score._asdict() for score in request.choice.considered]
-    return entry
 
 
 def _client_link(scope: Scope) -> ClientLink | None:

@@ -10,8 +10,10 @@ from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.request import Request
 from lltm_ray.gateway.upstream import Headers
+from lltm_ray.routing.adapters import Lora, choose
 from lltm_ray.routing.policy import Ask
-from lltm_ray.routing.prompt import adapter_of, prompt_key
+from lltm_ray.routing.prompt import prompt_key
+from lltm_ray.routing.router import Router
 
 DEADLINE_HEADER = b"x-lltm-deadline-ms"
 """Milliseconds from the request's arrival to the latest beginning of its answer."""
@@ -24,34 +26,55 @@ _MOST_TOKENS = 2**31
 """JSON knows no largest number, but what is computed from one has to."""
 _CANNOT_PIN = frozenset(("/v1/messages", "/responses", "/v1/responses"))
 """Routes where llama-server drops `id_slot`."""
+_DROPS_LORA = "/v1/messages"
+"""Where llama-server drops `lora`, too: it would go on from whatever adapter's cache has the longest match."""
+_CHATS = "/v1/chat/completions"
+_ANY = {"messages": [{"role": "user", "content": "a"}], "prompt": "a"}
 
 
-def build_ask(request: Request, *, tenant: str, patience_s: float) -> Ask:
+def build_ask(request: Request, router: Router, *, tenant: str, patience_s: float) -> Ask:
     """What the router is asked for.
 
     Args:
         request: with its body parsed.
+        router: knows the LoRA adapters.
         tenant: who asks, as a label that is no secret.
         patience_s: how long after its arrival the answer must have begun; a client may only shorten it.
 
     Raises:
-        ConfigError: a deadline or priority that is no number in its range.
+        ConfigError: a deadline or priority that is no number in its range, or adapters that cannot be had there.
+        ModelNotFoundError: no such adapter.
     """
     fields = request.body_json if isinstance(request.body_json, dict) else {}
     headers = request.headers
+    lora = _lora(request, router, fields)
     wait_ms = _number(headers, DEADLINE_HEADER, 1, math.inf)
     return Ask(
         model=request.model or "",
-        key=prompt_key(request.path, fields),
+        key=prompt_key(request.path, fields, lora),
         max_tokens=_limit(fields),
         tenant=tenant,
         priority=int(_number(headers, PRIORITY_HEADER, -10, 10) or 0),
         deadline_s=request.arrived_at + (patience_s if wait_ms is None else min(patience_s, wait_ms / 1e3)),
         affinity=_affinity(headers, fields, tenant),
-        adapter=adapter_of(fields) if "lora" in fields else "",
+        adapter=lora[0][0] if lora else "",
+        lora=lora,
         only=request.only,
         can_pin=request.path not in _CANNOT_PIN and "id_slot" not in fields,
     )
+
+
+def _lora(request: Request, router: Router, fields: dict[str, Any]) -> Lora | None:
+    model, raw, path = request.model or "", fields.get("lora"), request.path
+    if not raw and ":" not in model and path != _DROPS_LORA:
+        return None
+    served = router.resolve(model, request.only)
+    if path == _DROPS_LORA and router.adapters(served):
+        raise ConfigError("model", model or served, f"has adapters, which {path} cannot choose; use {_CHATS}")
+    lora = choose(model, raw, served, (each for each in router.engines(served) if request.only in (None, each.name)))
+    if lora and not prompt_key(path, _ANY):
+        raise ConfigError("model", model or served, f"adapters are for generating text, not for {path}")
+    return lora
 
 
 def _limit(fields: dict[str, Any]) -> int | None:
@@ -90,5 +113,6 @@ def _number(headers: Headers, name: bytes, low: float, high: float) -> float | N
         value = math.nan
     if not low <= value <= high:
         shown = raw.decode("utf-8", "replace")
-        raise ConfigError(name.decode("ascii"), shown, f"must be a number from {low:g} to {high:g}")
+        wanted = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ConfigError(name.decode("ascii"), shown, f"must be a number {wanted}")
     return value

@@ -44,6 +44,25 @@ def asks_ids(kind: str | None, body: dict[str, Any]) -> bool:
     return type(top_k) is int and 0 < top_k <= 1000 and not body.get("samplers") and not body.get("backend_sampling")
 
 
+def ask_details(path: str, body: dict[str, Any], data: bytes, id_slot: int = -1) -> bytes:
+    """The request's bytes with what a `StreamTap` needs, and the slot, added before the last brace: later keys win.
+
+    Args:
+        path: an eligible request's route.
+        body: its parsed JSON.
+        data: its bytes.
+        id_slot: the slot to ask for; negative: llama.cpp's choice.
+    """
+    kind = kind_of(path)
+    added = b',"id_slot":%d' % id_slot if id_slot >= 0 else b""
+    if kind == "text":
+        added += b',"verbose":true,"return_tokens":true'
+    elif kind == "chat" and asks_ids(kind, body):
+        added += b',"n_probs":1,"post_sampling_probs":true,"timings_per_token":true'
+    end = data.rindex(b"}")
+    return b"%b%b%b" % (data[:end], added, data[end:])
+
+
 def is_eligible(path: str, body: Any) -> tuple[bool, str]:
     """Whether a request's stream can be continued elsewhere, else why not; most of all, one answer without constraints.
 

@@ -26,6 +26,9 @@ class Peers(Protocol):
     async def open_engine(self, engine: str) -> None:
         """The same at each of them."""
 
+    async def rescale(self, engine: str, scales: dict[int, float]) -> None:
+        """Tell each of them an engine's new adapter scales, by id."""
+
 
 class DrainRoutes:
     """Handlers of /lltm/drain and /lltm/undrain."""

@@ -75,6 +75,7 @@ class Exchange:
         self._engine = engine
         self._lease = lease
         self._attempt = attempt
+        self._seen = request.trace.running if request.trace is not None else None
         self._router = common.router
         self._clock = common.clock
         self._confirm = common.confirm
@@ -104,10 +105,13 @@ class Exchange:
             ConnectFailedError, UpstreamBrokenError, UnjoinableError: the attempt failed.
         """
         request = self._request
-        headers = upstream_headers(request.headers, self._engine.api_key, request.id)
+        trace = request.trace.headers() if request.trace is not None else None
+        headers = upstream_headers(request.headers, self._engine.api_key, request.id, trace)
         body = self._body(failover=failover)
         data = build_request(request.method.encode("ascii"), request.target, self._engine.url, headers, body)
         connection = await pool.open(self._engine.url, data, fresh=request.once)
+        if self._seen is not None:
+            self._seen.headers_at = self._clock()
         try:
             if connection.status == 503 and not may_load:
                 raise LoadingError("its server is loading (503)")
@@ -123,13 +127,15 @@ class Exchange:
             pool.release(connection)
 
     def _body(self, *, failover: bool) -> bytes:
-        """The request's own bytes, with the slot and what the tap needs spliced in."""
+        """The request's own bytes, with adapters, slot and what the tap needs spliced in."""
         request, lease = self._request, self._lease
         data = request.streamed or request.body
         slot = lease.slot if lease is not None else -1
         fields = request.body_json
         if not isinstance(fields, dict) or not fields:
             return data
+        if lease is not None and lease.engine.adapters:
+            data = splice(data, lease.lora)
         if failover and request.is_stream and is_eligible(request.path, fields)[0]:
             has_ids = self._chat_ids or kind_of(request.path) != "chat"
             self.tap = StreamTap(request.path, fields, details=has_ids)
@@ -137,8 +143,7 @@ class Exchange:
                 return ask_details(request.path, fields, data, slot)
         if slot < 0:
             return data
-        end = data.rfind(b"}")
-        return b'%b,"id_slot":%d%b' % (data[:end], slot, data[end:])
+        return splice(data, b'"id_slot":%d' % slot)
 
     # --- the answer's three ways
 
@@ -157,6 +162,7 @@ class Exchange:
             if not size_bytes:
                 self._began()
             size_bytes += len(part)
+            self._attempt.generated_tokens += count_events(request.path, part)
             if size_bytes > JOINED_BYTES:
                 raise UpstreamBrokenError(f"the answer is longer than {JOINED_BYTES} bytes")
             joiner.feed(part)
@@ -201,8 +207,8 @@ class Exchange:
             cell.delivered(self._position)
             return push(part) if part else True
 
-        await connection.pump(sink)
-        return b""
+        part = await connection.pump(sink)
+        return self._told(part) if part else b""
 
     def _told(self, data: bytes) -> bytes:
         """What of the engine's bytes is the client's, noted."""
@@ -226,8 +232,11 @@ class Exchange:
 
     # --- what it tells
 
-    def _began(self) -> None:
-        self._request.record.ttft_s = self._clock() - self._request.arrived_at
+    def _began(self, *, is_whole: bool = False) -> None:
+        now = self._clock()
+        self._request.record.ttft_s = now - self._request.arrived_at
+        if self._seen is not None and not is_whole:
+            self._seen.first_at = now
         if self._lease is not None:
             self._router.began(self._lease)
 
@@ -236,7 +245,7 @@ class Exchange:
         request.record.bytes_sent += len(part)
         request.ends.add(part)
         if is_first:
-            self._began()
+            self._began(is_whole=True)
 
     async def _start(self, status: int, headers: Headers) -> None:
         request = self._request
@@ -250,6 +259,10 @@ class Exchange:
     def close(self, *, is_good: bool) -> None:
         """The engine is done: read its counts, give the slot back."""
         timings, attempt = self._timings(), self._attempt
+        if self._seen is not None:
+            self._seen.ended_at, self._seen.timings = self._clock(), timings
+        if self._request.reply_text is not None:
+            self._request.reply_text = self.tap.text if self.tap is not None else self._text or ""
         if timings is not None:
             attempt.cached_tokens, attempt.computed_tokens = timings.cache_n, timings.prompt_n
             attempt.generated_tokens = attempt.delivered_tokens = timings.predicted_n
@@ -284,6 +297,12 @@ class Exchange:
         if self.tap is not None and self.tap.is_plain:
             self._text = self.tap.text
         return None if self._text is None else reply_key(self._request.path, self._text)
+
+
+def splice(data: bytes, field: bytes) -> bytes:
+    """A JSON object that is not empty, with one more field; llama-server takes the last of several of one name."""
+    end = data.rfind(b"}")
+    return b"%b,%b%b" % (data[:end], field, data[end:])
 
 
 def route_headers(lease: Lease, attempt: Attempt, attempts: int) -> Headers:

@@ -15,7 +15,7 @@ A reply that comes out different ends with `EngineExitedError`, never with a tex
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +74,6 @@ class Continuation:
         tap: what the client got so far; kept up to date here.
         pool: connections to the engines' servers.
         request_id: for the engines' logs.
-        restore: awaited with the survivor before it is asked, such as to load the dead engine's saved slot there.
     """
 
     def __init__(
@@ -85,22 +84,25 @@ class Continuation:
         pool: UpstreamPool,
         *,
         request_id: str = "",
-        restore: Callable[[EngineInfo], Awaitable[None]] | None = None,
     ) -> None:
         self._path = path
-        self._body = body
+        self._body = dict(body)
         self._tap = tap
         self._pool = pool
         self._request_id = request_id
-        self._restore = restore
         self._prompt: str | list[int] | None = None if tap.kind == "chat" else body["prompt"]
         self._is_greedy = is_exact(body)
         self.is_exact = True
         """Whether the reply is what one engine would have given; False once a sampled one was taken up."""
         self.attempts: list[Attempt] = []
 
-    async def on(self, engine: EngineInfo, *, id_slot: int = -1) -> AsyncGenerator[bytes, None]:
+    async def on(self, engine: EngineInfo, *, id_slot: int = -1, lora: bytes = b"") -> AsyncGenerator[bytes, None]:
         """The client's bytes from one engine, to the end of the stream.
+
+        Args:
+            engine: that goes on.
+            id_slot: its slot; -1: llama-server chooses.
+            lora: what it is to be told of adapters, as `Lease.lora`.
 
         Raises:
             ConnectFailedError, UpstreamBrokenError: this engine failed too; call again with another.
@@ -109,8 +111,8 @@ class Continuation:
         can_continue, why = self._tap.can_continue
         if not can_continue:
             raise cannot_continue(engine.name, why)
-        if self._restore is not None:
-            await self._restore(engine)
+        if lora:
+            self._body |= json.loads(b"{%b}" % lora)
         told = self._tap.told
         mark = self._start()
         attempt = Attempt(engine=engine.name, is_resumed=mark is not None)

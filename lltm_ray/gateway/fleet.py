@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lltm_ray.errors import EngineNotReadyError
+from lltm_ray.gateway.drain_routes import Peers
 from lltm_ray.gateway.exposition import merge_metrics
 from lltm_ray.gateway.headers import build_request
 from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.upstream import Headers
 from lltm_ray.records import EngineInfo
+from lltm_ray.routing.adapters import read_scales
 from lltm_ray.routing.router import Router
 
 ASK_TIMEOUT_S = 5.0
@@ -48,18 +51,20 @@ class Answer:
 class Fleet:
     """Asks engines on behalf of the gateway."""
 
-    def __init__(self, router: Router, pool: UpstreamPool) -> None:
+    def __init__(self, router: Router, pool: UpstreamPool, peers: Peers | None = None) -> None:
         self._router = router
         self._pool = pool
+        self._peers = peers
         self._silent: set[tuple[str, bytes]] = set()
 
     async def models(self) -> dict[str, Any]:
-        """`/v1/models`: each served name once, as one of its engines describes it, with engine counts."""
+        """`/v1/models`: each served name once, as one of its engines tells, then all adapters; with engine counts."""
         names = self._router.models()
         first = [ready[0] for ready in map(self._router.ready, names) if ready]
         told = {answer.engine.model: answer.json() for answer in await self._ask_all(first, b"/v1/models")}
         entries = [self._model_entry(name, told.get(name)) for name in names]
-        return {"models": [old for old, _ in entries], "object": "list", "data": [new for _, new in entries]}
+        shown = [new for _, new in entries] + [each for name in names for each in self._adapter_entries(name)]
+        return {"models": [old for old, _ in entries], "object": "list", "data": shown}
 
     def _model_entry(self, name: str, told: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         told = told if isinstance(told, dict) else {}
@@ -67,6 +72,24 @@ class Fleet:
         new = {"object": "model", "created": 0, "owned_by": "llamacpp"} | dict(next(iter(told.get("data") or ()), {}))
         counts = {"ready": len(self._router.ready(name)), "total": len(self._router.engines(name))}
         return old | {"engines": counts}, new | {"id": name, "engines": counts}
+
+    def _adapter_entries(self, name: str) -> list[dict[str, Any]]:
+        """What a model's adapters are called, as OpenAI's clients list them."""
+        ready, every = (
+            Counter(adapter.name for engine in engines for adapter in engine.adapters)
+            for engines in (self._router.ready(name), self._router.engines(name))
+        )
+        return [
+            {
+                "id": f"{name}:{adapter}",
+                "object": "model",
+                "created": 0,
+                "owned_by": "llamacpp",
+                "parent": name,
+                "engines": {"ready": ready[adapter], "total": every[adapter]},
+            }
+            for adapter in (each.name for each in self._router.adapters(name))
+        ]
 
     async def props(self, engines: Sequence[EngineInfo]) -> dict[str, Any]:
         """`/props`: the first engine's object, and in `engines` each one's own.
@@ -100,8 +123,15 @@ class Fleet:
 
         Returns:
             Status and JSON, llama-server's own when all agree.
+
+        Raises:
+            ConfigError: an id that an engine with known adapters does not have; llama-server would turn all off.
         """
+        scales = {each.name: read_scales(json.loads(body), each.adapters) for each in engines if each.adapters}
         answers = await self._ask_all(engines, b"/lora-adapters", body)
+        for answer in answers:
+            if answer.status == 200 and answer.engine.name in scales:
+                await self._rescaled(answer.engine.name, scales[answer.engine.name])
         failed = [answer for answer in answers if answer.status != 200]
         if not failed and not absent:
             return 200, {"success": True}
@@ -112,6 +142,12 @@ class Fleet:
         asked = len(engines) + len(absent)
         message = f"{len(told)} of {asked} engines did not take the adapters: {'; '.join(told)}"
         return status, {"error": {"message": message, "type": kind, "code": status}}
+
+    async def _rescaled(self, engine: str, scales: dict[int, float]) -> None:
+        """From now on requests that choose no adapter are sent with these scales, by the other gateways, too."""
+        self._router.rescale(engine, scales)
+        if self._peers is not None:
+            await self._peers.rescale(engine, scales)
 
     async def metrics(self, engines: Sequence[EngineInfo]) -> bytes:
         """`/metrics`: every engine's samples with a label `engine`, a comment for each engine that gave none.
@@ -144,7 +180,8 @@ class Fleet:
         """Log an engine's silence once, however often it is asked, and its end."""
         key, path = (engine.name, target), target.decode("ascii")
         if trouble and key not in self._silent:
-            self._silent.add(key)
+            known = {each.name for each in self._router.engines()}
+            self._silent = {each for each in self._silent if each[0] in known} | {key}
             _log.warning("engine %s: %s unanswered: %s", engine.name, path, trouble)
         elif not trouble and key in self._silent:
             self._silent.discard(key)

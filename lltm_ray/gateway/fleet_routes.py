@@ -8,8 +8,10 @@ from typing import Any
 
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import DeadlineError
+from lltm_ray.gateway.dashboard.feed import Telemetry, TelemetryUnavailableError
 from lltm_ray.gateway.fleet import Fleet
-from lltm_ray.gateway.own_metrics import own_metrics
+from lltm_ray.gateway.headers import find
+from lltm_ray.gateway.own_metrics import as_open_metrics, own_metrics
 from lltm_ray.gateway.request import Handler, Request, read_body, read_model, read_pin
 from lltm_ray.records import EngineInfo
 from lltm_ray.routing.router import Router
@@ -17,14 +19,26 @@ from lltm_ray.routing.router import Router
 PUBLIC = frozenset({"/health", "/v1/health"})
 """Open without a key, as in llama-server."""
 STATUS_PATH = "/lltm/status"
+_TEXT = b"text/plain; version=0.0.4; charset=utf-8"
+_OPEN_METRICS = b"application/openmetrics-text"
+_OPEN_TYPE = _OPEN_METRICS + b"; version=1.0.0; charset=utf-8"
+_EOF = b"# EOF\n"
 _LOADING = b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}'
 
 
 class FleetRoutes:
     """Handlers of /health, /models, /props, /slots, /metrics, /lora-adapters and /lltm/status."""
 
-    def __init__(self, router: Router, fleet: Fleet, config: GatewayConfig, look: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        router: Router,
+        fleet: Fleet,
+        config: GatewayConfig,
+        look: Callable[[], Any],
+        telemetry: Telemetry | None = None,
+    ) -> None:
         self._router = router
+        self._telemetry = telemetry
         self._fleet = fleet
         self._config = config
         self._look = look
@@ -68,9 +82,20 @@ class FleetRoutes:
         await request.reply_json(slots)
 
     async def _metrics(self, request: Request) -> None:
-        text = await self._fleet.metrics(self._engines_for(request))
-        text += own_metrics(self._look()).encode("utf-8")
-        await request.reply(200, text, content_type=b"text/plain; version=0.0.4")
+        """The fleet's figures, and this gateway's own; OpenMetrics, with exemplars, for who asks for it."""
+        own = own_metrics(self._look()).encode("utf-8")
+        if self._telemetry is None:
+            text = await self._fleet.metrics(self._engines_for(request)) + own
+            await request.reply(200, text, content_type=_TEXT)
+            return
+        is_open = _OPEN_METRICS in (find(request.headers, b"accept") or b"")
+        try:
+            text = await self._telemetry.metrics(is_open=is_open)
+        except TelemetryUnavailableError as error:
+            text = b"# %b\n" % str(error).encode()
+        if is_open:
+            text = text.removesuffix(_EOF) + as_open_metrics(own) + _EOF
+        await request.reply(200, text if is_open else text + own, content_type=_OPEN_TYPE if is_open else _TEXT)
 
     async def _lora_adapters(self, request: Request) -> None:
         await request.reply_json(await self._fleet.lora_adapters(self._engines_for(request)))

@@ -19,6 +19,7 @@ _HOP_BY_HOP = frozenset(
 _NOT_UPSTREAM = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key"}
 _NOT_UPSTREAM |= {b"x-lltm-engine", b"x-lltm-deadline-ms", b"x-lltm-priority", b"x-request-id"}
 _NOT_UPSTREAM |= {b"x-conversation-id"}  # with it llama-server would go on generating after the client left
+_NOT_UPSTREAM_TRACED = _NOT_UPSTREAM | {b"traceparent", b"tracestate"}
 _NOT_DOWNSTREAM = _HOP_BY_HOP | {b"server"}
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}\Z")
 _ID_PREFIX = secrets.token_hex(6)
@@ -41,15 +42,26 @@ def request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
     return f"{_ID_PREFIX}-{next(_ids):x}"
 
 
-def upstream_headers(headers: Iterable[tuple[bytes, bytes]], api_key: str, id_: str) -> Headers:
-    """A client's headers for the engine: hop-by-hop ones and the client's key out, the engine's own key in."""
+def upstream_headers(
+    headers: Iterable[tuple[bytes, bytes]], api_key: str, id_: str, trace: Headers | None = None
+) -> Headers:
+    """A client's headers for the engine: hop-by-hop ones and the client's key out, the engine's own key in.
+
+    Args:
+        headers: the client's.
+        api_key: the engine's; empty: it has none.
+        id_: of the request.
+        trace: trace context to send instead of the client's; None leaves that as it is.
+    """
     options = _connection_options(headers)
-    dropped = _NOT_UPSTREAM | options if options else _NOT_UPSTREAM
+    dropped = _NOT_UPSTREAM if trace is None else _NOT_UPSTREAM_TRACED
+    if options:
+        dropped |= options
     kept = [pair for pair in headers if pair[0] not in dropped]
     kept.append((b"x-request-id", id_.encode("ascii")))
     if api_key:
         kept.append((b"authorization", b"Bearer " + api_key.encode("utf-8")))
-    return kept
+    return kept if trace is None else kept + trace
 
 
 def downstream_headers(headers: Headers, engine: str, id_: str) -> Headers:

@@ -141,8 +141,8 @@ class Migrator:
             _log.warning("model %s does not reuse restored slots: its conversations are not moved any more", model)
 
     def is_off(self, model: str) -> bool:
-        """Whether a model's conversations are left where they are, because moving them proved useless."""
-        return model in self._off
+        """Whether a model's conversations stay where they are: moving them proved useless, or it has adapters."""
+        return model in self._off or any(engine.adapters for engine in self._router.engines(model))
 
     def snapshot(self) -> dict[str, Any]:
         """Counts since the start, restores that no request has confirmed yet, and models that are left alone."""
@@ -160,8 +160,9 @@ class Migrator:
         source = self._find(name)
         here = {engine.name for engine in self._router.engines()}
         self._fresh = {key: model for key, model in self._fresh.items() if key[0] in here}
-        folderless = {engine.name for engine in self._router.engines(source.model) if not engine.slot_folder}
-        return _Run(source=source, excluded={name} | folderless)
+        others = self._router.engines(source.model)
+        cannot = {engine.name for engine in others if not engine.slot_folder or engine.adapters}
+        return _Run(source=source, excluded={name} | cannot)
 
     async def _empty(self, run: _Run) -> None:
         name = run.source.name
@@ -215,6 +216,8 @@ class Migrator:
 
     def _why_not(self, run: _Run) -> str:
         model = run.source.model
+        if run.source.adapters:
+            return "the engine has adapters, and llama.cpp does not save whose keys and values these are"
         if self.is_off(model):
             return f"model {model!r} does not reuse restored slots"
         if not run.source.slot_folder:

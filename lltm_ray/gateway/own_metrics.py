@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,11 +15,16 @@ _MODEL_COUNTERS = (
     ("generated_tokens", "Tokens generated."),
     ("delivered_tokens", "Tokens whose text clients were sent."),
 )
+_SLOTS = (
+    ("claimed_slots", "slots_busy", "Slots claimed here."),
+    ("owned_slots", "slots_total", "Slots that are this gateway's."),
+)
+_COUNTER = re.compile(rb"(?m)^(# (?:HELP|TYPE) \w+?)_total(?= )")
 _LEDGER_COUNTERS = ("written", "dropped", "unbalanced", "recovered", "write_errors", "unprotected")
 
 
 def own_metrics(look: Mapping[str, Any]) -> str:
-    """Families `lltm_*`.
+    """Families `lltm_gateway_*` and `lltm_ledger_*`.
 
     Args:
         look: what `/lltm/status` shows.
@@ -28,16 +34,21 @@ def own_metrics(look: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for name, text in _MODEL_COUNTERS:
         samples = ((f'model="{_escape(model)}"', each[name]) for model, each in models.items())
-        lines += _family(f"lltm_{name}_total", "counter", text, samples)
+        lines += _family(f"lltm_gateway_{name}_total", "counter", text, samples)
     errors = ((f'model="{_escape(model)}"', each["residency"]["median_error_ratio"]) for model, each in models.items())
     text = "Median of |predicted - found| cached tokens over prompt tokens, latest requests."
-    lines += _family("lltm_reuse_error_ratio", "gauge", text, errors)
+    lines += _family("lltm_gateway_reuse_error_ratio", "gauge", text, errors)
     waiting = ((f'model="{_escape(model)}"', router["waiting"].get(model, 0)) for model in models)
-    lines += _family("lltm_waiting_requests", "gauge", "Requests that wait for a slot.", waiting)
-    for name, text in (("slots_busy", "Slots claimed here."), ("slots_total", "Slots that are this gateway's.")):
-        samples = ((f'engine="{_escape(engine)}"', row[name]) for engine, row in engines.items())
-        lines += _family(f"lltm_{name}", "gauge", text, samples)
+    lines += _family("lltm_gateway_waiting_requests", "gauge", "Requests that wait for a slot.", waiting)
+    for name, field, text in _SLOTS:
+        samples = ((f'engine="{_escape(engine)}"', row[field]) for engine, row in engines.items())
+        lines += _family(f"lltm_gateway_{name}", "gauge", text, samples)
     return "".join([*lines, *_ledger(look["ledger"])])
+
+
+def as_open_metrics(text: bytes) -> bytes:
+    """The same families for OpenMetrics, where a counter's family goes without its samples' `_total`."""
+    return _COUNTER.sub(rb"\1", text)
 
 
 def _ledger(ledger: Mapping[str, Any]) -> list[str]:

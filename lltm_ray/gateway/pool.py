@@ -24,6 +24,7 @@ class UpstreamPool:
         self._idle_timeout_s = idle_timeout_s
         self._idle_limit = idle_limit
         self._idle: dict[str, list[Connection]] = {}
+        self._hangs_up: set[str] = set()
         self._sweeper: asyncio.TimerHandle | None = None
 
     async def open(self, url: str, request: Sequence[bytes], *, fresh: bool = False) -> Connection:
@@ -39,16 +40,23 @@ class UpstreamPool:
         """
         pooled = None if fresh else self._take(url)
         if pooled is not None:
+            was_chunked = pooled.is_chunked
             try:
                 return await self._exchange(pooled, request)
             except UpstreamBrokenError:
                 if pooled.got_bytes:
                     raise
+                self._note_end(url, was_chunked=was_chunked)
         return await self._exchange(await self._connect(url), request)
 
     def release(self, connection: Connection) -> None:
-        """Pool a connection whose answer was read to its end; abort it in any other state."""
-        if not connection.is_reusable or len(self._idle.get(connection.url, ())) >= self._idle_limit:
+        """Pool a connection whose answer was read to its end; abort it in any other state.
+
+        Whether a server keeps the connection of a chunked answer, no answer says; llama.cpp does not. So the first one
+        is pooled, and no other once it was closed.
+        """
+        keeps = connection.is_reusable and not (connection.is_chunked and connection.url in self._hangs_up)
+        if not keeps or len(self._idle.get(connection.url, ())) >= self._idle_limit:
             connection.abort()
             return
         connection.park()
@@ -61,6 +69,7 @@ class UpstreamPool:
         stack = self._idle.get(connection.url, [])
         if connection in stack:
             stack.remove(connection)
+            self._note_end(connection.url, was_chunked=connection.is_chunked)
 
     def close(self) -> None:
         """Drop all idle connections."""
@@ -90,6 +99,11 @@ class UpstreamPool:
             return connection.status, connection.headers, body
         finally:
             self.release(connection)
+
+    def _note_end(self, url: str, *, was_chunked: bool) -> None:
+        """The server closed a connection that was idle, or had been until now."""
+        if was_chunked:
+            self._hangs_up.add(url)
 
     def _take(self, url: str) -> Connection | None:
         stack = self._idle.get(url)

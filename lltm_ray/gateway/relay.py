@@ -112,9 +112,13 @@ class Relay:
             attempt = Attempt(engine=engine.name)
         else:
             asked_at = self._clock()
+            seen = request.trace.attempt(asked_at) if request.trace is not None else None
             lease = await self._router.acquire(request.ask, exclude=tried)
             engine = lease.engine
-            attempt = _attempt_of(lease, self._clock() - asked_at)
+            granted_at = self._clock()
+            attempt = _attempt_of(lease, granted_at - asked_at)
+            if seen is not None:
+                seen.sent_at = granted_at
             record.queue_s += attempt.queue_s
             entry = request.entry
             request.choice = request.choice or lease.choice
@@ -136,6 +140,8 @@ class Relay:
 
     def _end(self, request: Request, lease: Lease | None, attempt: Attempt, exchange: Exchange) -> None:
         """Give the slot back unless the answer's end did; where the engine goes on for nobody, when it has stopped."""
+        if request.trace is not None and request.trace.running.is_open:
+            request.trace.running.ended_at = self._clock()
         if lease is None or lease.released:
             return
         if request.is_started:
@@ -175,7 +181,7 @@ class Relay:
         if request.ask is not None:  # its answer has begun in time; to go on it may wait as long as anybody
             request.ask.deadline_s = math.inf
         continuation = Continuation(request.path, request.body_json, tap, self._pool, request_id=request.id)
-        while request.record.attempts <= self._max_attempts:
+        while request.record.attempts < self._max_attempts:
             try:
                 if await self._continue(request, continuation, tap, tried):
                     return
@@ -189,9 +195,13 @@ class Relay:
         survivor, lease, attempt = await self._begin(request, tried)
         broken.outcome = Outcome.CONTINUED
         before = tap.delivered_tokens
+        slot, lora = (lease.slot, lease.lora) if lease else (-1, b"")
+        seen = request.trace.running if request.trace is not None else None
         try:
-            async with aclosing(continuation.on(survivor, id_slot=lease.slot if lease else -1)) as parts:
+            async with aclosing(continuation.on(survivor, id_slot=slot, lora=lora)) as parts:
                 async for part in parts:
+                    if seen is not None and not seen.has_begun:
+                        seen.is_continued, seen.first_at = True, self._clock()
                     request.record.bytes_sent += len(part)
                     request.ends.add(part)
                     request.entry.cell.delivered(tap.position - before)
@@ -210,6 +220,8 @@ class Relay:
             attempt.outcome = Outcome.FAILED
             raise
         finally:
+            if seen is not None:
+                seen.is_continued, seen.ended_at = True, self._clock()
             request.entry.is_exact = continuation.is_exact
             _account(attempt, continuation, tap.delivered_tokens - before)
             request.record.delivered_tokens = tap.delivered_tokens

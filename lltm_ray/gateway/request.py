@@ -14,6 +14,7 @@ from lltm_ray.gateway.accounting import Ends, RequestRecord
 from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.join import as_stream
 from lltm_ray.gateway.replies import ClientLink, Receive, Send, send_json, send_reply
+from lltm_ray.gateway.timeline import RequestTrace
 from lltm_ray.gateway.upstream import Headers
 from lltm_ray.routing.ledger import LedgerEntry
 from lltm_ray.routing.policy import Ask, Choice
@@ -62,6 +63,10 @@ class Request:
     is_started: bool = False
     """Whether the client may have seen a part of the answer: no retry any more."""
     ends: Ends = field(default_factory=Ends)
+    trace: RequestTrace | None = None
+    """Its identity and clock readings; None: nobody keeps any."""
+    reply_text: str | None = None
+    """Generated text, for whoever captures content; None: nobody does."""
 
     @property
     def is_stream(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import socket
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ async def serve(
     listener = bind(config)
     port = int(listener.getsockname()[1])
     logging.getLogger("uvicorn.error").addFilter(_NOT_OURS)
+    gc.freeze()  # what is here now stays: a collection that looks at it all holds up every stream
     server = _Server(_uvicorn_config(app, config), lambda: ready(port))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task((stop or asyncio.Event()).wait())

@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from lltm_ray.gateway.continuable import asks_ids, is_eligible, is_exact, kind_of
+from lltm_ray.gateway.continuable import ask_details, asks_ids, is_eligible, is_exact, kind_of
 from lltm_ray.gateway.told import Told
 
 __all__ = ("LIMIT_BYTES", "StreamTap", "ask_details", "is_eligible", "is_exact", "kind_of")
@@ -38,30 +38,11 @@ _CHAT_EVENT = re.compile(
     rb'"prompt_per_second":[^,]+,"predicted_n":(\d+),[^}]*\})'
     % (_STRING, _PROB % (rb"(\d+)", rb"(%b)" % _STRING), _PROB % (rb"\d+", _STRING), _STRING)
 )
-_BARE_CHAT_EVENT = re.compile(
-    rb'data: \{"choices":\[\{"finish_reason":null,"index":0,"delta":\{"content":"(%b)"\}\}\],"created":[^{}]*\}\n\n'
-    % _STRING
-)
+_BARE_CONTENT = re.compile(rb'\{"content":"(%b)"\}\}\],"created":' % _STRING)
+_REASON = b'"finish_reason":"'
+_BARE_END = b'data: {"choices":[{"finish_reason":"'
+_BARE_COUNTS = b'data: {"choices":[],'
 _read_value = json.JSONDecoder().raw_decode
-
-
-def ask_details(path: str, body: dict[str, Any], data: bytes, id_slot: int = -1) -> bytes:
-    """The request's bytes with what the tap needs, and the slot, added before the last brace: later keys win.
-
-    Args:
-        path: an eligible request's route.
-        body: its parsed JSON.
-        data: its bytes.
-        id_slot: the slot to ask for; negative: llama.cpp's choice.
-    """
-    kind = kind_of(path)
-    added = b',"id_slot":%d' % id_slot if id_slot >= 0 else b""
-    if kind == "text":
-        added += b',"verbose":true,"return_tokens":true'
-    elif kind == "chat" and asks_ids(kind, body):
-        added += b',"n_probs":1,"post_sampling_probs":true,"timings_per_token":true'
-    end = data.rindex(b"}")
-    return b"%b%b%b" % (data[:end], added, data[end:])
 
 
 class StreamTap:
@@ -158,8 +139,8 @@ class StreamTap:
 
     @property
     def position(self) -> int:
-        """As `delivered_tokens`, for every part: without sorting anything in, so a chat without details lags behind."""
-        return int(self._counts[-1]) if self._counts else self.told.position
+        """As `delivered_tokens`, for every part: without sorting anything in, so events without text count too."""
+        return int(self._counts[-1]) if self._counts else self.told.position + len(self._contents)
 
     @property
     def delivered_tokens(self) -> int:
@@ -298,18 +279,17 @@ class StreamTap:
         return self._take_many_bare(data)
 
     def _take_many_bare(self, data: bytes) -> bytes:
-        """A part with many events: the usual ones at once, those between them one by one."""
-        sent: list[bytes] = []
-        done = 0
-        for found in _BARE_CHAT_EVENT.finditer(data):
-            if found.start() > done:
-                sent.append(self._take_events(data[done : found.start()]))
-            self._contents.append(found[1])
-            sent.append(found[0])
-            done = found.end()
-        if done < len(data):
-            sent.append(self._take_events(data[done:]))
-        return b"".join(sent)
+        """A part with many events: the usual ones at once and untouched, those before and after them one by one."""
+        start = data.rfind(b"\n", 0, max(data.find(_CHAT_START), 0)) + 1
+        end = data.find(_REASON, start)
+        end = len(data) if end < 0 else data.rfind(b"\n", 0, end) + 1
+        usual = data[start:end]
+        contents = _BARE_CONTENT.findall(usual)
+        if 2 * len(contents) != usual.count(b"\n"):
+            return self._take_events(data)
+        head = self._take_events(data[:start]) if start else b""
+        self._contents += contents
+        return head + usual + self._take_events(data[end:]) if start or end < len(data) else data
 
     # --- the slow way: the first and last events, and any part that holds an unusual one
 
@@ -317,7 +297,7 @@ class StreamTap:
         events = [event + b"\n\n" for event in data.split(b"\n\n")[:-1]]
         sent: list[bytes] = []
         for index, event in enumerate(events):
-            if self._has_usage and b'"finish_reason":"' in event and index + 1 == len(events):
+            if self._has_usage and _REASON in event and index + 1 == len(events):
                 self._held = event + self._held  # the client gets a chat's end and its usage both, or neither
                 break
             sent.append(self._take_event(event))
@@ -328,6 +308,8 @@ class StreamTap:
         if event == _DONE:
             self.is_finished = self.is_done = True
         if event == _DONE or name not in (b"data", b"error"):
+            return event
+        if self._is_bare and self._is_edge(event):
             return event
         text = value.strip().decode("utf-8", "replace")
         try:
@@ -340,6 +322,19 @@ class StreamTap:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             self.error = "the stream held what is no event of llama-server's"
             return event
+
+    def _is_edge(self, event: bytes) -> bool:
+        """Whether it was a chat's end, or its counts, as llama-server writes them: then it is noted, and not parsed."""
+        is_end = event.startswith(_BARE_END) and b'"delta":{}}],"created":' in event
+        if not (is_end or event.startswith(_BARE_COUNTS)):
+            return False
+        at = event.find(b',"timings":{')
+        if at > 0:
+            self._timings = event[at : event.index(b"}", at) + 1]
+        if is_end:
+            self.digest()
+            self._note("", None, None, reason=True)
+        return True
 
     def _take_told(self, event: bytes, found: dict[str, Any]) -> bytes:
         verbose = found if self.kind == "native" else found.get("__verbose")

@@ -37,10 +37,11 @@ class Connection(asyncio.Protocol):
         self.url = url
         self.idle_since = 0.0
         self._loop = asyncio.get_running_loop()
+        self._chunks: list[bytes] = []
+        self.on_body = self._chunks.append  # the parser's callback: no Python of ours runs for a chunk
         self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._chunks: list[bytes] = []
         self._sink: Callable[[bytes], bool] | None = None
         self._sink_error: Exception | None = None
         self._busy = False
@@ -96,11 +97,14 @@ class Connection(asyncio.Protocol):
                 raise self._error
             await self._wait()
 
-    async def pump(self, sink: Callable[[bytes], bool]) -> None:
+    async def pump(self, sink: Callable[[bytes], bool]) -> bytes:
         """Hand what is left of the body to `sink` part by part, each in the very wake-up that brought it.
 
         Args:
             sink: takes a part; false makes the server wait until `unblock`. What it raises is raised here.
+
+        Returns:
+            The last part, so that the client's body can end in the same write.
 
         Raises:
             UpstreamBrokenError: as `read`.
@@ -117,6 +121,7 @@ class Connection(asyncio.Protocol):
             self._sink = None
         if self._sink_error is not None:
             raise self._sink_error
+        return self._take_chunks()
 
     def unblock(self) -> None:
         """The sink takes more again."""
@@ -125,7 +130,7 @@ class Connection(asyncio.Protocol):
             self._transport.resume_reading()
 
     def _take_chunks(self) -> bytes:
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        data = b"".join(self._chunks)  # of one, it is that one
         self._chunks.clear()
         self._size_bytes = 0
         return data
@@ -133,7 +138,7 @@ class Connection(asyncio.Protocol):
     def _pour(self) -> None:
         takes_more = True
         try:
-            if self._chunks and self._sink is not None:
+            if self._chunks and self._sink is not None and not self._done:
                 takes_more = self._sink(self._take_chunks())
         except Exception as error:  # noqa: BLE001 - raised again by `pump`; here it would end in the event loop's log
             self._sink_error = error
@@ -165,9 +170,13 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_reusable(self) -> bool:
-        """Whether another request may follow; not after a chunked answer, where llama.cpp hangs up silently."""
-        open_ = self._transport is not None and not self._transport.is_closing()
-        return self.is_drained and self._keep and not self._chunked and open_
+        """Whether another request may follow, as far as the answer tells."""
+        return self.is_drained and self._keep and self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def is_chunked(self) -> bool:
+        """Whether its last answer came in chunks, after which llama.cpp hangs up without having said so."""
+        return self._chunked
 
     def park(self) -> None:
         """The exchange is over; what comes now is not ours."""
@@ -206,9 +215,11 @@ class Connection(asyncio.Protocol):
             self._pour()
             if not self._done and self._error is None:
                 return
-        elif self._size_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        else:
+            self._size_bytes += len(data)
+            if self._size_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
+                self._paused = True
+                self._transport.pause_reading()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -244,11 +255,6 @@ class Connection(asyncio.Protocol):
         self.status = status
         self._keep = self._parser.should_keep_alive()
         self._head_done = True
-
-    def on_body(self, body: bytes) -> None:
-        """Keep body bytes for the reader."""
-        self._chunks.append(body)
-        self._size_bytes += len(body)
 
     def on_message_complete(self) -> None:
         """The answer ended where it said it would."""

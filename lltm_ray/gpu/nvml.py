@@ -1,12 +1,11 @@
-"""What NVML says: which devices there are, why there are none, and what they are doing now.
+"""What NVML says: which devices there are, and why there are none; what they are doing is in `meters`.
 
-The only file that speaks to `pynvml`. NVML counts its users, so nested sessions cost next to nothing: a sampler that
+The only file that imports `pynvml`. NVML counts its users, so nested sessions cost next to nothing: a sampler that
 ticks should keep one `session()` open around its loop (a lone init takes tens of milliseconds on a large machine).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,24 +32,10 @@ class Inventory:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuSample:
-    """One look at one device. None: this device does not tell (a MIG device has no power meter of its own)."""
-
-    index: int
-    uuid: str
-    at_unix_nano: int
-    utilization_ratio: float | None = None
-    """Share of the last sampling period (1/6 to 1 s) in which a kernel ran."""
-    used_bytes: int | None = None
-    power_w: float | None = None
-    temperature_c: int | None = None
-    energy_mj: int | None = None
-    """Millijoules since the driver was loaded; differences of two samples are exact, unlike sums of `power_w`."""
-
-
 @dataclass(frozen=True, slots=True)
-class _Device:
+class Device:
+    """One that computes; `handle` is NVML's."""
+
     index: int
     handle: Any
 
@@ -63,7 +48,7 @@ def session() -> Iterator[Any]:
         MissingExtraError: pynvml is not installed.
         pynvml.NVMLError: there is no driver, or it refuses us.
     """
-    nvml = _optional.load("pynvml", extra="nvml", feature="reading GPUs")
+    nvml = _optional.load("pynvml", install="pip install nvidia-ml-py", feature="reading GPUs")
     nvml.nvmlInit()
     try:
         yield nvml
@@ -74,7 +59,7 @@ def session() -> Iterator[Any]:
 def read_inventory() -> Inventory:
     """List this machine's devices; MIG devices stand in for a GPU in MIG mode. An absent GPU is a reason, no error."""
     try:
-        nvml = _optional.load("pynvml", extra="nvml", feature="reading GPUs")
+        nvml = _optional.load("pynvml", install="pip install nvidia-ml-py", feature="reading GPUs")
     except MissingExtraError as error:
         return Inventory(reason=error.message)
     try:
@@ -95,23 +80,12 @@ def processes_memory(uuid: str) -> dict[int, int]:
     """
     used: dict[int, int] = {}
     with session() as nvml:
-        for device in _devices(nvml, []):
-            if _text(nvml.nvmlDeviceGetUUID(device.handle)) != uuid:
+        for device in devices(nvml, []):
+            if text(nvml.nvmlDeviceGetUUID(device.handle)) != uuid:
                 continue
-            for process in _ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, device.handle) or ():
+            for process in ask(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, device.handle) or ():
                 used[int(process.pid)] = used.get(int(process.pid), 0) + int(process.usedGpuMemory or 0)
     return used
-
-
-def read_samples() -> tuple[GpuSample, ...]:
-    """What every device is doing now, in `read_inventory`'s order.
-
-    Raises:
-        MissingExtraError: pynvml is not installed.
-        pynvml.NVMLError: there is no driver, or it refuses us.
-    """
-    with session() as nvml:
-        return tuple(_sample(nvml, device) for device in _devices(nvml, []))
 
 
 def visible(inventory: Inventory, cuda_visible_devices: str | None) -> tuple[GpuInfo, ...]:
@@ -147,9 +121,9 @@ def _named(gpus: tuple[GpuInfo, ...], entry: str) -> GpuInfo | None:
 
 def _list(nvml: Any) -> Inventory:
     lost: list[str] = []
-    driver = _text(_ask(nvml, nvml.nvmlSystemGetDriverVersion) or "")
+    driver = text(ask(nvml, nvml.nvmlSystemGetDriverVersion) or "")
     gpus = []
-    for device in _devices(nvml, lost):
+    for device in devices(nvml, lost):
         try:
             gpus.append(_info(nvml, device, driver))
         except nvml.NVMLError as error:
@@ -157,12 +131,12 @@ def _list(nvml: Any) -> Inventory:
     return Inventory(gpus=tuple(gpus), reason="; ".join(lost) or ("" if gpus else "the NVIDIA driver lists no devices"))
 
 
-def _info(nvml: Any, device: _Device, driver: str) -> GpuInfo:
-    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, device.handle)  # unified memory (Grace, Jetson) has none to tell
+def _info(nvml: Any, device: Device, driver: str) -> GpuInfo:
+    memory = ask(nvml, nvml.nvmlDeviceGetMemoryInfo, device.handle)  # unified memory (Grace, Jetson) has none to tell
     return GpuInfo(
         index=device.index,
-        uuid=_text(nvml.nvmlDeviceGetUUID(device.handle)),
-        name=_text(nvml.nvmlDeviceGetName(device.handle)),
+        uuid=text(nvml.nvmlDeviceGetUUID(device.handle)),
+        name=text(nvml.nvmlDeviceGetName(device.handle)),
         total_bytes=int(memory.total) if memory else 0,
         free_bytes=int(memory.free) if memory else 0,
         compute_capability=_capability(nvml, device),
@@ -170,29 +144,12 @@ def _info(nvml: Any, device: _Device, driver: str) -> GpuInfo:
     )
 
 
-def _capability(nvml: Any, device: _Device) -> tuple[int, int]:
-    major, minor = _ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device.handle) or (0, 0)
+def _capability(nvml: Any, device: Device) -> tuple[int, int]:
+    major, minor = ask(nvml, nvml.nvmlDeviceGetCudaComputeCapability, device.handle) or (0, 0)
     return int(major), int(minor)
 
 
-def _sample(nvml: Any, device: _Device) -> GpuSample:
-    handle = device.handle
-    rates = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
-    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
-    power_mw = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
-    return GpuSample(
-        index=device.index,
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-        at_unix_nano=time.time_ns(),
-        utilization_ratio=None if rates is None else rates.gpu / 100,
-        used_bytes=None if memory is None else int(memory.used),
-        power_w=None if power_mw is None else power_mw / 1e3,
-        temperature_c=_ask(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
-        energy_mj=_ask(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, handle),
-    )
-
-
-def _devices(nvml: Any, lost: list[str]) -> Iterator[_Device]:
+def devices(nvml: Any, lost: list[str]) -> Iterator[Device]:
     """Every device that computes: whole GPUs, and the MIG devices of those in MIG mode; `lost` gains the unreadable."""
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
@@ -200,17 +157,17 @@ def _devices(nvml: Any, lost: list[str]) -> Iterator[_Device]:
         except nvml.NVMLError as error:  # one GPU off the bus must not hide the others
             lost.append(f"GPU {index} cannot be read: {error}")
             continue
-        current, _pending = _ask(nvml, nvml.nvmlDeviceGetMigMode, handle) or (0, 0)
+        current, _pending = ask(nvml, nvml.nvmlDeviceGetMigMode, handle) or (0, 0)
         if not current:
-            yield _Device(index, handle)
+            yield Device(index, handle)
             continue
-        for place in range(_ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
-            mig = _ask(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place)
+        for place in range(ask(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
+            mig = ask(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, place)
             if mig is not None:
-                yield _Device(index, mig)
+                yield Device(index, mig)
 
 
-def _ask(nvml: Any, call: Callable[..., Any], *args: Any) -> Any:
+def ask(nvml: Any, call: Callable[..., Any], *args: Any) -> Any:
     """The answer, or None where this device, driver or user does not get one."""
     try:
         return call(*args)
@@ -218,7 +175,7 @@ def _ask(nvml: Any, call: Callable[..., Any], *args: Any) -> Any:
         return None
 
 
-def _text(value: str | bytes) -> str:
+def text(value: str | bytes) -> str:
     """Bindings before 11.5 gave bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
 

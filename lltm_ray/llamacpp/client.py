@@ -13,9 +13,8 @@ The `engine` of these errors is empty: the engine that owns the client knows its
 from __future__ import annotations
 
 import functools
-import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from http.client import RemoteDisconnected
@@ -26,12 +25,12 @@ from urllib.parse import urlsplit
 import aiohttp
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
+from lltm_ray._watch import watch
 from lltm_ray.errors import ConfigError, DeadlineError, EngineExitedError, EngineNotReadyError, LltmRayError
 from lltm_ray.llamacpp import wire
+from lltm_ray.llamacpp.pools import POOLS, connects
 from lltm_ray.llamacpp.replies import Reply
 from lltm_ray.llamacpp.sse import Collector, StreamReader, collect
 from lltm_ray.records import Completion, StreamEvent
@@ -163,35 +162,6 @@ class _Face:
         return DeadlineError(f"{call.method} {call.path}", limit_s)
 
 
-class _Connects(threading.local):
-    """How many connections this thread has opened: a request that opened none went over a reused one."""
-
-    count = 0
-
-
-_connects = _Connects()
-
-
-class _CountedHTTP(HTTPConnection):
-    def connect(self) -> None:
-        super().connect()
-        _connects.count += 1
-
-
-class _CountedHTTPS(HTTPSConnection):
-    def connect(self) -> None:
-        super().connect()
-        _connects.count += 1
-
-
-class _HTTPPool(HTTPConnectionPool):
-    ConnectionCls = _CountedHTTP
-
-
-class _HTTPSPool(HTTPSConnectionPool):
-    ConnectionCls = _CountedHTTPS
-
-
 class LlamaClient(_Face):
     """Blocking client of one llama-server; may be shared by threads. Streams are generators of `StreamEvent`."""
 
@@ -214,35 +184,36 @@ class LlamaClient(_Face):
         session.trust_env = False  # a proxy or .netrc of this machine must not come between us and a server of ours
         session.headers.update(self._headers)
         adapter = HTTPAdapter(pool_connections=1, pool_maxsize=self.max_connections)
-        adapter.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        adapter.poolmanager.pool_classes_by_scheme = POOLS
         for scheme in ("http://", "https://"):
             session.mount(scheme, adapter)
         return session
 
-    def _ask(self, session: requests.Session, call: AnyCall) -> requests.Response:
+    def _ask(self, session: requests.Session, call: AnyCall, headers: Mapping[str, str]) -> requests.Response:
         return session.request(
             call.method,
             self.url + call.path,
             params=dict(call.query),
             data=wire.encode(call.body),
+            headers=headers,
             stream=True,
             allow_redirects=False,
             timeout=(self.connect_timeout_s, self.timeout_s),
         )
 
     @contextmanager
-    def _open(self, call: AnyCall) -> Iterator[requests.Response]:
+    def _open(self, call: AnyCall, headers: Mapping[str, str]) -> Iterator[requests.Response]:
         """The answer's head; its socket goes back to the pool when the body was read to its end, else it is closed."""
-        opened = _connects.count
+        opened = connects.count
         with ExitStack() as stack:
             try:
                 try:
-                    response = self._ask(self._session, call)
+                    response = self._ask(self._session, call, headers)
                 except requests.ConnectionError as error:
-                    if _connects.count != opened or not _ended_silently(error):
+                    if connects.count != opened or not _ended_silently(error):
                         raise
                     # a session of its own, so that the second try cannot meet another stale connection
-                    response = self._ask(stack.enter_context(self._new_session()), call)
+                    response = self._ask(stack.enter_context(self._new_session()), call, headers)
                 stack.callback(response.close)
                 yield response
             except requests.RequestException as error:
@@ -267,20 +238,28 @@ class LlamaClient(_Face):
     def send(self, call: wire.Call[T]) -> T:
         """Send a call of `wire` and read its whole answer."""
         started = time.perf_counter()
-        with self._open(call) as response:
-            body = b"".join(self._pieces(response, call, started))
-        return call.read(Reply(response.status_code, body))
+        with watch(self.url, call.path, call.body) as seen:
+            with self._open(call, seen.headers) as response:
+                body = b"".join(self._pieces(response, call, started))
+            answer = call.read(Reply(response.status_code, body))
+            seen.answer(answer)
+            return answer
 
     def stream(self, call: wire.StreamCall) -> Generator[StreamEvent]:
         """Send a streamed call of `wire`; the request goes out when the first event is asked for."""
         started = time.perf_counter()
-        with self._open(call) as response:
+        with (
+            watch(self.url, call.path, call.body, is_stream=True) as seen,
+            self._open(call, seen.headers) as response,
+        ):
             reader = StreamReader(call.decode, queue_s=time.perf_counter() - started)
             pieces = self._pieces(response, call, started)
             if not wire.is_stream(response.status_code, response.headers.get("Content-Type")):
                 raise wire.refusal(Reply(response.status_code, b"".join(pieces)))
             for piece in pieces:
-                yield from reader.feed(piece, elapsed_s=time.perf_counter() - started)
+                for event in reader.feed(piece, elapsed_s=time.perf_counter() - started):
+                    seen.event(event)
+                    yield event
                 if reader.done:
                     return
             reader.finish()
@@ -330,28 +309,31 @@ class AsyncLlamaClient(_Face):
             )
         return self._sessions[fresh]
 
-    async def _ask(self, call: AnyCall, *, fresh: bool, seen: SimpleNamespace) -> aiohttp.ClientResponse:
+    async def _ask(
+        self, call: AnyCall, headers: Mapping[str, str], *, fresh: bool, seen: SimpleNamespace
+    ) -> aiohttp.ClientResponse:
         return await self._session(fresh=fresh).request(
             call.method,
             self.url + call.path,
             params=call.query,
             data=wire.encode(call.body),
+            headers=headers,
             allow_redirects=False,
             trace_request_ctx=seen,
         )
 
     @asynccontextmanager
-    async def _open(self, call: AnyCall) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _open(self, call: AnyCall, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
         """As `LlamaClient._open`; a cancelled task closes the socket too."""
         seen = SimpleNamespace(reused=False)
         async with AsyncExitStack() as stack:
             try:
                 try:
-                    response = await self._ask(call, fresh=False, seen=seen)
+                    response = await self._ask(call, headers, fresh=False, seen=seen)
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                     if not seen.reused or isinstance(error, aiohttp.ClientConnectorError):
                         raise
-                    response = await self._ask(call, fresh=True, seen=seen)
+                    response = await self._ask(call, headers, fresh=True, seen=seen)
                 stack.callback(response.close)
                 yield response
             except (aiohttp.ClientError, TimeoutError) as error:
@@ -368,23 +350,28 @@ class AsyncLlamaClient(_Face):
 
     async def send(self, call: wire.Call[T]) -> T:
         """As `LlamaClient.send`."""
-        async with self._open(call) as response:
-            body = await response.read()
-        return call.read(Reply(response.status, body))
+        with watch(self.url, call.path, call.body) as seen:
+            async with self._open(call, seen.headers) as response:
+                body = await response.read()
+            answer = call.read(Reply(response.status, body))
+            seen.answer(answer)
+            return answer
 
     async def stream(self, call: wire.StreamCall) -> AsyncGenerator[StreamEvent]:
         """As `LlamaClient.stream`."""
         started = time.perf_counter()
-        async with self._open(call) as response:
-            reader = StreamReader(call.decode, queue_s=time.perf_counter() - started)
-            if not wire.is_stream(response.status, response.headers.get("Content-Type")):
-                raise wire.refusal(Reply(response.status, await response.read()))
-            async for piece in response.content.iter_any():
-                for event in reader.feed(piece, elapsed_s=time.perf_counter() - started):
-                    yield event
-                if reader.done:
-                    return
-            reader.finish()
+        with watch(self.url, call.path, call.body, is_stream=True) as seen:
+            async with self._open(call, seen.headers) as response:
+                reader = StreamReader(call.decode, queue_s=time.perf_counter() - started)
+                if not wire.is_stream(response.status, response.headers.get("Content-Type")):
+                    raise wire.refusal(Reply(response.status, await response.read()))
+                async for piece in response.content.iter_any():
+                    for event in reader.feed(piece, elapsed_s=time.perf_counter() - started):
+                        seen.event(event)
+                        yield event
+                    if reader.done:
+                        return
+                reader.finish()
 
     async def collect(self, call: wire.StreamCall) -> Completion:
         """As `LlamaClient.collect`."""

@@ -107,7 +107,7 @@ _VALUES: Mapping[str, str] = {
     "cache_type_v": "--cache-type-v",
     "cache_ram_mib": "--cache-ram",
     "cache_reuse": "--cache-reuse",
-    "slot_prompt_similarity": "--slot-prompt-similarity",
+    "slot_similarity_ratio": "--slot-prompt-similarity",
     "n_threads": "--threads",
     "n_threads_batch": "--threads-batch",
     "mmproj": "--mmproj",
@@ -137,6 +137,8 @@ _ALWAYS = ("--fit", "off", "--metrics", "--slots", "--props", "--no-ui", "--offl
 """We plan memory, watch, and have a front of our own; a server of ours never downloads."""
 
 _OURS = frozenset(("--model", "-m", "--alias", "-a", "--host", "--port", "--api-key-file"))
+_OURS |= frozenset(("--slot-prompt-similarity", "-sps"))
+"""What is asked for elsewhere too: routing must know by which rule a server takes its slots."""
 _SECRET = frozenset(("--api-key", "--hf-token", "-hft"))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
+from lltm_ray.routing.adapters import Lora
 from lltm_ray.routing.rates import Rates
 from lltm_ray.routing.table import EngineView
 
@@ -38,7 +39,9 @@ class Ask:
     shared_tokens: int = 0
     """How many of its first tokens other sessions' prompts have, too."""
     adapter: str = ""
-    """LoRA adapter it needs."""
+    """LoRA adapter without which no engine will do."""
+    lora: Lora | None = None
+    """All adapters it chooses; None: the engine's own setting."""
     only: str | None = None
     """The one engine it may go to."""
     exclude: frozenset[str] = NOBODY
@@ -111,7 +114,8 @@ def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int, output
 
     llama.cpp computes prompts in batches between decode steps, so all requests of an engine wait for each other's
     prefill (ggml-org/llama.cpp#29175): this one for half of what is pending there, as on average half of it is done;
-    every decoding one for the whole of this one. Each decodes slower by one more busy slot.
+    every decoding one for the whole of this one. Each decodes slower by one more busy slot. Requests with other LoRA
+    adapters share no batch: it begins when those have ended.
 
     Args:
         ask: the request.
@@ -125,6 +129,8 @@ def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int, output
     prefill_s = max(0, ask.prompt_tokens - cached_tokens) * speed.prefill_token_s
     behind_s = row.prefilling_tokens * speed.prefill_token_s * 0.5
     own_s = speed.prefill_overhead_s + prefill_s + behind_s + output_tokens * speed.decode_s(others + 1)
+    if row.adapters and row.is_taken(ask.lora):
+        own_s += rates.service_s()
     others_s = min(row.decoding, others) * prefill_s + others * output_tokens * speed.decode_step_s
     if not cached_tokens:
         others_s += RETURN_RATIO * row.spare_tokens * speed.prefill_token_s

@@ -26,6 +26,7 @@ _Wait = tuple[str | None, float, float]
 """Engine, seconds gained, seconds to wait."""
 _CONSIDERED = 4
 _LEAST_LOADED = 3
+_MORE_LOADED = 64
 _WAIT_AFTER = 8
 """Replies that must have been seen before a service time is believed."""
 _LEAST_GAIN_S = 0.05
@@ -72,8 +73,8 @@ class Policy:
     def placed(self, ask: Ask, engine: str) -> None:
         """A request was given a slot of this engine."""
 
-    def forget(self, engine: str) -> None:
-        """The engine left, or is another one under the old name."""
+    def forget(self, engine: str, *, is_gone: bool = False) -> None:
+        """The engine is another one under the old name, or left: then its name does not come back."""
 
 
 class Residency(Policy):
@@ -116,18 +117,18 @@ class Residency(Policy):
 
     def pick(self, ask: Ask, table: Table[T], rates: Rates, matches: Matches, avoid: frozenset[str]) -> Choice | None:
         """As in `Policy`; scores the matches, the few least loaded engines and the session's last one."""
-        least = table.least_loaded(_LEAST_LOADED, avoid, ask.adapter)
+        least = _least_loaded(ask, table, avoid)
         if not least:
             return None
         if not matches and _is_plain(ask, least, rates):
             return choose_row(ask, min(least, key=_harm), rates, matches, "")
-        holders = table.holders(ask.adapter) if ask.adapter else NOBODY
+        holders = table.holders(ask.adapter) if ask.adapter else None
         output = rates.output_tokens(ask.max_tokens)
         free: dict[str, tuple[T, int]] = {}
         full: list[tuple[Score, T]] = []
         for name, cached in matches[:_CONSIDERED]:
             row = table.get(name)
-            if row is None or row.is_suspect or name in avoid or (holders and name not in holders):
+            if row is None or row.is_suspect or name in avoid or not (holders is None or name in holders):
                 continue
             if row.has_room:
                 free[name] = row, cached
@@ -164,9 +165,12 @@ class Residency(Policy):
         if len(self._homes) > self._sessions:
             self._homes.popitem(last=False)
 
-    def forget(self, engine: str) -> None:
+    def forget(self, engine: str, *, is_gone: bool = False) -> None:
         """Sessions have no reason any more to come back to it."""
-        self._lives[engine] = self._lives.get(engine, 0) + 1
+        if is_gone:
+            self._lives.pop(engine, None)
+        else:
+            self._lives[engine] = self._lives.get(engine, 0) + 1
 
     def _home(self, ask: Ask, table: Table[T], least: T) -> T | None:
         if not ask.affinity:
@@ -207,7 +211,7 @@ class RoundRobin(Policy):
     def pick(self, ask: Ask, table: Table[T], rates: Rates, matches: Matches, avoid: frozenset[str]) -> Choice | None:
         """As in `Policy`; the least loaded engine if the next 64 have no room."""
         names = table.names
-        holders = table.holders(ask.adapter) if ask.adapter else NOBODY
+        holders = table.holders(ask.adapter) if ask.adapter else None
         start = bisect_right(names, self._last.get(ask.model, ""))
         for step in range(min(len(names), MOST_STEPS)):
             name = names[(start + step) % len(names)]
@@ -249,7 +253,7 @@ class ConsistentHash(Policy):
         if key:
             ring = self._rings.setdefault(ask.model, Ring())
             ring.follow(table.names)
-            holders = table.holders(ask.adapter) if ask.adapter else NOBODY
+            holders = table.holders(ask.adapter) if ask.adapter else None
             share = self._bound * (table.busy_total + 1) / max(1, table.slots_total)
             for name in ring.walk(key + b"\0" + ask.adapter.encode()):
                 row = table.get(name)
@@ -302,10 +306,19 @@ def _check(field_name: str, value: float, least: float, most: float) -> None:
         raise ConfigError(field_name, value, f"must be from {least:g} to {most:g}")
 
 
-def _may_take(row: EngineView, avoid: frozenset[str], holders: Set[str]) -> bool:
+def _may_take(row: EngineView, avoid: frozenset[str], holders: Set[str] | None) -> bool:
     if row.busy >= row.slots_total or row.is_suspect or row.name in avoid:
         return False
-    return not holders or row.name in holders
+    return holders is None or row.name in holders
+
+
+def _least_loaded(ask: Ask, table: Table[T], avoid: frozenset[str]) -> list[T]:
+    """A few; where requests with other adapters run on all of them, one more where they do not."""
+    least = table.least_loaded(_LEAST_LOADED, avoid, ask.adapter)
+    if least and least[0].adapters and all(row.is_taken(ask.lora) for row in least):
+        more = table.least_loaded(_MORE_LOADED, avoid, ask.adapter)
+        least += [row for row in more if not row.is_taken(ask.lora)][:1]
+    return least
 
 
 def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
@@ -314,7 +327,7 @@ def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
         return False
     if rates.odd and any(row.name in rates.odd for row in least):
         return False
-    return all(row.prefilling_tokens < LONG_PREFILL_TOKENS for row in least)
+    return all(row.prefilling_tokens < LONG_PREFILL_TOKENS and not row.adapters for row in least)
 
 
 def _harm(row: EngineView) -> tuple[int, int]:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from lltm_ray.routing.adapters import Lora
+
 _FIELD, _MESSAGE = b"\x1e", b"\x1f"
 _CHATS = frozenset(("/chat/completions", "/v1/chat/completions", "/v1/messages", "/responses", "/v1/responses"))
 _TEXTS = frozenset(("/completion", "/completions", "/v1/completions"))
@@ -20,12 +22,13 @@ _HEAD_FIELDS = ("tools", "chat_template_kwargs", "reasoning_effort", "system", "
 _MESSAGE_FIELDS = ("name", "tool_calls", "tool_call_id")
 
 
-def prompt_key(path: str, body: Any) -> bytes:
+def prompt_key(path: str, body: Any, lora: Lora | None = None) -> bytes:
     """The key of a request; empty where no prompt is cached or its form is unknown.
 
     Args:
         path: the request's route.
         body: its parsed JSON.
+        lora: the adapters it chooses, where it is known which ones there are.
     """
     if not isinstance(body, dict):
         return b""
@@ -37,7 +40,7 @@ def prompt_key(path: str, body: Any) -> bytes:
         key = b"infill" + _FIELD + _utf8(body.get("input_prefix")) + _FIELD + _utf8(body.get("input_suffix"))
     else:
         return b""
-    adapters = body.get("lora")
+    adapters = body.get("lora") if lora is None else ["chosen", *lora]
     return _salt(adapters) + key if adapters and key else key
 
 
@@ -51,12 +54,6 @@ def reply_key(path: str, text: str) -> bytes:
     if path in _CHATS:
         return b"assistant" + _FIELD + _utf8(text) + _MESSAGE
     return _utf8(text) if path in _TEXTS else b""
-
-
-def adapter_of(body: Any) -> str:
-    """The LoRA adapters a request chooses, as one word; empty for the engine's own setting."""
-    adapters = body.get("lora") if isinstance(body, dict) else None
-    return json.dumps(adapters, sort_keys=True, default=str) if adapters else ""
 
 
 def _chat(body: Mapping[str, Any]) -> bytes:

@@ -100,11 +100,12 @@ class _Line:
 class _Learner:
     """The readings of one engine, or of the whole model."""
 
-    __slots__ = ("count", "line", "overhead_s", "prefill_s", "prefill_tokens", "speed", "trust")
+    __slots__ = ("count", "line", "overhead_s", "prefill_s", "prefill_tokens", "speed", "stands_out", "trust")
 
     def __init__(self, speed: Speed, trust: float) -> None:
         self.speed = speed
         self.trust = trust
+        self.stands_out = False
         self.count = 0
         self.prefill_tokens = 0.0
         self.prefill_s = 0.0
@@ -179,7 +180,6 @@ class Rates:
         self._prior = prior
         self._model = _Learner(prior, _MODEL_TRUST)
         self._engines: dict[str, _Learner] = {}
-        self._speeds: dict[str, Speed] = {}
         service_s = prior.prefill_s(512) + output_tokens * prior.decode_first_s
         self._service = _Mean(service_s, service_s / 2)
         self._output = _Mean(output_tokens, output_tokens / 2)
@@ -203,11 +203,11 @@ class Rates:
         if not 0 < work_s < inf:
             return
         self._model.learn(timings, busy, self._prior)
-        self._speeds.clear()
         own = self._engines.get(engine)
         if own is None:
             own = self._engines[engine] = _Learner(self._model.speed, _ENGINE_TRUST)
         own.learn(timings, busy, self._model.speed)
+        own.stands_out = not _is_same(own.speed, self._model.speed)
         (self.odd.discard if _is_same(own.speed, self._model.speed, _ODD) else self.odd.add)(engine)
         held_s = work_s if held_s is None else held_s
         self._service.learn(held_s, is_first=not self.requests)
@@ -219,16 +219,12 @@ class Rates:
     def forget(self, engine: str) -> None:
         """The engine left, or is another one under the old name."""
         self._engines.pop(engine, None)
-        self._speeds.pop(engine, None)
         self.odd.discard(engine)
 
     def speed(self, engine: str) -> Speed:
-        """An engine's own speed where it differs from the model's mean, else that mean."""
-        known = self._speeds.get(engine)
-        if known is None:
-            own, mean = self._engines.get(engine), self._model.speed
-            known = self._speeds[engine] = mean if own is None or _is_same(own.speed, mean) else own.speed
-        return known
+        """An engine's own speed where that stood out from the model's mean at its last reply, else the mean."""
+        own = self._engines.get(engine)
+        return own.speed if own is not None and own.stands_out else self._model.speed
 
     def prefill_s(self, engine: str, tokens: float) -> float:
         """Seconds that an engine needs to compute so many prompt tokens."""

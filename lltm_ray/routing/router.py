@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any
 
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
-from lltm_ray.records import EngineInfo, EngineState, ModelDemand, ModelInfo, ModelState
+from lltm_ray.records import Adapter, EngineInfo, EngineState, ModelDemand, ModelInfo, ModelState
+from lltm_ray.routing.adapters import check_name, split_model
 from lltm_ray.routing.admission import Overload
 from lltm_ray.routing.admission.waiting import Waiter, WaitingRoom
 from lltm_ray.routing.policy import Ask
@@ -149,12 +150,13 @@ class Router:
         """The served name that a request means.
 
         Args:
-            model: the request's own word; None or empty means the pinned engine's model, the only one, or the first.
+            model: the request's own word, with `:adapter` behind it for one of its LoRA adapters; None or empty means
+                the pinned engine's model, the only one, or the first.
             only: name of an engine the request is pinned to.
 
         Raises:
             ConfigError: `only` is no engine, or serves another model.
-            ModelNotFoundError: nobody serves `model`.
+            ModelNotFoundError: nobody serves `model`, or has that adapter.
             EngineNotReadyError: the fleet is empty.
         """
         if only is not None:
@@ -163,18 +165,37 @@ class Router:
             raise EngineNotReadyError("of any model", "missing: the fleet has no engines yet")
         if not model:
             return self._names[0]
-        if model not in self._names:
+        served, adapter = split_model(model, self._names)
+        if served not in self._names:
             raise ModelNotFoundError(model, f"this fleet serves {', '.join(self._names)}")
-        return model
+        if adapter:
+            check_name(served, adapter, self.adapters(served))
+        return served
 
     def _resolve_pinned(self, model: str | None, only: str) -> str:
         row = self._engines.get(only)
         if row is None:
             known = ", ".join(sorted(self._engines)) or "none yet"
             raise ConfigError("engine", only, f"no such engine; known are {known}")
-        if model and model != row.model:
+        asked, adapter = split_model(model or row.model, (row.model,))
+        if adapter:
+            check_name(asked, adapter, row.info.adapters)
+        if asked != row.model:
             raise ConfigError("engine", only, f"serves {row.model!r}, the request asks for {model!r}")
         return row.model
+
+    def adapters(self, model: str) -> tuple[Adapter, ...]:
+        """LoRA adapters that requests for a served model may choose from; those of its settings while nothing runs."""
+        served = self._models[model]
+        found = {each.name: each for row in served.rows.values() if row.listed for each in row.info.adapters}
+        return tuple(found.values()) or (served.info.adapters if served.info else ())
+
+    def rescale(self, name: str, scales: dict[int, float]) -> None:
+        """An engine's own adapter scales by id are these now, those not named 0: what it has cached is of others."""
+        row = self._engines.get(name)
+        if row is not None and row.info.adapters:
+            row.scales = scales
+            self._models[row.model].forget_caches(row)
 
     def pick(self, model: str | None, *, only: str | None = None, exclude: Collection[str] = frozenset()) -> EngineInfo:
         """A ready engine for a request that needs no slot; the one used longest ago.
@@ -249,6 +270,7 @@ class Router:
         waiter = Waiter(ask, frozenset(exclude))
         lease = room.claim_now(waiter, match, now_s)
         if lease is not None:
+            asyncio.get_running_loop().call_soon(served.settle)
             return lease
         if not served.table.slots_total or (ask.only is not None and ask.only not in served.table):
             self._check_hope(served, ask.only)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lltm_ray.records import EngineInfo, EngineState, Timings
+from lltm_ray.routing.adapters import Lora, lora_field
 from lltm_ray.routing.policy import Ask, Choice, EngineView
 
 LATE_DETAIL = "no heartbeat"
@@ -28,6 +29,10 @@ class Row(EngineView):
     suspicions: int = 0
     """Failed connections whose cool-down is not over."""
     listed: bool = True
+    scales: dict[int, float] | None = None
+    """Its adapters' own scales by id, where they were changed since it started."""
+    coming: dict[Lora | None, int] = field(default_factory=dict)
+    """Claims without a first byte by what they choose of its adapters."""
     closed: bool = False
     """Takes no new claims: it is being drained."""
 
@@ -35,6 +40,10 @@ class Row(EngineView):
     def is_usable(self) -> bool:
         """Whether it can take requests at all."""
         return self.listed and not self.closed and self.info.state is EngineState.READY and self.slots_total > 0
+
+    def is_promised(self, lora: Lora | None) -> bool:
+        """Whether requests with other adapters wait there: who came after them would go before them, for ever."""
+        return bool(self.coming) and any(other != lora for other in self.coming)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +79,18 @@ class Lease:
     released: bool = False
     moves: bool = False
     """A migration's: no request, so nothing is learnt from it."""
+
+    @property
+    def lora(self) -> bytes:
+        """What the engine is to be told of adapters, as a field of the request's body; empty where it has none."""
+        return lora_field(self.ask.lora, self.engine.adapters, self.row.scales)
+
+
+def count(counts: dict[Lora | None, int], lora: Lora | None, change: int) -> None:
+    """So many more; none leave nothing behind."""
+    counts[lora] = counts.get(lora, 0) + change
+    if not counts[lora]:
+        del counts[lora]
 
 
 def identity(info: EngineInfo) -> tuple[str, int | None]:

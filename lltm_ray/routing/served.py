@@ -1,7 +1,8 @@
 """Everything routing knows of one served model: its engines, what they hold, how fast they are, and who waits.
 
 Flow of a claim: `residency.match` says who holds the beginning of the prompt, `policy.choose` picks the engine,
-`residency.choose_slot` the slot. Flow of its end: the reply's timings correct residency, rates, the tenant's account.
+`residency.choose_slot` the slot; when the request is on its way, `settle` tells residency and policy what became of it.
+Flow of its end: the reply's timings correct residency, rates, the tenant's account.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from lltm_ray.routing.admission import Admission, Capacity
 from lltm_ray.routing.policy import Ask, Choice, make_policy
 from lltm_ray.routing.rates import Rates
 from lltm_ray.routing.residency import Held, Match, Residency
-from lltm_ray.routing.rows import Lease, Row, Served, identity
+from lltm_ray.routing.rows import Lease, Row, Served, count, identity
 from lltm_ray.routing.table import Table
 
 KNOWN_REQUESTS = 8
@@ -67,14 +68,16 @@ class ServedModel:
         name: what clients write into `model`.
         policy: name of the routing policy.
         queue_limit: requests that may wait for it.
+        residency_bytes: room for the index of what its engines have cached.
     """
 
-    def __init__(self, name: str, policy: str, queue_limit: int) -> None:
+    def __init__(self, name: str, policy: str, queue_limit: int, residency_bytes: int = 64 * 2**20) -> None:
         self.name = name
         self.info: ModelInfo | None = None
         self.table: Table[Row] = Table()
         self.rates = Rates()
-        self.residency = Residency()
+        self._residency = Residency(residency_bytes)
+        self._unsettled: tuple[Lease, Match] | None = None
         self.policy = make_policy(policy)
         self.admission: Admission[Any] = Admission(queue_limit)
         self.rows: dict[str, Row] = {}
@@ -101,15 +104,25 @@ class ServedModel:
                 row.listed = False  # nobody shall wait for this life any more
             self._forget(name)
             row = Row(name, self.name, len(slots), info=info, owned=slots, free=set(slots), node_id=info.node_id)
+            row.adapters = frozenset(each.name for each in info.adapters)
             self.rows[name] = row
-            if info.url:
-                self.residency.set_engine(
-                    name, slots=info.slots_total, ram_tokens=info.cache_ram_tokens, clears_idle=info.kv_unified
-                )
+            self.forget_caches(row)
         row.info, row.listed = info, True
         if row.owned != slots:
             self._reshape(row, slots)
         self.sync(row)
+
+    def forget_caches(self, row: Row) -> None:
+        """What its server has cached is not worth anything any more."""
+        info = row.info
+        if info.url:
+            self.residency.set_engine(
+                row.name,
+                slots=info.slots_total,
+                ram_tokens=info.cache_ram_tokens,
+                clears_idle=info.kv_unified,
+                similarity_ratio=info.slot_similarity_ratio,
+            )
 
     def _reshape(self, row: Row, slots: set[int]) -> None:
         """Another part of the slots is ours; claims that run on those we lost end where they are."""
@@ -120,11 +133,12 @@ class ServedModel:
         """An engine that left is forgotten when its last claim ends: it may come back before."""
         if not row.listed and not row.busy and self.rows.get(row.name) is row:
             del self.rows[row.name]
-            self._forget(row.name)
+            self._forget(row.name, is_gone=True)
 
-    def _forget(self, name: str) -> None:
+    def _forget(self, name: str, *, is_gone: bool = False) -> None:
+        self.settle()
         self.table.remove(name)
-        self.policy.forget(name)
+        self.policy.forget(name, is_gone=is_gone)
         self.rates.forget(name)
         self.residency.forget_engine(name)
 
@@ -144,13 +158,34 @@ class ServedModel:
 
     # --- claims
 
+    @property
+    def residency(self) -> Residency:
+        """What its engines have cached, all claims so far carried out."""
+        self.settle()
+        return self._residency
+
+    def settle(self) -> None:
+        """Carry out what the last claim means for caches and sessions.
+
+        No part of the decision, as the request need not wait for it: a router calls this when the request is on its
+        way, and whatever asks about caches or sessions earlier than that calls it first.
+        """
+        if self._unsettled is None:
+            return
+        (lease, match), self._unsettled = self._unsettled, None
+        self._residency.begin(lease.row.name, lease.slot, match)
+        self._look_at_spare(lease.row)
+        self.policy.placed(lease.ask, lease.row.name)
+
     def choose(self, ask: Ask, match: Match, exclude: Collection[str]) -> Choice | None:
         """Which engine should take a request; None: no slot is free for it."""
-        return self.policy.choose(ask, self.table, self.rates, match.engines, frozenset(exclude))
+        self.settle()
+        choice = self.policy.choose(ask, self.table, self.rates, match.engines, frozenset(exclude))
+        return None if choice is None or self.rows[choice.engine].is_promised(ask.lora) else choice
 
     def _look_at_spare(self, row: Row) -> None:
         if self._pins:
-            row.spare_tokens = self.residency.spare_tokens(row.name, row.free)
+            row.spare_tokens = self._residency.spare_tokens(row.name, row.free)
 
     def claim(self, ask: Ask, match: Match, choice: Choice, now_s: float) -> Lease:
         """Take the slot that a choice is about."""
@@ -160,9 +195,7 @@ class ServedModel:
         uncached = max(0, ask.prompt_tokens - spot.cached_tokens)
         lease = self._take(row, spot.slot, ask, now_s, uncached)
         lease.choice, lease.cached_tokens = choice, spot.cached_tokens
-        self.residency.begin(row.name, spot.slot, match)
-        self._look_at_spare(row)
-        self.policy.placed(ask, row.name)
+        self._unsettled = lease, match
         return lease
 
     def claim_slot(self, row: Row, slot: int, ask: Ask, now_s: float) -> Lease:
@@ -172,6 +205,9 @@ class ServedModel:
         return lease
 
     def _take(self, row: Row, slot: int, ask: Ask, now_s: float, uncached: int) -> Lease:
+        if row.adapters:
+            count(row.running, ask.lora, 1)
+            count(row.coming, ask.lora, 1)
         if slot >= 0:
             row.free.discard(slot)
             row.pinned.add(slot)
@@ -184,11 +220,17 @@ class ServedModel:
         """The first byte of a claim's answer came."""
         if not lease.began:
             lease.began = True
+            if lease.row.adapters:
+                count(lease.row.coming, lease.ask.lora, -1)
             self.table.began(lease.row, uncached_tokens=lease.uncached_tokens)
 
     def release(self, lease: Lease, served: Served | None, now_s: float) -> None:
         """Give a slot back and learn from what its reply told."""
+        self.settle()
         row = lease.row
+        if row.adapters:
+            count(row.running, lease.ask.lora, -1)
+            count(row.coming, lease.ask.lora, -(not lease.began))
         self.table.release(row, uncached_tokens=0 if lease.began else lease.uncached_tokens, is_decoding=lease.began)
         if lease.slot >= 0:
             row.pinned.discard(lease.slot)

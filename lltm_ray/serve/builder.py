@@ -35,7 +35,7 @@ def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Applicat
                 f"gateway.{name}", getattr(gateway, name), "Serve binds the address: use its http options"
             )
     holder = FleetHolder.bind(replace(fleet, gateway=None))
-    app: Application = Ingress.bind(gateway, holder)
+    app: Application = Ingress.bind(gateway, holder, fleet.telemetry)
     return app
 
 

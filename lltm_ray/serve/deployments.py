@@ -9,7 +9,7 @@ from ray import serve
 
 from lltm_ray.actors.fleet import Fleet, start_fleet
 from lltm_ray.actors.front import Front
-from lltm_ray.config import FleetConfig, GatewayConfig
+from lltm_ray.config import FleetConfig, GatewayConfig, TelemetryConfig
 from lltm_ray.errors import EngineError
 
 
@@ -35,9 +35,11 @@ class _FleetHolder:
 class _Ingress:
     """HTTP in, bytes from llama-server out; holds no logic of its own."""
 
-    async def __init__(self, config: GatewayConfig, holder: Any) -> None:  # type: ignore[misc] # Serve awaits it
+    async def __init__(  # type: ignore[misc] # Serve awaits it
+        self, config: GatewayConfig, holder: Any, telemetry: TelemetryConfig | None
+    ) -> None:
         replica = serve.get_replica_context().replica_id.unique_id
-        self._front = Front(config, await holder.name.remote(), f"serve-{replica}")
+        self._front = Front(config, await holder.name.remote(), f"serve-{replica}", telemetry)
         self._following = asyncio.create_task(self._front.serve_unseen())
 
     def check_health(self) -> None:

@@ -21,7 +21,7 @@ from .processes import StartError
 from .report import WORKLOADS, markdown, note
 from .stress import Setting
 
-DEFAULT = tuple(peer.name for peer in ALL if peer.name != "vllm-router/hash")
+DEFAULT = tuple(peer.name for peer in ALL if peer.by_default)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -163,14 +163,18 @@ def fleet(peer: Peer, folder: Path) -> Iterator[Fleet]:
         with _own_fleet(peer, folder) as ours:
             yield ours
         return
-    with servers(folder) as behind, front(peer, folder, tuple(server.url for server in behind), SLOTS) as target:
+    with (
+        servers(folder, slot_prompt_similarity=peer.similarity) as behind,
+        front(peer, folder, tuple(server.url for server in behind), SLOTS) as target,
+    ):
         yield Fleet(peer, target.ports, behind, target.process.pid if target.process else None)
 
 
 @contextlib.contextmanager
 def _own_fleet(peer: Peer, folder: Path) -> Iterator[Fleet]:
     script = Path(__file__).with_name("ours.py")
-    argv = [sys.executable, str(script), "fleet", str(model()), str(ENGINES), json.dumps(SETTINGS)]
+    engine = SETTINGS | {"slot_prompt_similarity": peer.similarity}
+    argv = [sys.executable, str(script), "fleet", str(model()), str(ENGINES), json.dumps(engine)]
     with running(argv, folder / "fleet.log", {"RAY_ADDRESS": "", "RAY_DEDUP_LOGS": "0"}, talks=True) as process:
         told = json.loads(process.first_line())
         behind = tuple(Server(each["url"], each["pid"], each["key"]) for each in told["engines"])

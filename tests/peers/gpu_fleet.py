@@ -176,6 +176,7 @@ def _info(number: int, server: Server, config: EngineConfig, ram_tokens: int) ->
         server_pid=server.pid,
         n_ctx=config.n_ctx or 0,
         cache_ram_tokens=ram_tokens,
+        slot_similarity_ratio=config.slot_similarity_ratio,
         kv_unified=config.kv_unified,
     )
     return asdict(info)

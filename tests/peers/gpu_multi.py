@@ -7,9 +7,12 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import uvloop
+
+from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO
 
 from .client import Client, Reply
 from .engines import Server
@@ -44,6 +47,8 @@ def _attempt(run: Run, row: str, play: Callable[..., Row], *given: Any) -> None:
 def _conversations(run: Run, name: str, count: int, seed: int) -> Row:
     scale = run.scale
     config = run.host.config(scale.slots, scale.slot_tokens, scale.cache_ram_mib)
+    if name != "residency":  # llama.cpp's default, as in a fleet whose requests name no slot
+        config = replace(config, slot_prompt_similarity=LLAMA_CPP_SIMILARITY_RATIO)
     folder = run.folder / f"multi-{name}-{count}-{seed}"
     began = time.monotonic()
     with (

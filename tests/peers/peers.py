@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO, SIMILARITY_RATIO
+
 from . import install
 from .processes import Running, free_port, running, wait_for
 
@@ -60,6 +62,9 @@ class Peer:
     only: str = ""
     """Count the CPU time of processes alone whose command line starts so."""
     note: str = ""
+    similarity: float = LLAMA_CPP_SIMILARITY_RATIO
+    """`--slot-prompt-similarity` of the engines behind it."""
+    by_default: bool = True
 
     def keep(self, cmdline: str) -> bool:
         """Whether a process of its tree belongs to the front."""
@@ -184,9 +189,20 @@ def _serve(site: Site, programs: Path) -> Argv:
     return [str(programs / "python"), str(script), str(site.port), *site.engines]
 
 
-def _ours(site: Site, _programs: Path) -> Argv:
-    script = Path(__file__).with_name("ours.py")
-    return [sys.executable, str(script), "gateway", str(site.port), str(site.slots), *site.engines]
+def _ours(policy: str = "residency", similarity: float = SIMILARITY_RATIO) -> Build:
+    """The gateway alone, before engines that take their slots by this similarity."""
+
+    def build(site: Site, _programs: Path) -> Argv:
+        script = Path(__file__).with_name("ours.py")
+        how = [str(site.port), str(site.slots), policy, str(similarity)]
+        return [sys.executable, str(script), "gateway", *how, *site.engines]
+
+    return build
+
+
+def _variant(name: str, policy: str, similarity: float) -> Peer:
+    note = f"the gateway alone, policy {policy}"
+    return Peer(name, _ours(policy, similarity), note=note, similarity=similarity, by_default=False)
 
 
 _RAY = (("RAY_DEDUP_LOGS", "0"), ("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_ADDRESS", ""))
@@ -207,6 +223,7 @@ ALL = (
         _vllm("--policy", "consistent_hash"),
         ("vllm-router==0.1.17",),
         note="consistent_hash; needs a session id from the client (--hints)",
+        by_default=False,
     ),
     Peer("sglang-router", _sglang, ("sglang-router==0.3.2",), note="cache_aware"),
     Peer("smg", _smg, ("smg==1.13.0",), note="cache_aware"),
@@ -220,7 +237,12 @@ ALL = (
         only="ray::",
         note="FastAPI + httpx in one replica, default proxy; CPU of proxy and replica alone",
     ),
-    Peer("lltm_ray", _ours),
+    Peer("lltm_ray", _ours(), similarity=SIMILARITY_RATIO),
+    _variant("lltm_ray/least-loaded", "least-loaded", LLAMA_CPP_SIMILARITY_RATIO),
+    _variant("lltm_ray/least-loaded/0.9", "least-loaded", SIMILARITY_RATIO),
+    _variant("lltm_ray/0.1", "residency", LLAMA_CPP_SIMILARITY_RATIO),
+    _variant("lltm_ray/0", "residency", 0.0),
+    Peer("direct/0.9", None, similarity=SIMILARITY_RATIO, note="round robin by the client", by_default=False),
 )
 BY_NAME = {peer.name: peer for peer in ALL}
 

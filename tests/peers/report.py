@@ -43,6 +43,7 @@ def _rows(rounds: Rounds) -> Iterable[dict[str, Row]]:
 def _head(results: dict[str, Any]) -> str:
     peers = "\n".join(
         f"- {name}: {BY_NAME[name].version}{'; ' + BY_NAME[name].note if BY_NAME[name].note else ''}"
+        f"; engines with --slot-prompt-similarity {BY_NAME[name].similarity:g}"
         for name in results["peers"]
     )
     machine = (

@@ -7,8 +7,8 @@ import time
 import aiohttp
 import uvloop
 
-from lltm_ray.cli._load_result import LoadPlan
-from lltm_ray.cli._load_run import run_load
+from lltm_ray.load.result import LoadPlan
+from lltm_ray.load.run import run_load
 
 
 async def bare(url, count):

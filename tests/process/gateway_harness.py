@@ -6,17 +6,22 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+import gguf
+import numpy as np
 
-from lltm_ray.config import GatewayConfig
+from lltm_ray.actors.launch import adapters_of
+from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO, EngineConfig, GatewayConfig, LoraAdapter
 from lltm_ray.gateway.app import GatewayApp
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.server import serve
 from lltm_ray.gateway.slot_files import SlotFiles
+from lltm_ray.gateway.trace import Tracing
+from lltm_ray.models.tiny import TinyShape
 from lltm_ray.records import EngineInfo, EngineState, FleetStatus
 from lltm_ray.routing.ledger import Ledger
 from lltm_ray.routing.router import Router
@@ -39,7 +44,13 @@ import os, sys, xllamacpp
 p = xllamacpp.CommonParams()
 p.model.path, p.port, p.hostnames, p.api_keys = sys.argv[1], 0, ["127.0.0.1"], ["engine-key"]
 p.n_parallel, p.n_ctx, p.n_threads_http = int(sys.argv[2]), 8192 * int(sys.argv[2]), 16
-p.slot_save_path = sys.argv[3]
+p.slot_save_path, p.slot_prompt_similarity = sys.argv[3], float(sys.argv[4])
+adapters = [xllamacpp.CommonAdapterLoraInfo() for _ in sys.argv[5:]]
+for adapter, given in zip(adapters, sys.argv[5:]):
+    adapter.path, scale = given.rsplit(":", 1)
+    adapter.scale = float(scale)
+if adapters:
+    p.lora_adapters, p.cache_ram_mib = adapters, 0
 # Rounding in f16 lets the same greedy text come out otherwise now and then, as other requests share the batch.
 p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -66,14 +77,31 @@ class Engine:
 
 
 @contextlib.contextmanager
-def real_engine(name: str, model: Path, log_dir: Path, *, slots: int = SLOTS) -> Iterator[Engine]:
+def real_engine(
+    name: str,
+    model: Path,
+    log_dir: Path,
+    *,
+    slots: int = SLOTS,
+    lora: Sequence[LoraAdapter] = (),
+    similarity: float = LLAMA_CPP_SIMILARITY_RATIO,
+) -> Iterator[Engine]:
     """Start a server and wait until it serves; it saves slots in a folder of its own."""
     folder = log_dir / f"{name}-slots"
     folder.mkdir(exist_ok=True)
     with (
         (log_dir / f"{name}.log").open("w") as log,
         subprocess.Popen(
-            [sys.executable, "-c", _CHILD, str(model), str(slots), f"{folder}/"],
+            [
+                sys.executable,
+                "-c",
+                _CHILD,
+                str(model),
+                str(slots),
+                f"{folder}/",
+                str(similarity),
+                *(f"{x.path}:{x.scale}" for x in lora),
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -85,9 +113,29 @@ def real_engine(name: str, model: Path, log_dir: Path, *, slots: int = SLOTS) ->
             assert url.startswith("http://"), (log_dir / f"{name}.log").read_text()[-2000:]
             info = engine_info(name, url, process.pid, slots=slots)
             info = info.with_(slot_folder=str(folder), n_ctx=8192 * slots, cache_ram_tokens=2**20)  # 8 GiB by default
+            info = info.with_(slot_similarity_ratio=similarity)
+            if lora:
+                info = info.with_(adapters=adapters_of(EngineConfig(lora=tuple(lora))), cache_ram_tokens=0)
             yield Engine(info, process)
         finally:
             process.kill()
+
+
+def write_adapter(path: Path, seed: int = 0, rank: int = 4) -> None:
+    """A LoRA adapter for the attention of the tiny model, strong enough to change what it says."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(rank))
+    random, width = np.random.default_rng(seed), TinyShape().n_embd
+    for tensor in ("attn_q", "attn_output"):
+        for name, shape in {"lora_a": (rank, width), "lora_b": (width, rank)}.items():
+            values = (random.standard_normal(shape) / 2).astype(np.float32)
+            writer.add_tensor(f"blk.0.{tensor}.weight.{name}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def infos(engines: Iterable[Engine]) -> list[EngineInfo]:
@@ -141,6 +189,7 @@ async def gateway(
     keys: tuple[str, ...] = (),
     ledger: Ledger | None = None,
     files: SlotFiles | None = None,
+    tracing: Tracing | None = None,
     **settings: object,
 ) -> AsyncIterator[Gateway]:
     """Run the app on uvicorn in this loop; at the end every claim must be gone. The ledger stays open."""
@@ -154,6 +203,7 @@ async def gateway(
         status=lambda: FleetStatus(name="test", engines=router.engines()),
         ledger=ledger,
         files=files,
+        tracing=tracing,
         account=lambda: ledger.counters if ledger else {},
     )
     port: asyncio.Future[int] = asyncio.get_running_loop().create_future()

@@ -24,9 +24,9 @@ import pytest
 import requests
 import uvloop
 
-from lltm_ray.cli._load_result import LoadPlan
-from lltm_ray.cli._load_run import run_load
 from lltm_ray.errors import LltmRayError, UpstreamError
+from lltm_ray.load.result import LoadPlan
+from lltm_ray.load.run import run_load
 from lltm_ray.models.tiny import ensure_tiny
 
 BENCH = (sys.executable, "-c", "from lltm_ray.cli import main; main()", "bench")

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import gguf
 import numpy as np
 import pytest
 import requests
 import xllamacpp
+from gateway_harness import write_adapter
 
 from lltm_ray.config import EngineConfig, LoraAdapter
 from lltm_ray.llamacpp import embedded
@@ -23,20 +23,6 @@ from lltm_ray.models.tiny import TinyShape
 
 KEY = "a-key-only-in-a-file"
 WIDTH = TinyShape().n_embd
-
-
-def write_adapter(path: Path, rank: int = 4) -> None:
-    """A LoRA adapter for the first query projection of the tiny model."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 1.0)
-    for name, shape in {"lora_a": (rank, WIDTH), "lora_b": (WIDTH, rank)}.items():
-        writer.add_tensor(f"blk.0.attn_q.weight.{name}", np.ones(shape, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture

@@ -288,17 +288,11 @@ async def test_kill_9_in_mid_stream_loses_and_doubles_nothing(
         client = await until_broken(tapped())
     delivered = tap.delivered_tokens
     assert 100 <= delivered < 300
-    restored: list[str] = []
-
-    async def restore(engine: EngineInfo) -> None:
-        restored.append(engine.name)
-
-    continuation = Continuation(path, body, tap, pool, restore=restore)
+    continuation = Continuation(path, body, tap, pool)
     async for part in continuation.on(pair[1].info):
         client += part
     assert read(path, client) == undisturbed
     (attempt,) = continuation.attempts
-    assert restored == ["e1"]
     assert attempt.is_resumed
     assert attempt.delivered_tokens == 300 - delivered
     assert attempt.wasted_tokens <= 5

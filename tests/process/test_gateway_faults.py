@@ -1,6 +1,7 @@
 """The gateway before engines that misbehave on demand."""
 
 import asyncio
+import contextlib
 import json
 
 import aiohttp
@@ -168,18 +169,38 @@ async def test_a_stale_pooled_connection_is_replaced_without_counting_as_an_atte
         assert [record.attempts for record in gate.app.records] == [1, 1, 1]
 
 
-async def test_connections_are_reused_but_not_after_close_or_a_chunked_answer():
+async def chunked(request: bytes, writer: asyncio.StreamWriter) -> None:
+    writer.write(STREAM_HEAD + event(b"1") + b"0\r\n\r\n")
+
+
+async def test_connections_are_reused_but_not_after_close():
     async def close_after(request, writer):
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}")
 
-    async def chunked(request, writer):
-        writer.write(STREAM_HEAD + event(b"1") + b"0\r\n\r\n")
-
     async with FakeEngine(answer) as engine, gateway(engine_info("e", engine.url)) as gate:
-        for script, connections in ((answer, 1), (answer, 1), (close_after, 1), (chunked, 2), (answer, 3)):
+        for script, connections in ((answer, 1), (answer, 1), (close_after, 1), (chunked, 2), (answer, 2)):
             engine.script = script
             assert (await post(gate))[0] == 200
             assert engine.connections == connections
+
+
+async def test_a_server_that_hangs_up_after_streams_is_found_out_by_the_first():
+    async def hang_up(request, writer):
+        await chunked(request, writer)
+        writer.close()
+
+    pool = UpstreamPool()
+    async with FakeEngine(hang_up) as engine:
+        for streams in (1, 2, 3):
+            connection = await pool.open(engine.url, [b"POST /x HTTP/1.1\r\ncontent-length: 0\r\n\r\n"])
+            assert await connection.read_all(100) == b"data: 1\n\n"
+            pool.release(connection)
+            assert pool.idle_count() <= (streams == 1), "pooled, if at all, where nothing is known yet"
+            async with asyncio.timeout(2):
+                while pool.idle_count():
+                    await asyncio.sleep(0.001)
+        assert len(engine.requests) == engine.connections == 3
+    pool.close()
 
 
 async def test_idle_connections_are_dropped_before_the_server_drops_them(monkeypatch):
@@ -316,7 +337,7 @@ async def test_a_pump_goes_on_where_the_engine_had_to_wait_before_it():
         await asyncio.sleep(0.1)  # more has come than is taken unread
         parts: list[bytes] = []
         async with asyncio.timeout(5):
-            await connection.pump(lambda part: parts.append(part) is None)
+            parts.append(await connection.pump(lambda part: parts.append(part) is None))
         assert sum(map(len, parts)) == 2**20
         pool.release(connection)
 
@@ -360,6 +381,29 @@ async def test_a_survivor_that_dies_after_its_last_event_does_not_end_the_reply_
             async with gate.http.post(f"{gate.url}/completion", json=body) as reply:
                 seen = await reply.read()
         assert seen.count(b'"stop":true') == 1
+        assert asked == 2
+
+
+async def test_a_stream_is_tried_on_so_many_engines_and_no_more_its_first_included():
+    told = b'{"index":0,"content":"a","tokens":[7],"stop":false,"id_slot":0,"tokens_predicted":1,"tokens_evaluated":3}'
+    asked = 0
+
+    async def die(request, writer):
+        nonlocal asked
+        asked += 1
+        writer.write(STREAM_HEAD + event(told))
+        await writer.drain()
+        writer.close()
+
+    async with contextlib.AsyncExitStack() as stack:
+        urls = [(await stack.enter_async_context(FakeEngine(die))).url for _ in range(4)]
+        gate = await stack.enter_async_context(
+            gateway(*(engine_info(f"e{number}", url) for number, url in enumerate(urls)), max_attempts=2)
+        )
+        body = {"prompt": "a", "stream": True, "temperature": 0}
+        async with gate.http.post(f"{gate.url}/completion", json=body) as reply:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await reply.read()
         assert asked == 2
 
 

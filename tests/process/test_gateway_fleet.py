@@ -84,7 +84,7 @@ async def test_metrics_name_the_engines_that_did_not_answer():
     ):
         lines = (await get(gate, "/metrics")).splitlines()
         assert lines[:3] == ["# TYPE up gauge", 'up{engine="good"} 1', "# engine bad did not answer"]
-    assert 'lltm_slots_busy{engine="bad"} 0' in lines, "and what the gateway itself counts"
+    assert 'lltm_gateway_claimed_slots{engine="bad"} 0' in lines, "and what the gateway itself counts"
 
 
 async def test_an_engine_silent_on_slots_is_logged_once_per_change(caplog, monkeypatch):
@@ -101,6 +101,16 @@ async def test_an_engine_silent_on_slots_is_logged_once_per_change(caplog, monke
         engine.script = hang_up
         await get(gate, "/slots")
         assert len(caplog.records) == 3
+
+
+async def test_the_silence_of_engines_that_left_is_not_remembered(caplog, monkeypatch):
+    monkeypatch.setattr(fleet_module, "ASK_TIMEOUT_S", 0.2)
+    caplog.set_level(logging.WARNING, logger=fleet_module.__name__)
+    async with FakeEngine(hang_up) as engine, gateway(engine_info("a", engine.url)) as gate:
+        for name in ("a", "b", "a", "a"):
+            gate.router.update([engine_info(name, engine.url)])
+            await get(gate, "/slots")
+        assert [record.message.split(":")[0] for record in caplog.records] == ["engine a", "engine b", "engine a"]
 
 
 @pytest.mark.parametrize("path", ["/slots", "/metrics"])

@@ -240,7 +240,7 @@ async def test_a_fresh_request_is_sent_once_even_when_a_pooled_connection_is_at_
 
 
 async def test_a_pool_forgets_servers_whose_connections_it_could_not_keep() -> None:
-    pool = UpstreamPool()
+    pool = UpstreamPool(idle_limit=0)
     async with FakeEngine(stream) as engine:
         request = build_request(b"POST", b"/completion", engine.url, [], b"")
         await pool.fetch(engine.url, request, limit_bytes=1000)

@@ -150,6 +150,25 @@ async def test_a_client_that_leaves_a_joined_answer_got_nothing_and_its_waste_is
         assert 0 < entry["wasted_tokens"] < LONG
 
 
+async def test_a_joined_answer_that_breaks_off_wasted_what_its_engine_had_generated(ledger):
+    async def break_off(request, writer):
+        told = b'{"index":0,"content":"a","tokens":[7],"stop":false,"id_slot":0,"tokens_predicted":1}'
+        writer.write(STREAM_HEAD + event(told) * 5)
+        await writer.drain()
+        writer.close()
+
+    async with (
+        FakeEngine(break_off) as bad,
+        gateway(engine_info("bad", bad.url), ledger=ledger, max_attempts=1) as gate,
+    ):
+        body = {"prompt": "a", "n_predict": 99}
+        async with gate.http.post(f"{gate.url}/completion", json=body, headers={"x-request-id": "cut"}) as reply:
+            assert reply.status == 503
+        await gate.idle()
+        (attempt,) = (await explain(gate, "cut"))["attempts"]
+        assert (attempt["generated_tokens"], attempt["delivered_tokens"], attempt["is_estimate"]) == (5, 0, True)
+
+
 async def leave(gate: Gateway, body: dict[str, Any], id_: str, *, after_s: float = 0.2) -> None:
     with pytest.raises(asyncio.TimeoutError):
         await gate.http.post(

@@ -98,7 +98,7 @@ async def test_at_twice_the_load_all_promises_are_kept(tmp_path: Path):
         run = await drive(url, 7.0, 2.0, closed_s=3.0)
     figures = run.figures()
     # in a few seconds chance weighs more than in the minute of the command
-    assert broken(figures, fairness=0.9, goodput=0.75, late=0.03, in_time=0.98) == [], figures
+    assert broken(figures, fairness=0.9, goodput=0.75, late=0.03, in_time=0.98, refused=0.2) == [], figures
 
 
 async def test_a_higher_priority_jumps_the_queue():
@@ -192,6 +192,7 @@ async def test_a_bad_header_is_refused_by_its_name_and_value(name: str, value: s
         assert answer.status == 400
         assert f"x-lltm-{name.replace('_', '-')}" in answer.text
         assert value in answer.text
+        assert ("must be a number >= 1" if name == "deadline_ms" else "from -10 to 10") in answer.text
         assert servers[0].served == 0
 
 

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lltm_ray.cli import app
-from lltm_ray.cli._load_result import LoadPlan, Sent, summarize
 from lltm_ray.cli.bench import show
+from lltm_ray.load.result import LoadPlan, Sent, summarize
 
 HTML = (200, "text/html", b"<html><body>It works!</body></html>")
 

@@ -38,7 +38,8 @@ def ray_cluster(cache):
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
-        cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2})
+        quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
+        cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, **quiet})
         ray.init(address=cluster.address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
         yield cluster
         ray.shutdown()
@@ -63,6 +64,15 @@ def no_orphans(ray_cluster):
     while directories() - before or servers() - owned():
         assert time.monotonic() < deadline, (directories() - before, servers() - owned())
         time.sleep(0.05)
+
+
+def until(condition, timeout_s=30.0):
+    """What `condition` returns once it is true. Ray needs up to 10 s to start a worker on a busy machine."""
+    deadline = time.monotonic() + timeout_s
+    while not (seen := condition()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+    return seen
 
 
 def directories():

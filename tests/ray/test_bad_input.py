@@ -1,7 +1,9 @@
 """What users get wrong when they start a fleet: one clear error, and nothing left behind."""
 
+import re
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -20,27 +22,35 @@ from lltm_ray.errors import (
     ServerBinaryError,
 )
 from lltm_ray.models.tiny import ensure_tiny
-from tests.ray.conftest import servers
+from tests.ray.conftest import servers, until
+
+pytestmark = pytest.mark.timeout(240)
 
 
-@pytest.fixture
-def tiny(cache):
-    return ensure_tiny(cache)
+def start(name="bad", **settings):
+    defaults = {"model": "tiny", "engines": 1, "gpu_share": 0.0, "gateway": None, "drain_timeout_s": 1.0}
+    lltm_ray.Cluster.start(name=name, **defaults | settings)
 
 
-def start(**settings):
-    defaults = {"model": "tiny", "engines": 2, "gpu_share": 0.0, "name": "bad", "gateway": None, "drain_timeout_s": 1.0}
-    lltm_ray.Cluster.start(**defaults | settings)
-
-
-def check_nothing_left():
-    deadline = time.monotonic() + 5  # killed actors take a moment to be gone
-    while servers() or [name for name in ray.util.list_named_actors(all_namespaces=True) if ":bad:" in name["name"]]:
-        assert time.monotonic() < deadline, (servers(), ray.util.list_named_actors(all_namespaces=True))
+def left_by(fleet):
+    """Actors and shares of a fleet; killed ones take a moment to be gone."""
+    deadline = time.monotonic() + 5
+    while left := actors_of(fleet) + shares_of(fleet):
+        if time.monotonic() > deadline:
+            return left
         time.sleep(0.05)
-    prefix = names.engine("bad", "")
-    groups = [group for group in placement_group_table().values() if group["name"].startswith(prefix)]
-    assert {group["state"] for group in groups} <= {"REMOVED"}
+    return []
+
+
+def actors_of(fleet):
+    found = (actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True))
+    return [name for name in found if name.startswith(names.directory(fleet).removesuffix("directory"))]
+
+
+def shares_of(fleet):
+    groups = placement_group_table().values()
+    prefix = names.engine(fleet, "")
+    return [group["name"] for group in groups if group["name"].startswith(prefix) and group["state"] != "REMOVED"]
 
 
 def truncated(tiny, folder):
@@ -64,15 +74,15 @@ CASES = {
     "no binary": (lambda tiny, folder: {"llama_server": "/nonexistent/llama-server"}, ServerBinaryError, "nonexistent"),
     "a name llama-server cannot take": (lambda tiny, folder: {"served_name": "a,b"}, LltmRayError, "a,b"),
     "wrong flag": (
-        lambda tiny, folder: {"engine": {"extra_args": ["--no-such-flag"]}},
+        lambda tiny, folder: {"engines": 2, "engine": {"extra_args": ["--no-such-flag"]}},
         EngineStartError,
         "no-such-flag",
     ),
     "unknown setting": (lambda tiny, folder: {"engines_": 2}, ConfigError, "unknown setting; did you mean engines"),
     "wrong type": (lambda tiny, folder: {"engines": "two"}, ConfigError, "engines='two': must be int"),
     "odd share": (lambda tiny, folder: {"gpu_share": 1.5}, ConfigError, "whole number of GPUs"),
-    "no GPU to see": (lambda tiny, folder: {"engines": 1, "gpu_share": 0.5}, PlacementError, "0.5 GPU"),
-    "no room": (lambda tiny, folder: {"engines": 1, "cpu_share": 100.0}, PlacementError, "100 CPU"),
+    "no GPU to see": (lambda tiny, folder: {"gpu_share": 0.5}, PlacementError, "0.5 GPU"),
+    "no room": (lambda tiny, folder: {"cpu_share": 100.0}, PlacementError, "100 CPU"),
     "public without key": (lambda tiny, folder: {"gateway": {"host": "0.0.0.0"}}, ConfigError, "api_key_file"),
     "empty keys": (
         lambda tiny, folder: {"gateway": {"port": 0, "api_key_file": "/dev/null"}},
@@ -82,13 +92,33 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def outcomes(ray_cluster, cache, tmp_path_factory):
+    """Of every case the error and what it left. Three at a time: each start waits for one process after the other."""
+    tiny, folder = ensure_tiny(cache), tmp_path_factory.mktemp("models")
+
+    def outcome(case, number):
+        fleet = f"bad-{number}"
+        try:
+            start(fleet, **CASES[case][0](tiny, folder))
+        except Exception as error:
+            return error, left_by(fleet)
+        return None, left_by(fleet)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = dict(zip(CASES, pool.map(outcome, CASES, range(len(CASES))), strict=True))
+    until(lambda: not servers(), 5.0)
+    return found
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_it_is_told_and_leaves_nothing(ray_cluster, tiny, tmp_path, case):
-    settings, error, words = CASES[case]
-    with pytest.raises(error, match=words) as caught:
-        start(**settings(tiny, tmp_path))
-    assert isinstance(caught.value, LltmRayError)
-    check_nothing_left()
+def test_it_is_told_and_leaves_nothing(outcomes, case):
+    _settings, kind, words = CASES[case]
+    error, left = outcomes[case]
+    assert isinstance(error, kind), repr(error)
+    assert isinstance(error, LltmRayError)
+    assert re.search(words, str(error)), error
+    assert left == []
 
 
 def test_a_taken_port_is_told_with_the_remedy(ray_cluster):
@@ -98,4 +128,5 @@ def test_a_taken_port_is_told_with_the_remedy(ray_cluster):
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port={port}: is taken"):
             start(gateway={"port": port})
-    check_nothing_left()
+    assert left_by("bad") == []
+    until(lambda: not servers(), 5.0)

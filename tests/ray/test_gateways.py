@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +9,7 @@ import ray
 
 import lltm_ray
 from lltm_ray.actors import names
-from tests.ray.conftest import post
+from tests.ray.conftest import post, until
 from tests.ray.load import Load
 
 
@@ -25,14 +24,6 @@ def pair(ray_cluster):
 def snapshots(fleet):
     actors = [ray.get_actor(names.gateway(fleet, name), namespace=names.NAMESPACE) for name in names.gateways(2)]
     return ray.get([actor.snapshot.remote() for actor in actors], timeout=30)
-
-
-def until(condition, timeout_s=20.0):
-    deadline = time.monotonic() + timeout_s
-    while not (seen := condition()):
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
-    return seen
 
 
 def owned(fleet="pair"):
@@ -55,8 +46,10 @@ def test_a_drain_reaches_every_gateway(pair):
     report = post(f"{pair.endpoint}/lltm/drain?engine=engine-0&timeout_s=10", {})
     assert report["left"] == 0, report
     assert [each["engines"]["engine-0"]["is_closed"] for each in snapshots("pair")] == [True, True]
+    until(lambda: [each.closed for each in pair.status().gateways] == [("engine-0",)] * 2)
     post(f"{pair.endpoint}/lltm/undrain?engine=engine-0", {})
     assert [each["engines"]["engine-0"]["is_closed"] for each in snapshots("pair")] == [False, False]
+    until(lambda: [each.closed for each in pair.status().gateways] == [()] * 2)
 
 
 def test_a_gateway_that_dies_leaves_its_slots_to_the_other_until_it_is_back(pair):
@@ -72,10 +65,10 @@ def test_a_gateway_that_dies_leaves_its_slots_to_the_other_until_it_is_back(pair
 
 def test_a_request_for_a_cold_model_starts_it_and_is_answered(ray_cluster):
     settings = {"name": "cold", "gateway": {"port": 0}, "gpu_share": 0.0, "engines": 0, "max_engines": 1}
-    with lltm_ray.Cluster.start(model="tiny", idle_timeout_s=2.0, **settings) as fleet:
+    with lltm_ray.Cluster.start(model="tiny", idle_timeout_s=1.0, **settings) as fleet:
         ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda _: post(f"{fleet.endpoint}/v1/chat/completions", ask), range(4)))
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [4] * 4
-        until(lambda: fleet.status().models[0].state == "cold", timeout_s=30)
+        until(lambda: fleet.status().models[0].state == "cold")
         assert post(f"{fleet.endpoint}/v1/chat/completions", ask)["usage"]["completion_tokens"] == 4

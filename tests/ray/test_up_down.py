@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,17 +36,16 @@ def no_cluster(monkeypatch):
 
 
 def test_a_detached_fleet_is_seen_used_and_taken_down(cache):
-    port, before = free_port("127.0.0.1"), servers()
-    up = lltm("up", "--model", "tiny", "--engines", "2", "--port", str(port), "--name", "cli", "--detach")
-    assert up.stdout.strip() == f"cli is ready at http://127.0.0.1:{port}"
+    before = servers()
+    up = lltm("up", "--model", "tiny", "--engines", "2", "--port", "0", "--name", "cli", "--detach")
     try:
+        url = re.fullmatch(r"cli is ready at (http://127\.0\.0\.1:\d+)\n", up.stdout)[1]
         status = json.loads(lltm("status", "--name", "cli", "--json").stdout)
         assert [engine["state"] for engine in status["engines"]] == ["ready", "ready"]
-        assert status["gateways"][0]["url"] == f"http://127.0.0.1:{port}"
-        url = ("--url", f"http://127.0.0.1:{port}")
-        bench = json.loads(lltm("bench", *url, "--requests", "64", "--max-tokens", "8", "--json").stdout)
+        assert status["gateways"][0]["url"] == url
+        bench = json.loads(lltm("bench", "--name", "cli", "--requests", "64", "--max-tokens", "8", "--json").stdout)
         assert (bench["ok"], bench["errors"]) == (64, {})
-        assert lltm("chat", "hi", *url, "--max-tokens", "8").stdout.strip()
+        assert lltm("chat", "hi", "--url", url, "--max-tokens", "8").stdout.strip()
         script = "import lltm_ray; print(lltm_ray.Cluster.connect('cli').complete('hi', max_tokens=8).engine)"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
         assert "engine-" in done.stdout, done.stderr
@@ -88,9 +88,8 @@ def test_a_failed_start_is_one_sentence_and_an_exit_code(cache, tmp_path):
 
 def test_an_address_without_a_ray_is_told_at_once(cache):
     environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port('127.0.0.1')}"}
-    began = time.monotonic()
     done = lltm("up", "--name", "nowhere", check=False, env=environment)
     assert done.returncode == 2
     assert "no Ray cluster answers there" in done.stderr
+    assert "Connection refused" in done.stderr, "Ray's own try, which takes 20 s, has other words"
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 15

@@ -55,7 +55,9 @@ class Ticket(Generic[T]):
     deadline_s: float = inf
     """When its answer must have begun."""
     lead_s: float = 0.0
-    """Expected seconds from the slot to the first byte."""
+    """Seconds from the slot to the first byte, on the safe side."""
+    mean_lead_s: float = inf
+    """The same on average, at most `lead_s`."""
     cost_tokens: float = 1.0
     """Uncached prompt tokens + expected output tokens; less than one counts as one."""
     only: str | None = None
@@ -76,6 +78,7 @@ class Ticket(Generic[T]):
             values = (self.cost_tokens, self.lead_s, self.arrived_s)
             raise ConfigError("cost_tokens, lead_s, arrived_s", values, "must be finite")
         self.cost_tokens = max(1.0, self.cost_tokens)
+        self.mean_lead_s = min(self.lead_s, self.mean_lead_s)
 
     @property
     def latest_s(self) -> float:
@@ -260,6 +263,16 @@ class FairQueue(Generic[T]):
     def count_of(self, tenant: str) -> int:
         """How many tickets of a tenant wait."""
         return sum(len(each.active[tenant].entries) for each in self._classes.values() if tenant in each.active)
+
+    def is_modest(self, ticket: Ticket[T]) -> bool:
+        """Whether its tenant has less than half of its share of the tokens of its priority that wait."""
+        mine = self._classes.get(ticket.priority)
+        own = mine.active.get(ticket.tenant) if mine else None
+        if mine is None or own is None:
+            return True
+        lanes = mine.active.values()
+        share = own.weight / sum([lane.weight for lane in lanes])
+        return own.tokens < share / 2 * sum([lane.tokens for lane in lanes])
 
     def wait_s(self, ticket: Ticket[T], tokens_s: float) -> float:
         """Seconds to serve what goes before a ticket, queued or as if it were queued now, at `tokens_s`.

@@ -6,6 +6,10 @@ in places and in time: a ticket that cannot begin before its deadline is refused
 with a margin learnt from how wrong such predictions were, or as soon as it shows. A low priority may be overtaken for
 ever by design; its deadlines end that.
 
+The margin costs a tenant with much to wait for nothing, as its next request is let in instead. It would shut out one
+that asks for little in a hurry, whose turn is next. So who has little of what waits is let in without a margin as long
+as misses are rare: what is promised leaves room for one in a hundred, and those who wait with a margin hardly use it.
+
 Pure: no clock, no I/O; all times are monotonic seconds that are passed in.
 """
 
@@ -39,6 +43,13 @@ _RATIOS = (0.1, 10.0)
 """Bounds of actual / predicted, so that one stalled engine does not close the door for hours."""
 _MOST_DEVIATION = 10.0
 """What one wait may stray at most, for the same reason."""
+_CREDIT = (-0.5, 2.0)
+"""Bounds of the misses that tickets without a margin may still cause. A stall causes many at once, which shall not shut
+them out for long."""
+_EARNED = 0.0075
+"""What each ticket with a deadline adds to it by getting its slot, so that late answers stay below one in a hundred."""
+_EXPIRY_COST = 0.5
+"""What an expiry takes from it; a late answer, which is worse than a late refusal, takes 1."""
 
 T = TypeVar("T")
 
@@ -112,6 +123,7 @@ class Admission(Generic[T]):
         self._expiry: list[tuple[float, int, Ticket[T]]] = []
         self._correction = _Correction()
         self._capacity = Capacity(0, 0.0, 0.0, 0.0)
+        self._credit = 1.0
         self._rejected: Counter[Reason] = Counter()
         self._returning = 0
         """Who was told to come back for a place, less the places that came free since: a herd is spread by it.
@@ -137,7 +149,7 @@ class Admission(Generic[T]):
         self._capacity = capacity
         ticket.pushed_s, ticket.unit_s, ticket.raw_s = now_s, capacity.unit_s, self._raw(ticket)
         wait_s, allowance_s = self._bound(ticket.raw_s), ticket.latest_s - now_s
-        if allowance_s <= 0 or allowance_s < wait_s < inf:
+        if (allowance_s <= 0 or allowance_s < wait_s < inf) and not self._may_try(ticket, now_s):
             if not self:
                 self._correction.doubt()
             return self._refuse(ticket, Reason.DEADLINE, wait_s, wait_s - allowance_s)
@@ -162,8 +174,14 @@ class Admission(Generic[T]):
             ticket.pushed_s = now_s
             self._queue.add(ticket)
         self._queue.charge(ticket)
+        if ticket.deadline_s < inf:
+            self._change_credit(_EARNED)
         is_calm = not has_waited and not self and self._limit > 0
         self._returning = 0 if is_calm else max(0, self._returning - 1)
+
+    def began_late(self) -> None:
+        """The answer to a ticket that got its slot began after its deadline."""
+        self._change_credit(-1.0)
 
     def leave(self, ticket: Ticket[T]) -> None:
         """Its client is gone; a second time does nothing. Nothing is charged."""
@@ -189,6 +207,7 @@ class Admission(Generic[T]):
             wait_s = self.predict(ticket, self._capacity)
             self._queue.remove(ticket)
             self._correction.cut_short(ticket, now_s - ticket.pushed_s, missed=True)
+            self._change_credit(-_EXPIRY_COST)
             late_s = wait_s - (ticket.latest_s - ticket.pushed_s)
             gone.append(self._refuse(ticket, Reason.EXPIRED, wait_s, late_s))
         return tuple(gone)
@@ -243,6 +262,7 @@ class Admission(Generic[T]):
             "wait_ratio": self._correction.ratio,
             "wait_deviation": self._correction.deviation,
             "wait_margin": self._correction.margin,
+            "miss_credit": self._credit,
             "rejected": {str(reason): self._rejected[reason] for reason in Reason if reason is not Reason.EVICTED},
             "evicted": self._rejected[Reason.EVICTED],
         }
@@ -259,6 +279,22 @@ class Admission(Generic[T]):
 
     def _bound(self, raw_s: float) -> float:
         return self._correction.bound(raw_s, self._capacity) if raw_s < inf else inf
+
+    def _may_try(self, ticket: Ticket[T], now_s: float) -> bool:
+        """Whether to let one in that should begin in time, but not surely; it then waits as long as that holds."""
+        if ticket.raw_s == inf or not self._queue.is_modest(ticket):
+            return False
+        expected_s = self._correction.ratio * ticket.raw_s + ticket.mean_lead_s
+        if ticket.deadline_s - now_s <= expected_s:
+            return False
+        if self._credit <= 0:
+            self._change_credit(_EARNED)  # where nobody else waits, nothing else would ever end this
+            return False
+        ticket.lead_s = ticket.mean_lead_s
+        return True
+
+    def _change_credit(self, change: float) -> None:
+        self._credit = min(max(self._credit + change, _CREDIT[0]), _CREDIT[1])
 
     def _place_s(self) -> float:
         """When there is a place for the next one that a full queue turns away: each is told of another one."""

@@ -150,6 +150,7 @@ class WaitingRoom:
             priority=ask.priority,
             deadline_s=ask.deadline_s,
             lead_s=self._lead.bound_s(waiter.uncached_tokens, slots),
+            mean_lead_s=self._lead.mean_s(waiter.uncached_tokens, slots),
             cost_tokens=waiter.uncached_tokens + served.rates.output_tokens(ask.max_tokens),
             only=ask.only,
         )
@@ -163,12 +164,15 @@ class WaitingRoom:
             self.dispatch(lease.engine.name)
 
     def began(self, lease: Lease) -> None:
-        """The first byte of an answer came: a long prompt that waited for its prefill may go on."""
+        """The first byte of an answer came: a long prompt, or other adapters, that waited for it may go on."""
         if lease.began:
             return
         self._served.began(lease)
-        self._lead.learn(lease.uncached_tokens, lease.row.slots_total, self._clock() - lease.claimed_s)
-        if lease.uncached_tokens >= LONG_PREFILL_TOKENS:
+        now_s = self._clock()
+        self._lead.learn(lease.uncached_tokens, lease.row.slots_total, now_s - lease.claimed_s)
+        if lease.cost_tokens and now_s > lease.ask.deadline_s:
+            self._served.admission.began_late()
+        if lease.uncached_tokens >= LONG_PREFILL_TOKENS or lease.row.adapters:
             self.dispatch(lease.row.name)
 
     def dispatch(self, freed: str = "") -> None:
@@ -179,7 +183,7 @@ class WaitingRoom:
         """
         admission, table = self._served.admission, self._served.table
         while admission and table.free_slots > 0 and self._serve_one(freed):
-            pass
+            self._served.settle()
 
     def _serve_one(self, freed: str) -> bool:
         now_s = self._clock()

@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,10 @@ class Ledger:
             if sums.estimates and is_certain and _settle(db, server, sums, counters):
                 return Drift()
         return drift
+
+    def forget_servers(self, here: Collection[str]) -> None:
+        """Only these engines are there; what was noted of others for `reconcile` goes."""
+        self._at_rest = {server: seen for server, seen in self._at_rest.items() if server[0] in here}
 
     def _make_folder(self) -> None:
         try:

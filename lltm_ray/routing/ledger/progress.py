@@ -256,18 +256,25 @@ def count_active(folder: Path, engine: str) -> int:
 
 
 def _lock_of_the_dead(path: Path) -> int | None:
+    """The file, open and locked; None if its process lives or another one took it over."""
     try:
         fd = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return None  # another process was faster
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(fd).st_ino:
-            return fd
-    except (BlockingIOError, FileNotFoundError):
-        pass  # it lives, or another process has just taken it over
+    if _is_ours(fd, path):
+        return fd
     os.close(fd)
     return None
+
+
+def _is_ours(fd: int, path: Path) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.stat().st_ino == os.fstat(fd).st_ino
+    except BlockingIOError:
+        return False  # its process lives
+    except FileNotFoundError:
+        return False  # another process has just taken it over
 
 
 def _read(fd: int) -> list[Lost]:

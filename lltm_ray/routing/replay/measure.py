@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from sys import getsizeof
+from time import perf_counter_ns, thread_time_ns
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
@@ -26,11 +27,12 @@ _SHARED = (type, ModuleType, FunctionType, BuiltinFunctionType)
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Percentiles; 0 where nothing was measured."""
+    """Percentiles and the largest value; 0 where nothing was measured."""
 
     p50: float = 0.0
     p95: float = 0.0
     p99: float = 0.0
+    most: float = 0.0
 
     @classmethod
     def of(cls, values: Sequence[float], scale: float = 1.0) -> Spread:
@@ -39,12 +41,40 @@ class Spread:
             return cls()
         ranked = sorted(values)
         last = len(ranked) - 1
-        return cls(*(ranked[round(last * each)] * scale for each in (0.5, 0.95, 0.99)))
+        return cls(*(ranked[round(last * each)] * scale for each in (0.5, 0.95, 0.99, 1.0)))
+
+
+class Stopwatch:
+    """What one kind of work took, each time."""
+
+    def __init__(self) -> None:
+        self._wall_ns, self._cpu_ns = array("q"), array("q")
+
+    def add(self, began_ns: int, began_cpu_ns: int) -> None:
+        """It ended just now.
+
+        Args:
+            began_ns: `perf_counter_ns` when it began.
+            began_cpu_ns: `thread_time_ns` right after that.
+        """
+        cpu_ns = thread_time_ns() - began_cpu_ns
+        self._wall_ns.append(perf_counter_ns() - began_ns)
+        self._cpu_ns.append(cpu_ns)
+
+    @property
+    def wall_us(self) -> Spread:
+        """Wall times."""
+        return Spread.of(self._wall_ns, 1e-3)
+
+    @property
+    def cpu_us(self) -> Spread:
+        """CPU times, which other processes do not lengthen."""
+        return Spread.of(self._cpu_ns, 1e-3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What one policy did. Times are simulated, except `decision_*`, `release_*`; those are this machine's."""
+    """What one policy did. Times are simulated, but for those of the router: they are this machine's."""
 
     policy: str
     requests: int
@@ -66,6 +96,9 @@ class Result:
     """Wall time of match, choose and claim, or of joining the queue."""
     decision_cpu_us: Spread
     """The same in CPU time, which other processes do not lengthen."""
+    settle_us: Spread
+    """What a claim means for the model of the caches: done when the request is on its way."""
+    settle_cpu_us: Spread
     release_us: Spread
     """Learning from a reply and handing the slot to a waiter."""
     release_cpu_us: Spread
@@ -84,19 +117,8 @@ class Measured:
     def __init__(self) -> None:
         self._good = self._state_bytes = self._residency_bytes = self._nodes = 0
         self._ttft_s, self._errors = array("d"), array("f")
-        self._decisions, self._decisions_cpu = array("q"), array("q")
-        self._releases, self._releases_cpu = array("q"), array("q")
+        self.decisions, self.settlings, self.releases = Stopwatch(), Stopwatch(), Stopwatch()
         self._refused: Counter[str] = Counter()
-
-    def decided(self, wall_ns: int, cpu_ns: int) -> None:
-        """A request was placed, queued or refused."""
-        self._decisions.append(wall_ns)
-        self._decisions_cpu.append(cpu_ns)
-
-    def released(self, wall_ns: int, cpu_ns: int) -> None:
-        """A slot was given back."""
-        self._releases.append(wall_ns)
-        self._releases_cpu.append(cpu_ns)
 
     def refused(self, reason: str) -> None:
         """A request was turned away."""
@@ -134,10 +156,12 @@ class Measured:
             good=self._good,
             goodput_ratio=self._good / max(1, requests),
             simulated_s=simulated_s,
-            decision_us=Spread.of(self._decisions, 1e-3),
-            decision_cpu_us=Spread.of(self._decisions_cpu, 1e-3),
-            release_us=Spread.of(self._releases, 1e-3),
-            release_cpu_us=Spread.of(self._releases_cpu, 1e-3),
+            decision_us=self.decisions.wall_us,
+            decision_cpu_us=self.decisions.cpu_us,
+            settle_us=self.settlings.wall_us,
+            settle_cpu_us=self.settlings.cpu_us,
+            release_us=self.releases.wall_us,
+            release_cpu_us=self.releases.cpu_us,
             prediction_error_ratio=Spread.of(self._errors).p50,
             state_peak_bytes=self._state_bytes,
             residency_peak_bytes=self._residency_bytes,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import count
 from math import inf
@@ -25,7 +25,6 @@ from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.replay.measure import Measured, Result, deep_bytes
 from lltm_ray.routing.replay.simulated import EngineSpec, SimulatedEngine, Task
 from lltm_ray.routing.replay.trace import Arrival
-from lltm_ray.routing.residency import Residency
 from lltm_ray.routing.rows import Lease, Served
 from lltm_ray.routing.served import ServedModel, SlotShare
 
@@ -125,8 +124,8 @@ class Replay:
     """
 
     def __init__(self, policy: str, fleet: Fleet) -> None:
-        self.served = ServedModel(_MODEL, policy, fleet.queue_limit)
-        self.served.residency = Residency(fleet.residency_bytes)
+        fleet = replace(fleet, spec=fleet.spec.under(policy))
+        self.served = ServedModel(_MODEL, policy, fleet.queue_limit, fleet.residency_bytes)
         self.served.update(_infos(fleet), SlotShare())
         self.now_s = 0.0
         self._fleet = fleet
@@ -219,7 +218,10 @@ class Replay:
         if lease is None:
             waiter.grant = cast("asyncio.Future[Lease]", _Grant(request, self._granted))
             self._room.enter(waiter, self.now_s)
-        self._measured.decided(perf_counter_ns() - began_ns, thread_time_ns() - began_cpu_ns)
+        self._measured.decisions.add(began_ns, began_cpu_ns)
+        began_ns, began_cpu_ns = perf_counter_ns(), thread_time_ns()
+        self.served.settle()
+        self._measured.settlings.add(began_ns, began_cpu_ns)
         if lease is not None:
             self._start(request, lease)
         self._start_granted()
@@ -276,7 +278,7 @@ class Replay:
         lease.released = True
         self.served.release(lease, told, self.now_s)
         self._room.dispatch(lease.engine.name)
-        self._measured.released(perf_counter_ns() - began_ns, thread_time_ns() - began_cpu_ns)
+        self._measured.releases.add(began_ns, began_cpu_ns)
         self._start_granted()
         self._over(task.payload)
 
@@ -323,6 +325,7 @@ def _infos(fleet: Fleet) -> list[EngineInfo]:
             slots_total=spec.slots,
             server_pid=number + 1,
             cache_ram_tokens=spec.ram_tokens,
+            slot_similarity_ratio=spec.slot_ratio,
         )
         for number in range(fleet.engines)
     ]

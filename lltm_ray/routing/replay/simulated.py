@@ -9,19 +9,20 @@ token a batch, otherwise all of them one token a step, and a step takes longer t
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from math import inf
 from typing import Generic, TypeVar
 
+from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO, SIMILARITY_RATIO
 from lltm_ray.errors import ConfigError
 
 __all__ = ["BLOCK_BYTES", "EngineSpec", "SimulatedEngine", "Task", "common_blocks"]
 
 BLOCK_BYTES = 8
 """A block's id."""
-SIMILARITY_RATIO, SLOT_KEEP_RATIO, RAM_KEEP_RATIO = 0.1, 0.5, 0.25
-"""llama.cpp's `--slot-prompt-similarity`, and the constants of `get_available_slot` and `server_prompt_cache::load`."""
+SLOT_KEEP_RATIO, RAM_KEEP_RATIO = 0.5, 0.25
+"""The constants of llama.cpp's `get_available_slot` and `server_prompt_cache::load`."""
 _NONE_S, _NONE_TOKENS = 1e-9, 1e-6
 """What is left over from rounding."""
 
@@ -50,14 +51,27 @@ class EngineSpec:
     """`--batch-size`: while a prompt is computed, others get one token for each batch of it."""
     ram_tokens: int = 262_144
     """Room of the host-memory prompt cache: llama-server's default of 8 GiB at 32 KiB a token; 0 is off."""
+    similarity_ratio: float | None = None
+    """`--slot-prompt-similarity`; None: llama.cpp's, or in a replay as a fleet with that policy starts its engines."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "prefill_tokens_s", "decode_first_s", "batch_tokens"):
             if not 0 < getattr(self, name) < inf:
                 raise ConfigError(name, getattr(self, name), "must be above 0")
-        for name in ("prefill_overhead_s", "decode_step_s", "ram_tokens"):
+        for name in ("prefill_overhead_s", "decode_step_s", "ram_tokens", "slot_ratio"):
             if not 0 <= getattr(self, name) < inf:
                 raise ConfigError(name, getattr(self, name), "must not be below 0")
+
+    @property
+    def slot_ratio(self) -> float:
+        """The similarity ratio that counts."""
+        return LLAMA_CPP_SIMILARITY_RATIO if self.similarity_ratio is None else self.similarity_ratio
+
+    def under(self, policy: str) -> EngineSpec:
+        """As a fleet that routes by this policy starts its engines, if nobody says otherwise."""
+        if policy != "residency" or not self.ram_tokens or self.similarity_ratio is not None:
+            return self
+        return replace(self, similarity_ratio=SIMILARITY_RATIO)
 
     def prefill_s(self, tokens: int) -> float:
         """Seconds to compute so many prompt tokens."""
@@ -262,8 +276,9 @@ class SimulatedEngine(Generic[T]):
         idle = [slot for slot in slots if not slot.is_busy]
         if not idle:
             return None
-        chosen, best, most = None, 0, SIMILARITY_RATIO * task.prompt_tokens
-        for slot in idle:
+        ratio = self.spec.slot_ratio
+        chosen, best, most = None, 0, ratio * task.prompt_tokens
+        for slot in idle if ratio else ():
             tokens = 0 if slot.content is None else task.tokens_of(common_blocks(slot.content.blocks, task.key))
             if tokens > most:
                 chosen, best, most = slot, tokens, float(tokens)
@@ -272,7 +287,9 @@ class SimulatedEngine(Generic[T]):
             chosen = idle[0] if is_pinned else min(reversed(idle), key=lambda slot: slot.last_used)
         content = chosen.content
         keeps = content is not None and best >= SLOT_KEEP_RATIO * content.tokens
-        if not keeps and not (is_pinned and content is None) and self.spec.ram_tokens:
+        if is_pinned:
+            keeps |= content is None or not ratio
+        if not keeps and self.spec.ram_tokens:
             self._exchange(chosen, task)
         found = chosen.content
         tokens = 0 if found is None else task.tokens_of(common_blocks(found.blocks, task.key))

@@ -71,7 +71,9 @@ class Residency:
 
     # --- engines
 
-    def set_engine(self, name: str, *, slots: int, ram_tokens: int, clears_idle: bool = False) -> None:
+    def set_engine(
+        self, name: str, *, slots: int, ram_tokens: int, clears_idle: bool = False, similarity_ratio: float = 0.1
+    ) -> None:
         """A new or restarted server: nothing is cached there.
 
         Args:
@@ -79,9 +81,11 @@ class Residency:
             slots: its parallel sequences.
             ram_tokens: size of its host-memory prompt cache in tokens; 0 is off, negative has no limit.
             clears_idle: with `--kv-unified` llama.cpp moves idle slots to RAM instead of copying them.
+            similarity_ratio: its `--slot-prompt-similarity`.
         """
         self.forget_engine(name)
-        self._servers[name] = Server(name, [Slot(index, name) for index in range(slots)], ram_tokens, clears_idle)
+        own = [Slot(index, name) for index in range(slots)]
+        self._servers[name] = Server(name, own, ram_tokens, clears_idle, similarity_ratio)
         self._learnt.restarted()
 
     def forget_engine(self, name: str) -> None:

@@ -88,8 +88,10 @@ class Tree:
 
     def walk(self, key: bytes) -> list[Step]:
         """The longest known prefix of a key, node by node; tokens never fall along it."""
-        node, depth, tokens, steps = self.root, 0, 0.0, list[Step]()
-        while depth < len(key):
+        node, depth, tokens = self.root, 0, 0.0
+        steps: list[Step] = []
+        size = len(key)
+        while depth < size:
             child = node.children.get(key[depth])
             if child is None:
                 break
@@ -97,7 +99,8 @@ class Tree:
                 depth += common_bytes(child.edge, key, depth)
                 steps.append((child, depth, max(tokens, child.tokens_at(depth))))
                 break
-            node, depth, tokens = child, child.depth, max(tokens, child.tokens)
+            node, depth = child, child.depth
+            tokens = max(tokens, child.tokens)
             steps.append((child, depth, tokens))
         return steps
 

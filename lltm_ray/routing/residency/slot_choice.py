@@ -25,7 +25,8 @@ __all__ = ["SlotChoice", "pick_slot"]
 _MOST_WEIGHED = 4
 """Slots that are weighed without a host-memory cache, where what a slot loses is lost."""
 _STEP_RATIO, _LEAST_STEP = 0.05, 16.0
-"""Slots that differ by less, as a share of the prompt or in tokens, are equal: whose content is oldest decides then."""
+"""Slots that differ by less, as a share of the prompt or in tokens, are equal: then one that needs no copy from RAM is
+taken, and of several the one whose content is oldest."""
 _LOSS_RATIO = 0.5
 """How much a token that is lost weighs against one that is found: its conversation may not come back."""
 
@@ -38,7 +39,7 @@ class SlotChoice:
     cached_tokens: int = 0
     source: Literal["slot", "ram", "none"] = "none"
     lost_tokens: int = 0
-    """Tokens of the slot's old content that would exist nowhere else afterwards."""
+    """Tokens of the slot's old content, or of what is loaded from RAM, that would exist nowhere else afterwards."""
 
 
 def pick_slot(server: Server, free: Collection[int], path: Path, learnt: Calibration, *, can_pin: bool) -> SlotChoice:
@@ -55,14 +56,30 @@ def pick_slot(server: Server, free: Collection[int], path: Path, learnt: Calibra
     if spare is None:
         return SlotChoice(-1)
     name = server.name
-    if server.ram_tokens and not any(name in node.slots or name in node.ram for node in path.worthy()):
+    # Where similarity is 0 only an unpinned request has its slot's content saved: what is lost must be weighed.
+    saves = server.similarity_ratio or spare.is_empty
+    if saves and server.ram_tokens and not any(name in node.slots or name in node.ram for node in path.worthy()):
         return SlotChoice(spare.id if can_pin else -1)
-    has_ram = best_entry(server, path)[0] is not None
+    entry, ram_tokens = best_entry(server, path)
+    has_ram = entry is not None
+    going_on = _going_on(server, free, path, ram_tokens) if can_pin and not learnt.is_off else None
+    if going_on is not None:
+        return SlotChoice(going_on.slot.id, going_on.cached_tokens(1.0, path.prompt_tokens), "slot")
     options = _options(server, free, spare, path, has_ram=has_ram) if can_pin and not learnt.is_off else []
-    if not options or (has_ram and all(plan.entry is None for _, plan in options)):
+    is_swapping = server.ram_tokens != 0 and not server.similarity_ratio
+    if not options or is_swapping or (has_ram and all(plan.entry is None for _, plan in options)):
         own = plan_own_choice(server, server.idle(free), path)
         options += [] if own is None else [(-1, own)]
     return _best(server, options, path, learnt)
+
+
+def _going_on(server: Server, free: Collection[int], path: Path, ram_tokens: float) -> Plan | None:
+    """Where a conversation goes on: what shares most lies in a slot and nothing is lost, so no other can be better."""
+    slot = next((each for each in similar_slots(server, path) if each.id in free), None)
+    plan = None if slot is None else plan_slot(server, slot, path, is_pinned=True)
+    if plan is None or plan.entry is not None or plan.slot_tokens < ram_tokens or lost_tokens(server, plan):
+        return None
+    return plan
 
 
 def _options(
@@ -89,8 +106,8 @@ def _best(server: Server, options: list[tuple[int, Plan]], path: Path, learnt: C
         cached = plan.cached_tokens(learnt.ram_trust, path.prompt_tokens)
         lost = lost_tokens(server, plan)
         worth = (cached - _LOSS_RATIO * lost) // step
-        rated.append((worth, plan.slot.is_empty, -plan.slot.last_used, slot, cached, lost, plan))
-    _, _, _, slot, cached, lost, plan = max(rated, key=lambda each: each[:3])
+        rated.append((worth, plan.entry is None, plan.slot.is_empty, -plan.slot.last_used, slot, cached, lost, plan))
+    *_, slot, cached, lost, plan = max(rated, key=lambda each: each[:4])
     if learnt.is_off or not cached:
         return SlotChoice(slot, 0, "none", lost)
     return SlotChoice(slot, cached, "slot" if plan.entry is None else "ram", lost)

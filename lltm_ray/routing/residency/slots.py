@@ -13,10 +13,8 @@ from itertools import islice
 
 from lltm_ray.routing.residency.radix import Node, Sequence
 
-SLOT_SIMILARITY_RATIO = 0.1
-"""`--slot-prompt-similarity`: a slot that shares less of the prompt is not chosen for its content."""
 SLOT_KEEP_RATIO = 0.5
-"""A slot that would keep less of its content is saved to RAM first, and RAM is asked for something better."""
+"""A similar slot that would keep less of its content is saved to RAM, and RAM is asked for something better."""
 RAM_KEEP_RATIO = 0.25
 """A RAM entry of which the prompt would keep less is not loaded."""
 
@@ -94,6 +92,8 @@ class Server:
     slots: list[Slot]
     ram_tokens: int
     clears_idle: bool
+    similarity_ratio: float
+    """`--slot-prompt-similarity`: a slot that shares more of the prompt is used as it is; 0 asks no slot."""
     ram: OrderedDict[Sequence, None] = field(default_factory=OrderedDict)
     ram_used_tokens: int = 0
     rest: OrderedDict[int, Slot] = field(init=False)
@@ -149,10 +149,14 @@ def plan_slot(server: Server, slot: Slot, path: Path, *, is_pinned: bool) -> Pla
     sequence = slot.sequence
     tokens = 0.0 if sequence is None else path.shared(sequence)
     plan = Plan(slot, tokens)
-    is_similar = tokens > SLOT_SIMILARITY_RATIO * path.prompt_tokens
-    if sequence is not None and is_similar and tokens >= SLOT_KEEP_RATIO * sequence.tokens:
-        return plan
-    if not server.ram_tokens or (slot.is_empty and is_pinned):
+    if not server.similarity_ratio:
+        stays = is_pinned
+    elif sequence is None:
+        stays = is_pinned and slot.is_empty
+    else:
+        is_similar = tokens > server.similarity_ratio * path.prompt_tokens
+        stays = is_similar and tokens >= SLOT_KEEP_RATIO * sequence.tokens
+    if stays or not server.ram_tokens:
         return plan
     plan.saves = sequence is not None
     keep = -1.0 if slot.is_empty else tokens / sequence.tokens if sequence is not None else 0.0
@@ -218,8 +222,8 @@ def _ends_below(node: Node, engine: str, skipped: Node | None, *, is_ram: bool) 
 
 def plan_own_choice(server: Server, idle: list[Slot], path: Path) -> Plan | None:
     """Without a pin llama.cpp takes the most similar one, else the one used longest ago (the last of equals)."""
-    chosen, most = None, SLOT_SIMILARITY_RATIO * path.prompt_tokens
-    for slot in idle:
+    chosen, most = None, server.similarity_ratio * path.prompt_tokens
+    for slot in idle if server.similarity_ratio else ():
         tokens = 0.0 if slot.sequence is None else path.shared(slot.sequence)
         if tokens > most:
             chosen, most = slot, tokens
@@ -229,19 +233,24 @@ def plan_own_choice(server: Server, idle: list[Slot], path: Path) -> Plan | None
 
 
 def lost_tokens(server: Server, plan: Plan) -> int:
-    """Tokens of the slot's content that would then exist nowhere in the fleet."""
-    sequence = plan.slot.sequence
-    if sequence is None or (plan.saves and sequence.tokens > 0 and fits(server, sequence)):
-        return 0
+    """Tokens that would then exist nowhere in the fleet: of the slot's content, and of the entry, which leaves RAM."""
+    sequence, entry = plan.slot.sequence, plan.entry
+    lost = 0.0 if entry is None else _lost(entry, plan.entry_tokens)
+    if sequence is not None and not (plan.saves and sequence.tokens > 0 and fits(server, sequence)):
+        lost += _lost(sequence, plan.slot_tokens if entry is None else 0.0)
+    return round(lost)
+
+
+def _lost(sequence: Sequence, kept: float) -> float:
+    """What only this one has, when it is cut down to the tokens that are kept."""
     node: Node | None = sequence.node
-    elsewhere = 0.0
     while node is not None and node.parent is not None:
-        if len(node.slots) > 1 or node.slots.get(server.name, 0) > 1 or node.ram:
-            elsewhere = sequence.tokens if node is sequence.node else node.tokens
+        own, others = (node.ram, node.slots) if sequence.is_ram else (node.slots, node.ram)
+        if others or len(own) > 1 or own.get(sequence.engine, 0) > 1:
+            kept = max(kept, sequence.tokens if node is sequence.node else node.tokens)
             break
         node = node.parent
-    kept = plan.slot_tokens if plan.entry is None else 0.0
-    return max(0, round(sequence.tokens - max(kept, elsewhere)))
+    return max(0.0, sequence.tokens - kept)
 
 
 def fits(server: Server, sequence: Sequence) -> bool:

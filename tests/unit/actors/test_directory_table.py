@@ -3,7 +3,7 @@
 import json
 
 from lltm_ray.actors.directory import EXPIRE_AFTER_S, FORGET_AFTER_S, LATE, Table
-from lltm_ray.records import EngineInfo, EngineState, GatewayInfo
+from lltm_ray.records import Adapter, EngineInfo, EngineState, GatewayInfo
 from lltm_ray.routing.rows import LATE_DETAIL
 
 NOW = 1000.0
@@ -68,7 +68,7 @@ def test_a_replica_that_never_comes_back_is_forgotten_and_a_gateway_with_an_addr
 def test_the_table_survives_a_restart_and_its_version_grows(tmp_path):
     path = tmp_path / "run" / "t.json"
     first = Table("f", path)
-    first.register(engine(gpu_ids=(0, 1)), NOW)
+    first.register(engine(gpu_ids=(0, 1), adapters=(Adapter(name="ada", scale=0.5),)), NOW)
     first.register_gateway(GatewayInfo(name="g", url="u", state="ready"), NOW)
     second = Table("f", path)
     assert second.version > first.version
@@ -116,3 +116,27 @@ def test_a_stopped_engine_shows_no_process_and_does_not_expire(tmp_path):
     table.register(engine(state=EngineState.STOPPED, url="", server_pid=None), NOW)
     assert table.status().engines[0].server_pid is None
     assert not table.expire(NOW + 100)
+
+
+def test_what_was_taken_away_stays_away_when_the_directory_is_restarted(tmp_path):
+    first = Table("f", tmp_path / "t.json")
+    for name in ("engine-0", "engine-1"):
+        first.register(engine(name), NOW)
+    first.retire("engine-0")
+    first.remove("engine-1")
+    second = Table("f", tmp_path / "t.json")
+    second.register(engine("engine-0"), NOW)
+    assert [each.state for each in second.status().engines] == [EngineState.DRAINING]
+    assert not second.register(engine("engine-1"), NOW), "its last heartbeat was under way"
+    assert [each.name for each in second.status().engines] == ["engine-0"]
+
+
+def test_a_name_is_not_given_again_after_a_restart_although_nobody_has_heard_of_its_engine_yet(tmp_path):
+    assert Table("f", tmp_path / "t.json").new_name(()) == "engine-0"
+    assert Table("f", tmp_path / "t.json").new_name(()) == "engine-1"
+
+
+def test_what_a_gateway_closed_survives_a_restart(tmp_path):
+    first = Table("f", tmp_path / "t.json")
+    first.register_gateway(GatewayInfo(name="g", url="u", state="ready", closed=("engine-0",)), NOW)
+    assert Table("f", tmp_path / "t.json").status().gateways[0].closed == ("engine-0",)

@@ -1,10 +1,13 @@
 """Several models in the settings, in the plan of shares, in the directory's table, in the controller's eyes; no Ray."""
 
 import asyncio
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from lltm_ray.actors import watch
 from lltm_ray.actors.controller import Controller, ControllerSpec, Move, merge_demand, rules_of
 from lltm_ray.actors.crew import Crew
 from lltm_ray.actors.directory import Table, models_of
@@ -13,7 +16,16 @@ from lltm_ray.actors.placement import demand_of, engines_beside, give_back, name
 from lltm_ray.config import FleetConfig, ModelConfig, build
 from lltm_ray.errors import ConfigError
 from lltm_ray.gpu.shares import NodeCapacity, ShareDemand
-from lltm_ray.records import EngineInfo, EngineState, GatewayInfo, ModelDemand, ModelState, ServerCounters
+from lltm_ray.records import (
+    EngineInfo,
+    EngineState,
+    FleetStatus,
+    GatewayInfo,
+    ModelDemand,
+    ModelInfo,
+    ModelState,
+    ServerCounters,
+)
 from lltm_ray.routing.ledger import Ledger
 from lltm_ray.routing.scaling import Stop
 from lltm_ray.serve import build_app
@@ -202,6 +214,29 @@ async def test_the_same_drift_is_logged_once(tmp_path, caplog):
     assert caplog.text.count("counts other tokens") == 1
 
 
+async def test_waking_a_model_neither_holds_the_loop_nor_is_told_twice_at_once(monkeypatch):
+    told, asked = [], threading.Event()
+
+    def slow(_fleet):
+        asked.wait(5)  # as long as Ray's head does not answer
+        return SimpleNamespace(wake=SimpleNamespace(remote=told.append))
+
+    monkeypatch.setattr(watch, "get_directory", slow)
+    front = Front.__new__(Front)
+    front._fleet, front._wakes = "f", {}
+    for model in ("a", "a", "b", "a"):
+        front._wake(model)
+    tasks = list(front._wakes.values())
+    await asyncio.sleep(0.01)
+    assert told == []
+    asked.set()
+    await asyncio.gather(*tasks)
+    assert sorted(told) == ["a", "b"]
+    front._wake("a")
+    await asyncio.gather(*front._wakes.values())
+    assert sorted(told) == ["a", "a", "b"]
+
+
 async def test_a_start_that_is_withdrawn_at_two_looks_is_undone_to_its_end():
     crew = Crew(config=FleetConfig(), run_id="r", gateway_node_id=None)
     controller = Controller(ControllerSpec(crew=crew, models=()))
@@ -222,3 +257,17 @@ async def test_a_start_that_is_withdrawn_at_two_looks_is_undone_to_its_end():
     await asyncio.wait({move.task})
     assert undone.is_set()
     assert not controller.snapshot()["moves"]
+
+
+async def test_a_start_that_has_just_failed_is_left_to_tell_why(monkeypatch):
+    crew = Crew(config=FleetConfig(engines=0, max_engines=1), run_id="r", gateway_node_id=None)
+    controller = Controller(ControllerSpec(crew=crew, models=crew.config.served()))
+    monkeypatch.setattr(controller, "_tell", lambda: asyncio.sleep(0))
+    move = Move(engine="engine-1", model="tiny", is_start=True)
+    controller._run(move, asyncio.sleep(60))
+    failed = EngineInfo(name="engine-1", model="tiny", state=EngineState.FAILED, detail="no such file")
+    woken = ModelInfo(name="tiny", state=ModelState.STARTING, is_elastic=True, woken_unix_nano=time.time_ns())
+    await controller._look(FleetStatus(name="default", engines=(failed,), models=(woken,)))
+    assert controller.snapshot()["decisions"] == [], "the directory may hear of it before the controller does"
+    assert not move.task.cancelling()
+    move.task.cancel()

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lltm_ray.actors.launch import EngineSpec, plan_launch
-from lltm_ray.config import EngineConfig, FleetConfig
-from lltm_ray.errors import ServerBinaryError
+from lltm_ray.actors.launch import EngineSpec, adapters_of, plan_launch
+from lltm_ray.config import EngineConfig, FleetConfig, LoraAdapter
+from lltm_ray.errors import ConfigError, ServerBinaryError
 from lltm_ray.llamacpp.slot_folder import new_name
+from lltm_ray.records import Adapter
 
 FLEET = FleetConfig(model="tiny", llama_server="embedded", name="f")
 
@@ -72,3 +73,24 @@ def test_a_server_that_cannot_be_started_leaves_no_folder(cache):
     with pytest.raises(ServerBinaryError):
         launch(replace(FLEET, llama_server="/nowhere/llama-server"))
     assert not list(cache.glob("run/*/slots/*"))
+
+
+def test_where_requests_choose_adapters_there_is_no_cache_that_mixes_them(tmp_path):
+    planned = launch(lora=(LoraAdapter(path=str(tmp_path / "ada.gguf"), scale=0.0),))
+    argv = planned.server.argv(0)
+    assert argv[argv.index("--cache-ram") + 1] == "0"
+    assert argv[argv.index("--lora-scaled") + 1] == f"{tmp_path}/ada.gguf:0.0"
+    assert planned.cache_ram_tokens == 0
+    planned.slots.remove()
+
+
+def test_adapters_are_called_by_name_or_file_and_no_two_alike():
+    one = LoraAdapter(path="/a/ada.gguf")
+    assert adapters_of(EngineConfig(lora=(one, replace(one, name="bob", scale=0.5)))) == (
+        Adapter(name="ada"),
+        Adapter(name="bob", scale=0.5),
+    )
+    with pytest.raises(ConfigError, match="two adapters have it"):
+        EngineConfig(lora=(one, LoraAdapter(path="/b/ada.gguf")))
+    with pytest.raises(ConfigError, match="does not tell adapters apart"):
+        EngineConfig(lora=(one,), cache_ram_mib=100)

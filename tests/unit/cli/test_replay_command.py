@@ -58,12 +58,25 @@ def test_a_written_trace_plays_like_the_synthetic_one(tmp_path: Path) -> None:
 
 
 def test_a_slower_engine_answers_later() -> None:
-    argv = ("--synthetic", "unique", "--requests", "50", "--load", "0.2", "--policy", "least-loaded", "--json")
+    argv = ("--synthetic", "unique", "--requests", "50", "--policy", "least-loaded", "--json", "--workload", "load=0.2")
     fast, slow = (
-        json.loads(replay(*argv, "--prefill-rate", rate).stdout)["policies"][0]["ttft_s"]["p50"]
+        json.loads(replay(*argv, "--engine", f"prefill_tokens_s={rate}").stdout)["policies"][0]["ttft_s"]["p50"]
         for rate in ("100000", "1000")
     )
     assert slow > 10 * fast
+
+
+def test_the_help_lists_every_key_of_engine_workload_and_router() -> None:
+    told = " ".join(replay("--help").stdout.split())
+    for key in ("prefill_tokens_s=42300", "batch_tokens=2048", "allowance_s=inf", "long_ratio=0", "queue_limit=256"):
+        assert key in told
+    assert "residency_bytes=67108864" in told
+
+
+def test_keys_given_again_change_engines_and_router() -> None:
+    keys = ("--engine", "ram_tokens=0", "--engine", "decode_step_s=1", "--router", "queue_timeout_s=5")
+    fleet = json.loads(replay("--synthetic", "unique", "--requests", "5", "--json", *keys).stdout)["fleet"]
+    assert (fleet["spec"]["ram_tokens"], fleet["spec"]["decode_step_s"], fleet["queue_timeout_s"]) == (0, 1.0, 5.0)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +87,17 @@ def test_a_slower_engine_answers_later() -> None:
         (("--synthetic", "unique", "--policy", "best"), "policy='best'"),
         (("--synthetic", "unique", "--engines", "0"), "engines=0"),
         (("--synthetic", "unique", "--slots", "0"), "slots=0"),
-        (("--synthetic", "unique", "--load", "0"), "load=0"),
-        (("--synthetic", "unique", "--turns", "0"), "turns=0"),
-        (("--synthetic", "unique", "--prefill-rate", "nan"), "prefill_tokens_s=nan"),
+        (("--synthetic", "unique", "--workload", "load=0"), "load=0"),
+        (("--synthetic", "unique", "--workload", "turns=0"), "turns=0"),
+        (("--synthetic", "unique", "--workload", "turns=2.5"), "workload.turns=2.5: must be int"),
+        (("--synthetic", "unique", "--workload", "turn=2"), "workload.turn=2: unknown setting; did you mean turns"),
+        (("--synthetic", "unique", "--engine", "prefill_tokens_s=nan"), "prefill_tokens_s=nan"),
+        (("--synthetic", "unique", "--engine", "decode_step_s=fast"), "engine.decode_step_s='fast': must be float"),
+        (("--synthetic", "unique", "--engine", "decode_step_s"), "engine='decode_step_s': must be KEY=VALUE"),
+        (("--synthetic", "unique", "--router", "queue_limit=-1"), "queue_limit=-1"),
         (("missing.jsonl",), "missing.jsonl"),
         (("missing.jsonl", "--synthetic", "unique"), "give either"),
-        (("missing.jsonl", "--turns", "2"), "turns=2"),
+        (("missing.jsonl", "--workload", "turns=2"), "workload.turns=2"),
     ],
 )
 def test_bad_input_is_named_and_ends_with_code_2(argv: tuple[str, ...], named: str) -> None:

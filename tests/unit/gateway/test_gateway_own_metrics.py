@@ -18,8 +18,8 @@ def test_every_family_has_help_and_type_and_values_of_the_router():
     lines = text.splitlines()
     families = [line.split()[2] for line in lines if line.startswith("# TYPE")]
     assert len(families) == len(set(families)) == sum(line.startswith("# HELP") for line in lines)
-    assert 'lltm_slots_total{engine="a"} 3' in lines
-    assert 'lltm_requests_total{model="quo\\"ted"} 0' in lines
+    assert 'lltm_gateway_owned_slots{engine="a"} 3' in lines
+    assert 'lltm_gateway_requests_total{model="quo\\"ted"} 0' in lines
     assert "ledger" not in text
 
 

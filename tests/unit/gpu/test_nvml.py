@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from lltm_ray.gpu import nvml
-from lltm_ray.gpu.nvml import Inventory, processes_memory, read_inventory, read_samples, session, visible
+from lltm_ray.gpu.meters import read_samples
+from lltm_ray.gpu.nvml import Inventory, processes_memory, read_inventory, session, visible
 from lltm_ray.records import GpuInfo
 
 
@@ -99,7 +100,7 @@ def test_this_machine_lists_gpus_or_says_in_a_sentence_why_not() -> None:
 
 def test_a_missing_package_is_a_reason_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # type: ignore[arg-type]  # the import system's way to say absent
-    assert "lltm_ray[nvml]" in read_inventory().reason
+    assert "pip install nvidia-ml-py" in read_inventory().reason
 
 
 @pytest.mark.parametrize(
@@ -171,14 +172,27 @@ def test_a_sample_holds_what_the_device_tells_in_our_units(script: Any) -> None:
             nvmlDeviceGetPowerUsage=70_500,
             nvmlDeviceGetTemperature=55,
             nvmlDeviceGetTotalEnergyConsumption=123_456,
+            nvmlDeviceGetEnforcedPowerLimit=100_000,
+            nvmlDeviceGetEncoderUtilization=[3, 1_000],
+            nvmlDeviceGetCurrentClocksEventReasons=0x40,
+            nvmlDeviceGetTotalEccErrors=2,
+            nvmlDeviceGetFieldValues=[
+                SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(ullVal=2**40)),
+                SimpleNamespace(nvmlReturn=3, value=SimpleNamespace(ullVal=0)),
+            ],
+            nvmlDeviceGetComputeRunningProcesses=[SimpleNamespace(pid=7, usedGpuMemory=100)],
         ),
         gpu("GPU-bb"),
     )
     full, bare = read_samples()
     assert (full.utilization_ratio, full.used_bytes, full.power_w) == (0.42, 2**30, 70.5)
-    assert (full.temperature_c, full.energy_mj) == (55, 123_456)
+    assert (full.temperature_c, full.energy_j, full.power_limit_w) == (55, 123.456, 100.0)
+    assert (full.encoder_ratio, full.decoder_ratio) == (0.03, None)
+    assert (full.throttle, full.ecc_corrected, full.process_bytes) == (0x40, 2, {7: 100})
+    assert (full.pcie_sent_bytes, full.pcie_received_bytes) == (2**40, None)
     assert full.at_unix_nano > 0
-    assert (bare.uuid, bare.power_w, bare.utilization_ratio, bare.energy_mj) == ("GPU-bb", None, None, None)
+    assert (bare.pcie_sent_bytes, bare.process_bytes) == (None, {})
+    assert (bare.uuid, bare.power_w, bare.utilization_ratio, bare.energy_j) == ("GPU-bb", None, None, None)
 
 
 def test_memory_of_processes_is_added_up_per_pid_of_that_device_only(script: Any) -> None:

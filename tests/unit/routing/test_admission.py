@@ -411,6 +411,49 @@ def test_a_stall_does_not_close_the_door_for_ever():
     assert None in pushes
 
 
+NOISY = Capacity(slots=4, tokens_s=100.0, service_s=4.0, service_dev_s=4.0)
+"""A slot comes free each second; the margin is 5 s and more."""
+
+
+def hurried(tenant, at_s=0.0, **fields):
+    return ticket(tenant, arrived_s=at_s, deadline_s=at_s + 3.0, **fields)
+
+
+def test_only_who_has_little_of_what_waits_is_let_in_without_a_margin():
+    admission = room(ticket("much", 40.0), ticket("some", 10.0), ticket("some", 10.0))
+    assert admission.push(hurried("none"), 0.0, NOISY) is None
+    assert admission.push(hurried("none"), 0.0, NOISY) is None  # 10 of 70 tokens; a third is its share
+    assert admission.push(hurried("much"), 0.0, NOISY).reason is Reason.DEADLINE
+    assert admission.push(hurried("some"), 0.0, NOISY).reason is Reason.DEADLINE
+
+
+def test_nobody_is_let_in_without_a_margin_who_should_be_late():
+    admission = room(*[ticket("much", 50.0) for _ in range(10)])
+    assert admission.push(hurried("a", lead_s=8.0, mean_lead_s=2.5), 0.0, NOISY).reason is Reason.DEADLINE
+    each = hurried("a", lead_s=8.0, mean_lead_s=1.0)
+    assert admission.push(each, 0.0, NOISY) is None
+    assert admission.next_expiry() == 2.0
+
+
+def test_after_misses_a_margin_is_asked_of_everybody_until_many_were_in_time_again():
+    admission = room(*[ticket("much", 50.0) for _ in range(10)])
+    admission.began_late()
+    refused = hurried("a")
+    assert admission.push(refused, 0.0, NOISY).reason is Reason.DEADLINE
+    for _ in range(50):
+        admission.take(ticket("much", deadline_s=9.0), 0.0)
+    assert admission.push(hurried("a"), 0.0, NOISY) is None
+
+
+def test_after_a_stall_one_who_is_in_a_hurry_is_let_in_now_and_then_although_nobody_else_comes():
+    admission = room(*[ticket("much", 50.0) for _ in range(10)])
+    for _ in range(100):
+        admission.began_late()
+    pushes = [admission.push(hurried("a"), 0.0, NOISY) for _ in range(100)]
+    assert pushes[0].reason is Reason.DEADLINE
+    assert None in pushes
+
+
 def test_pinned_tickets_teach_nothing():
     admission = Admission(10)
     pinned = ticket(only="engine-1")

@@ -319,6 +319,15 @@ def test_one_attempt_cut_off_learns_its_exact_counts_from_the_counter_at_rest(le
     assert ledger.reconcile(("e0", 7), 22, 13) == Drift(generated_tokens=1)
 
 
+def test_what_was_noted_of_an_engine_goes_with_it(ledger):
+    run_one(ledger, "gone", tokens=5, outcome=Outcome.CLIENT_GONE, is_estimate=True)
+    assert ledger.reconcile(("e0", 7), 12, 8) == Drift(estimates=1)
+    ledger.forget_servers({"e1"})
+    assert ledger.reconcile(("e0", 7), 12, 8) == Drift(estimates=1), "as for the first time"
+    ledger.forget_servers({"e0"})
+    assert ledger.reconcile(("e0", 7), 12, 8) == Drift()
+
+
 def test_several_cut_off_are_settled_together_and_stay_estimates(ledger):
     for number in range(2):
         run_one(ledger, f"gone-{number}", tokens=5, outcome=Outcome.CLIENT_GONE, is_estimate=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lltm_ray.routing.prompt import adapter_of, prompt_key, reply_key
+from lltm_ray.routing.prompt import prompt_key, reply_key
 
 CHAT = "/v1/chat/completions"
 
@@ -66,8 +66,9 @@ def test_another_adapter_is_another_prompt():
     adapted = prompt_key(CHAT, turn("be brief") | {"lora": [{"id": 0, "scale": 0.5}]})
 
     assert adapted != plain
-    assert adapter_of({"lora": [{"id": 0, "scale": 0.5}]}) == '[{"id": 0, "scale": 0.5}]'
-    assert adapter_of({}) == ""
+    chosen = prompt_key(CHAT, turn("be brief"), (("pirate", None),))
+    assert len({plain, adapted, chosen, prompt_key(CHAT, turn("be brief"), ())}) == 4
+    assert prompt_key(CHAT, turn("be brief") | {"lora": [{"id": 0, "scale": 1}]}, (("pirate", None),)) == chosen
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from lltm_ray.routing.router import Router, Served
 SLOW = EngineSpec(prefill_tokens_s=1000.0, prefill_overhead_s=0.0, decode_first_s=0.01, decode_step_s=0.0)
 """1 ms a prompt token, 10 ms a generated one."""
 FOUR = Fleet(engines=4)
-WALL = ("decision_us", "decision_cpu_us", "release_us", "release_cpu_us", "state_peak_bytes")
+WORK = ("decision_us", "decision_cpu_us", "settle_us", "settle_cpu_us", "release_us", "release_cpu_us")
+WALL = (*WORK, "state_peak_bytes")
 
 
 def blocks(text: str) -> bytes:
@@ -149,6 +150,30 @@ def test_pinning_an_empty_slot_skips_the_prompt_cache() -> None:
     assert second_turn(slot=1) == 64
 
 
+@pytest.mark.parametrize(("ratio", "found"), [(0.0, 128), (0.1, 128), (0.9, 144)])
+def test_a_pinned_slot_that_shares_the_beginning_is_exchanged_only_above_the_similarity(ratio, found) -> None:
+    engine = SimulatedEngine[str]("e", replace(SLOW, slots=2, similarity_ratio=ratio))
+    for slot, letter in ((0, "x"), (1, "y"), (0, "z")):
+        play_alone(engine, task("abcdefgh" + letter, slot=slot))
+    assert play_alone(engine, task("abcdefghxX", slot=1)).cached_tokens == found
+
+
+def test_requests_without_a_slot_get_the_one_used_longest_ago_where_similarity_is_off() -> None:
+    def second_turn(ratio: float) -> int:
+        engine = SimulatedEngine[str]("e", replace(SLOW, slots=2, similarity_ratio=ratio))
+        play_alone(engine, task("abcd", slot=0))
+        return play_alone(engine, task("abcdX")).cached_tokens
+
+    assert (second_turn(0.1), second_turn(0.0), second_turn(0.9)) == (64, 0, 0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_engines_take_their_slots_as_in_a_fleet_with_that_policy(policy: str) -> None:
+    assert EngineSpec().under(policy).slot_ratio == (0.9 if policy == "residency" else 0.1)
+    assert EngineSpec(ram_tokens=0).under(policy).slot_ratio == 0.1
+    assert EngineSpec(similarity_ratio=0.3).under(policy).slot_ratio == 0.3
+
+
 def test_a_request_pinned_to_a_busy_slot_waits_for_it() -> None:
     engine = SimulatedEngine[str]("e", SLOW)
     first, second = task("abcd", output_tokens=11, slot=0), task("abcd", slot=0)
@@ -185,7 +210,7 @@ def test_the_ideal_never_counts_the_last_token_nor_the_own_reply() -> None:
 
 
 def test_percentiles_are_nearest_ranks() -> None:
-    assert Spread.of(range(101)) == Spread(50, 95, 99)
+    assert Spread.of(range(101)) == Spread(50, 95, 99, 100)
     assert Spread.of([]) == Spread()
 
 
@@ -390,7 +415,7 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def ask_of(key: bytes, session: str = "s", **more: object) -> Ask:
-    return Ask(model="m", key=key, affinity=session, tenant="ada", deadline_s=70.0, **more)  # type: ignore[arg-type]
+    return Ask(model="m", key=key, affinity=session, tenant="grace", deadline_s=70.0, **more)  # type: ignore[arg-type]
 
 
 def recorded(path: Path, *requests: tuple[Ask, float, bytes | None]) -> list[Arrival]:
@@ -415,11 +440,11 @@ def test_a_recorded_conversation_shares_what_its_keys_share(tmp_path: Path) -> N
 
 
 def test_a_trace_shows_no_text_no_names_and_another_salt_each_time(tmp_path: Path) -> None:
-    request = (ask_of(b"a secret of ada " * 40, "ada's chat"), 11.0, b"the answer" * 20)
+    request = (ask_of(b"a secret of grace " * 40, "grace's chat"), 11.0, b"the answer" * 20)
     (one,), (two,) = recorded(tmp_path / "1", request), recorded(tmp_path / "2", request)
     text = (tmp_path / "1").read_text()
     assert "secret" not in text
-    assert "ada" not in text
+    assert "grace" not in text  # no hex digits spell it
     assert b"secret".hex() not in text
     assert one.key != two.key
     assert one.tenant != two.tenant

@@ -22,10 +22,12 @@ def every_token_counts():
         yield
 
 
-def fleet(*names: str, slots: int = 2, ram: int = 0, limit_bytes: int = 2**26) -> Residency:
+def fleet(
+    *names: str, slots: int = 2, ram: int = 0, limit_bytes: int = 2**26, similarity_ratio: float = 0.1
+) -> Residency:
     residency = Residency(limit_bytes)
     for name in names:
-        residency.set_engine(name, slots=slots, ram_tokens=ram)
+        residency.set_engine(name, slots=slots, ram_tokens=ram, similarity_ratio=similarity_ratio)
     return residency
 
 
@@ -144,6 +146,28 @@ def test_a_pinned_empty_slot_would_skip_ram_so_llama_cpp_chooses():
     assert residency.choose_slot("a", match, {0, 1}).cached_tokens == 300
 
 
+@pytest.mark.parametrize(("ratio", "found", "source"), [(0.0, 240, "ram"), (0.1, 200, "slot"), (0.9, 240, "ram")])
+def test_a_session_finds_its_own_turn_in_ram_though_every_slot_shares_the_system_prompt(ratio, found, source):
+    residency = fleet("a", slots=2, ram=10_000, similarity_ratio=ratio)
+    system = b"s" * 200
+    for slot, letter in ((0, b"a"), (1, b"b"), (0, b"c"), (1, b"d"), (0, b"e")):
+        serve(residency, "a", slot, system + letter * 40)
+    choice = residency.choose_slot("a", residency.match(system + b"b" * 40 + b"?" * 20), {0, 1})
+    assert (choice.cached_tokens, choice.source, choice.lost_tokens) == (found, source, 0)
+
+
+def test_what_another_session_has_in_ram_is_not_taken_where_a_slot_has_as_much():
+    residency = fleet("a", slots=2, ram=10_000, similarity_ratio=0.9)
+    system = b"s" * 200
+    for letter in (b"a", b"b"):
+        serve(residency, "a", 0, system + letter * 40)
+    match = residency.match(system + b"c" * 40)
+    choice = residency.choose_slot("a", match, {0, 1})
+    assert (choice.slot, choice.cached_tokens, choice.source) == (0, 200, "slot")
+    forced = residency.choose_slot("a", match, {1})
+    assert (forced.slot, forced.cached_tokens, forced.source, forced.lost_tokens) == (-1, 200, "ram", 40)
+
+
 def test_ram_keeps_no_entry_twice_and_evicts_the_oldest_first():
     residency = fleet("a", slots=1, ram=700)
     for letter in (b"a", b"b", b"c", b"d"):
@@ -195,6 +219,33 @@ def test_a_reply_that_names_another_slot_gives_the_guessed_one_its_content_back(
     numbers = {"prompt_tokens": 101, "cached_tokens": 0, "output_tokens": 1, "predicted_tokens": 100}
     residency.finish("a", 0, key, reply=b"", **numbers)
     assert {each.slot: each.tokens for each in residency.held("a")} == {0: 101, 1: 100}
+
+
+def end(residency, slot, key):
+    """A request in flight ends, with one token a byte and none of it cached."""
+    numbers = {"prompt_tokens": len(key), "cached_tokens": 0, "output_tokens": 1, "predicted_tokens": 0}
+    residency.finish("a", slot, key, reply=b"", **numbers)
+
+
+def test_the_end_of_a_request_for_which_no_idle_slot_was_known_is_not_taken_for_that_of_another():
+    residency = fleet("a", slots=2)
+    x, y, z = b"x" * 100, b"y" * 110, b"z" * 120
+    for key in (x, y, z):
+        residency.begin("a", -1, residency.match(key))
+    for key in (z, x, y):
+        end(residency, -1, key)
+    assert sorted(each.tokens for each in residency.held("a")) == [100, 110]
+    assert residency.match(z).engines == ()
+
+
+def test_the_end_of_a_request_whose_guessed_slot_another_got_is_not_taken_for_that_of_a_third():
+    residency = fleet("a", slots=2)
+    x, y, z = b"x" * 100, b"y" * 110, b"z" * 120
+    for key, slot in ((x, -1), (y, -1), (z, 1)):  # of two that are equally idle llama.cpp takes the last
+        residency.begin("a", slot, residency.match(key))
+    for key, slot in ((x, -1), (y, -1), (z, 1)):
+        end(residency, slot, key)
+    assert {each.slot: each.tokens for each in residency.held("a")} == {0: 110, 1: 120}
 
 
 def test_replies_that_templates_drop_teach_the_retention():
@@ -359,7 +410,8 @@ def test_matches_are_those_of_a_plain_table_of_contents(operations, asked):
 class NaiveServer:
     """llama.cpp's slot choice and RAM cache as its source tells them, over bytes and without any index."""
 
-    def __init__(self, slots: int, ram_tokens: int) -> None:
+    def __init__(self, slots: int, ram_tokens: int, ratio: float) -> None:
+        self.ratio = ratio
         self.slots = [b""] * slots
         self.used = [-1] * slots
         self.busy: set[int] = set()
@@ -369,12 +421,12 @@ class NaiveServer:
 
     def start(self, key: bytes, slot: int) -> tuple[int, int]:
         idle = [i for i in range(len(self.slots)) if i not in self.busy and slot in (-1, i)]
-        best, most, update = slot, 0.1 * len(key), False
-        for i in idle:
+        best, most, update = slot, self.ratio * len(key), False
+        for i in idle if self.ratio else ():
             if self.slots[i] and common(self.slots[i], key) > most:
                 best, most = i, common(self.slots[i], key)
-        if best >= 0 and self.slots[best]:
-            similar = most if most > 0.1 * len(key) else 0
+        if self.ratio and best >= 0 and self.slots[best]:
+            similar = most if most > self.ratio * len(key) else 0
             update = similar < 0.5 * len(self.slots[best])
         if best < 0:
             best, update = min(idle, key=lambda i: (self.used[i], -i)), True
@@ -428,11 +480,11 @@ TURNS = st.lists(
 
 
 @settings(max_examples=100, deadline=None)
-@given(TURNS, st.sampled_from([0, 150, 10_000]))
-def test_predictions_are_what_a_plain_model_of_llama_cpp_finds(turns, ram_tokens):
-    residency, server = fleet("a", slots=3, ram=ram_tokens), NaiveServer(3, ram_tokens)
+@given(TURNS, st.sampled_from([0, 150, 10_000]), st.sampled_from([0.0, 0.1, 0.5, 0.95, 1.0]))
+def test_predictions_are_what_a_plain_model_of_llama_cpp_finds(turns, ram_tokens, ratio):
+    residency, server = fleet("a"), NaiveServer(3, ram_tokens, ratio)
     serve(residency, "a", 0, b"one token a byte", cached=0)
-    residency.set_engine("a", slots=3, ram_tokens=ram_tokens)
+    residency.set_engine("a", slots=3, ram_tokens=ram_tokens, similarity_ratio=ratio)
     running: list[tuple[int, bytes, int, int]] = []
     for head, tail, pin, limit, is_continued in turns:
         while len(running) > limit:

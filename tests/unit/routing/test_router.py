@@ -1,11 +1,13 @@
 import asyncio
 import math
 import time
+from collections import deque
 
 import pytest
 
+from lltm_ray.config import ROUTING_POLICIES
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
-from lltm_ray.records import EngineInfo, EngineState, Timings
+from lltm_ray.records import Adapter, EngineInfo, EngineState, Timings
 from lltm_ray.routing import router as router_module
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.router import Router, Served
@@ -399,3 +401,58 @@ async def test_more_routers_than_slots_share_them_rather_than_have_none():
     shares = [SlotShare(index, 2).of("a", 4) for index in range(2)]
     assert shares[0] | shares[1] == {0, 1, 2, 3}
     assert not shares[0] & shares[1]
+
+
+def words(thing: object, seen: set[int]) -> set[str]:
+    """Every text that can be reached from an object of ours."""
+    if isinstance(thing, str):
+        return {thing}
+    if id(thing) in seen:
+        return set()
+    seen.add(id(thing))
+    parts: list[object] = []
+    if isinstance(thing, dict):
+        parts = [*thing, *thing.values()]
+    elif isinstance(thing, list | tuple | set | frozenset | deque):
+        parts = list(thing)
+    elif type(thing).__module__.startswith("lltm_ray"):
+        slots = [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]
+        parts = [*vars(thing).values()] if hasattr(thing, "__dict__") else []
+        parts += [getattr(thing, name) for name in slots if hasattr(thing, name)]
+    return {word for part in parts for word in words(part, seen)}
+
+
+@pytest.mark.parametrize("policy", ROUTING_POLICIES)
+async def test_nothing_of_an_engine_that_left_for_good_is_kept(policy):
+    router = make(engine("stays"), policy=policy)
+    for number in range(20):
+        adapters = (Adapter(name="ada"),)
+        for pid in (1, 2):
+            router.update([engine("stays"), engine(f"comes-{number}", pid=pid).with_(adapters=adapters)])
+            lease = await router.acquire(Ask(model="m", key=b"k" * 500, only=f"comes-{number}"))
+            router.began(lease)
+            router.release(lease, Served(timings=Timings(prompt_n=99, predicted_n=9, prompt_ms=9.0), reply=b""))
+        router.update([engine("stays")])
+    assert "stays" in words(router, set())
+    left = {word for word in words(router, set()) if "comes-" in word}
+    assert left <= {"comes-19"}, "at most the last one, where the next one's turn is told from it"
+
+
+async def test_who_asks_about_caches_right_after_a_claim_sees_what_it_took():
+    router = make(engine("a"))
+    lease = await router.acquire(Ask(model="m", key=b"x" * 400))
+    router.release(lease, Served(timings=Timings(prompt_n=100, prompt_ms=9.0, predicted_n=2, predicted_ms=9.0)))
+    assert [held.key_bytes for held in router.held("a")] == [400]
+    await router.acquire(Ask(model="m", key=b"y" * 400))
+    assert router.held("a") == ()
+
+
+async def test_a_claims_bookkeeping_is_done_when_the_request_is_on_its_way():
+    router = make(engine("a"))
+    settled: list[str] = []
+    served = router._models["m"]
+    served.policy.placed = lambda _, name: settled.append(name)
+    await acquire(router, "m")
+    assert settled == []
+    await asyncio.sleep(0)
+    assert settled == ["a"]

@@ -21,7 +21,7 @@ def view(name: str, busy: int = 0, total: int = 4, *, last_used: int = 0, **more
 
 def brute(rows, k, exclude=(), adapter=""):
     usable = [row for row in rows if not row.is_suspect]
-    if any(adapter in row.adapters for row in usable):
+    if adapter:
         usable = [row for row in usable if adapter in row.adapters]
     free = [row for row in usable if row.busy < row.slots_total and row.name not in exclude]
     return [row.name for row in sorted(free, key=lambda row: (row.busy / row.slots_total, row.last_used, row.name))[:k]]
@@ -36,11 +36,17 @@ class TableMachine(RuleBasedStateMachine):
         self.rows: dict[str, EngineView] = {}
         self.gone: list[EngineView] = []
 
-    @rule(name=st.sampled_from(NAMES), busy=st.integers(0, 5), total=st.integers(0, 4), used=st.integers(0, 9))
-    def add(self, name, busy, total, used):
+    @rule(
+        name=st.sampled_from(NAMES),
+        busy=st.integers(0, 5),
+        total=st.integers(0, 4),
+        used=st.integers(0, 9),
+        adapters=st.frozensets(st.sampled_from("ab")),
+    )
+    def add(self, name, busy, total, used, adapters):
         if name in self.rows:
             self.gone.append(self.rows[name])
-        self.rows[name] = view(name, busy, total, last_used=used)
+        self.rows[name] = view(name, busy, total, last_used=used, adapters=adapters)
         self.table.add(self.rows[name])
 
     @rule(name=st.sampled_from(NAMES))
@@ -86,10 +92,6 @@ class TableMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES), total=st.integers(0, 6))
     def resize(self, name, total):
         self.table.resize(name, total)
-
-    @rule(name=st.sampled_from(NAMES), adapters=st.frozensets(st.sampled_from("ab")))
-    def set_adapters(self, name, adapters):
-        self.table.set_adapters(name, adapters)
 
     @rule(name=st.sampled_from(NAMES))
     def touch(self, name):

@@ -11,6 +11,7 @@ from lltm_ray.records import EngineInfo, EngineState, ModelInfo, ModelState, Tim
 from lltm_ray.routing.admission import waiting as waiting_module
 from lltm_ray.routing.admission.lead import Lead
 from lltm_ray.routing.admission.waiter import is_frozen
+from lltm_ray.routing.admission.waiting import MAX_PASSED
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.rates import Rates
 from lltm_ray.routing.router import Router, Served
@@ -116,6 +117,27 @@ async def test_nobody_waits_for_an_engine_that_left_or_restarts(left):
     async with asyncio.timeout(0.1):
         assert (await task).engine.name == "other"
     router.release(holder)
+
+
+async def test_nobody_is_overtaken_for_ever_by_those_whose_prompt_is_cached_where_slots_come_free():
+    router = make(engine("home", slots=1), queue_limit=64)
+    await cached_on(router, "home", LONG, 10_000)
+    [lease] = await busy(router, "home", 1)
+    cold = asyncio.create_task(acquire(router, number(1)))
+    await waiting(router, 1)
+    warm = [asyncio.create_task(acquire(router, LONG)) for _ in range(MAX_PASSED + 4)]
+    await waiting(router, 1 + len(warm))
+    overtaken = 0
+    while not cold.done():
+        router.release(lease)
+        done, _ = await asyncio.wait([cold, *warm], return_when=asyncio.FIRST_COMPLETED)
+        lease = await done.pop()
+        overtaken = overtaken if cold.done() else overtaken + 1
+        warm = [task for task in warm if not task.done()]
+    assert overtaken == MAX_PASSED
+    for task in warm:
+        task.cancel()
+    router.release(lease)
 
 
 async def test_who_would_only_rather_wait_takes_the_free_slot_when_the_queue_has_no_place():
@@ -379,6 +401,22 @@ async def test_who_could_have_a_slot_in_time_but_no_first_byte_is_refused_at_onc
     await waiting(router, 1)
     router.release(holder)
     router.release(await task)
+
+
+async def test_an_answer_that_begins_after_its_deadline_costs_the_room_credit():
+    now = [0.0]
+    router = make(engine("a", slots=1), clock=lambda: now[0])
+    holder = await acquire(router)
+    task = asyncio.create_task(router.acquire(Ask(model="m", deadline_s=5.0)))
+    await waiting(router, 1)
+    router.release(holder)
+    lease = await task
+    before = router._models["m"].admission.snapshot()["miss_credit"]
+    now[0] = 5.1
+    router.began(lease)
+    router.began(lease)
+    assert router._models["m"].admission.snapshot()["miss_credit"] == pytest.approx(before - 1.0)
+    router.release(lease)
 
 
 async def test_slots_that_were_free_are_charged_as_long_as_it_is_crowded():

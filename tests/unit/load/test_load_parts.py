@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lltm_ray.cli._load_answer import AnswerReader
-from lltm_ray.cli._load_prompts import WORDS, PromptMaker
-from lltm_ray.cli._load_result import LoadPlan, Sent, percentiles, summarize
 from lltm_ray.errors import ConfigError
+from lltm_ray.load.answer import AnswerReader
+from lltm_ray.load.prompts import WORDS, PromptMaker
+from lltm_ray.load.result import LoadPlan, Sent, percentiles, summarize
 
 PLAN = LoadPlan(url="http://h")
 

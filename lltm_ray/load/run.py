@@ -1,4 +1,4 @@
-"""The load generator behind `lltm-ray bench`: sends chat completions, measures each, sums up. Prints nothing.
+"""The load generator: sends chat completions, measures each, sums up. Prints nothing.
 
 Closed loop: so many workers, each sends its next request when the last has ended. Open loop: requests arrive by a
 seeded Poisson process whatever the server does, and every time counts from the *scheduled* arrival, so that a stalled
@@ -18,10 +18,10 @@ from typing import Any
 
 import aiohttp
 
-from lltm_ray.cli._load_answer import AnswerReader
-from lltm_ray.cli._load_prompts import PromptMaker
-from lltm_ray.cli._load_result import LoadPlan, LoadResult, Sent, summarize
 from lltm_ray.errors import LltmRayError, ModelNotFoundError, UpstreamError
+from lltm_ray.load.answer import AnswerReader
+from lltm_ray.load.prompts import PromptMaker
+from lltm_ray.load.result import LoadPlan, LoadResult, Sent, summarize
 
 _PROBE_WORDS = (8, 24)
 _TICK_S = 0.2

@@ -1,0 +1,214 @@
+"""What an engine's actor tells telemetry: calls that come by handle, past any gateway, and starts of its server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lltm_ray.actors.sender import Sender
+from lltm_ray.errors import LltmRayError
+from lltm_ray.llamacpp.client import AsyncLlamaClient
+from lltm_ray.records import Completion, Embeddings, StreamEvent, Timings, Usage
+from lltm_ray.telemetry.context import TraceContext, new_span_id, new_trace_id, read_traceparent, write_traceparent
+from lltm_ray.telemetry.parameters import FIELDS
+from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow, SpanRow
+
+if TYPE_CHECKING:
+    from lltm_ray.actors.engine import Engine
+
+Carrier = Mapping[str, str]
+"""W3C's `traceparent` and `tracestate`, as a call's argument."""
+_NO_PARENT = TraceContext("", "")
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a call under way has given so far."""
+
+    last: Completion | StreamEvent | Embeddings | None = None
+    """What it gave at last."""
+    timings: Timings = field(default_factory=Timings)
+    usage: Usage = field(default_factory=Usage)
+
+    def see(self, given: Completion | StreamEvent | Embeddings) -> None:
+        """Note an answer, or an event of one."""
+        self.last = given
+        self.timings = getattr(given, "timings", None) or self.timings
+        self.usage = given.usage or self.usage
+
+
+class EngineTrace:
+    """Of one engine.
+
+    Args:
+        engine: whose calls.
+        sender: where rows go; None: nowhere.
+    """
+
+    def __init__(self, engine: Engine, sender: Sender | None) -> None:
+        self._engine = engine
+        self._sender = sender
+
+    @asynccontextmanager
+    async def call(
+        self,
+        route: str,
+        timeout_s: float,
+        params: Mapping[str, Any],
+        carrier: Carrier | None,
+        *,
+        is_stream: bool = False,
+    ) -> AsyncIterator[tuple[AsyncLlamaClient, Seen]]:
+        """A slot for a call, as `Engine.slot`, and a note to keep of what it gives; its rows go out when it is over.
+
+        Args:
+            route: llama-server's route of the same meaning.
+            timeout_s: of the whole call.
+            params: what the caller asked for.
+            carrier: the caller's trace.
+            is_stream: whether it gets events.
+        """
+        began, began_unix_nano = time.monotonic(), time.time_ns()
+        sent, error_type, error = NEVER, "", ""
+        seen = Seen()
+        try:
+            async with self._engine.slot(timeout_s) as client:
+                sent = time.monotonic() - began
+                yield client, seen
+        except GeneratorExit:
+            error_type = error = "client_gone"
+            raise
+        except BaseException as caught:
+            error_type = caught.code if isinstance(caught, LltmRayError) else type(caught).__name__
+            error = str(caught)
+            raise
+        finally:
+            if self._sender is not None:
+                told = _Told(
+                    route, params, is_stream, began_unix_nano, sent, time.monotonic() - began, error_type, error
+                )
+                self._note(told, seen, _parent(carrier))
+
+    def loaded(self, start_unix_nano: int, error: str = "") -> None:
+        """The server has been started, or could not be."""
+        if self._sender is None:
+            return
+        info = self._engine.info
+        attributes = {
+            "gen_ai.request.model": info.model,
+            "lltm.engine": info.name,
+            "lltm.server.pid": info.server_pid or 0,
+        }
+        row = SpanRow(
+            trace_id=new_trace_id(),
+            span_id=new_span_id(),
+            parent_span_id="",
+            name=f"load {info.model}",
+            kind="internal",
+            start_unix_nano=start_unix_nano,
+            end_unix_nano=time.time_ns(),
+            error_type="engine_start" if error else "",
+            error=error,
+            engine=info.name,
+            attributes=json.dumps(attributes),
+        )
+        self._sender.outbox.add("spans", row)
+
+    def _note(self, told: _Told, seen: Seen, parent: TraceContext) -> None:
+        assert self._sender is not None  # noqa: S101 - asked before
+        trace_id, span_id = parent.trace_id or new_trace_id(), new_span_id()
+        request = told.request(self._engine.info.model, seen, parent)._replace(trace_id=trace_id, span_id=span_id)
+        attempt = told.attempt(self._engine, seen)
+        attempt = attempt._replace(trace_id=trace_id, request_span_id=span_id, span_id=new_span_id())
+        self._sender.outbox.add("attempts", attempt)
+        self._sender.outbox.add("requests", request)
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What is known of a call when it is over."""
+
+    route: str
+    params: Mapping[str, Any]
+    is_stream: bool
+    began_unix_nano: int
+    sent_s: float
+    ended_s: float
+    error_type: str
+    error: str
+
+    def request(self, model: str, seen: Seen, parent: TraceContext) -> RequestRow:
+        found = {name: value for name, value in self.params.items() if name in FIELDS and name != "prompt"}
+        ttft_s = seen.timings.ttft_s
+        return RequestRow(
+            trace_id="",
+            span_id="",
+            parent_span_id=parent.span_id,
+            flags=parent.flags,
+            state=parent.state,
+            request_id=f"handle-{new_span_id()}",
+            route=self.route,
+            model_asked=model,
+            model=model,
+            tenant="",
+            conversation="",
+            status=500 if self.error_type else 200,
+            error_type=self.error_type,
+            error=self.error,
+            arrived_unix_nano=self.began_unix_nano,
+            ttft_s=NEVER if ttft_s is None else self.sent_s + ttft_s,
+            total_s=self.ended_s,
+            delivered_tokens=seen.usage.output_tokens,
+            bytes_sent=0,
+            is_stream=self.is_stream,
+            parameters=json.dumps(found, default=str) if found else "",
+            response_id=getattr(seen.last, "id", ""),
+            response_model=getattr(seen.last, "model", ""),
+            finish_reasons=getattr(seen.last, "finish_reason", "") or "",
+            policy="",
+            why="called by handle",
+            content="",
+        )
+
+    def attempt(self, engine: Engine, seen: Seen) -> AttemptRow:
+        timings, slot = seen.timings, getattr(seen.last, "slot_id", None)
+        return AttemptRow(
+            trace_id="",
+            request_span_id="",
+            span_id="",
+            number=1,
+            engine=engine.info.name,
+            server_pid=engine.info.server_pid or 0,
+            slot=-1 if slot is None else slot,
+            asked_s=0.0,
+            sent_s=self.sent_s,
+            headers_s=NEVER if timings.queue_s is None else self.sent_s + timings.queue_s,
+            first_s=NEVER if timings.ttft_s is None else self.sent_s + timings.ttft_s,
+            ended_s=self.ended_s,
+            predicted_cached_tokens=-1,
+            cached_tokens=seen.usage.cached_tokens,
+            computed_tokens=seen.usage.input_tokens - seen.usage.cached_tokens,
+            generated_tokens=seen.usage.output_tokens,
+            delivered_tokens=seen.usage.output_tokens,
+            prompt_ms=timings.prompt_ms,
+            predicted_ms=timings.predicted_ms,
+            draft_tokens=timings.draft_n,
+            accepted_tokens=timings.draft_n_accepted,
+            outcome="failed" if self.error_type else "ok",
+            is_estimate=bool(self.error_type),
+            is_continued=False,
+        )
+
+
+def _parent(carrier: Carrier | None) -> TraceContext:
+    given = carrier or {}
+    return read_traceparent(given.get("traceparent", ""), given.get("tracestate", "")) or _NO_PARENT
+
+
+def write_carrier(trace_id: str, span_id: str, flags: int = 1) -> Carrier:
+    """A carrier that makes `span_id` the parent of what the call does."""
+    return {"traceparent": write_traceparent(trace_id, span_id, flags)}

@@ -1,0 +1,132 @@
+"""A driver's view of its fleet: `FleetTelemetry` asks the fleet's telemetry, `WatchedCalls` tells of its own calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from lltm_ray._optional import load
+from lltm_ray._watch import Watch, watch
+from lltm_ray.actors.calls import Calls, Messages
+from lltm_ray.actors.fleet import Fleet
+from lltm_ray.errors import FleetError
+from lltm_ray.records import StreamEvent
+from lltm_ray.telemetry.store import Page
+from lltm_ray.telemetry.summary import summarize
+
+_ANSWER_S = 30.0
+_PAGE_ROWS = 50_000
+_ROUTES = {
+    "chat": "/v1/chat/completions",
+    "complete": "/completion",
+    "embed": "/v1/embeddings",
+    "rerank": "/v1/rerank",
+}
+_FIELDS = {"chat": "messages", "complete": "prompt", "embed": "input", "rerank": "query"}
+
+
+class FleetTelemetry:
+    """`Cluster.telemetry`. Figures lag by a sender's pause, a quarter of a second.
+
+    Every method raises `FleetError` where the fleet runs without telemetry, or telemetry does not answer.
+
+    Args:
+        fleet: whose.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def look(self) -> dict[str, Any]:
+        """The fleet now: what `/dashboard` shows, as `telemetry.live.Live.look` has it."""
+        found: dict[str, Any] = self._ask("look")
+        return found
+
+    def requests(self, limit: int = 100) -> Any:
+        """DataFrame of the newest requests that ended, the newest first; up to 100 are kept for this.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+        """
+        return load("pandas", extra="pandas", feature="requests as DataFrames").DataFrame(self.look()["recent"][:limit])
+
+    def timeline(self, request_id: str) -> dict[str, Any] | None:
+        """A request's row, joules and spans; `telemetry.timeline_frame(found["spans"])` makes a table of them.
+
+        None: not among the latest 5000.
+        """
+        found: dict[str, Any] | None = self._ask("timeline", request_id)
+        return found
+
+    def metrics(self, *, is_open: bool = False) -> str:
+        """All metrics as Prometheus' text, or as OpenMetrics' with exemplars."""
+        text: bytes = self._ask("metrics", is_open=is_open)
+        return text.decode()
+
+    def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
+        """Rows that came at or after a cursor, as Arrow tables by kind; `Page.cursor` is where to go on."""
+        page: Page = self._ask("read_since", cursor, kinds, limit)
+        return page
+
+    def summary(self, by: Sequence[str] = ("model",), *, window_s: float | None = None) -> Any:
+        """DataFrame of requests, errors, rates, tokens and percentiles; as `telemetry.summarize`.
+
+        Args:
+            by: any of model, engine, route, tenant, slot, minute.
+            window_s: so many seconds until now; None: all that is kept.
+
+        Raises:
+            ConfigError: nothing to group by has such a name.
+            MissingExtraError: pandas is not installed.
+        """
+        until_unix_s = None if window_s is None else time.time()
+        return summarize(self._tables("requests", "attempts"), by=by, window_s=window_s, until_unix_s=until_unix_s)
+
+    def _tables(self, *kinds: str) -> dict[str, pa.Table]:
+        """All that is kept."""
+        pages = [self.read_since(0, kinds, _PAGE_ROWS)]
+        while any(table.num_rows for table in pages[-1].tables.values()):
+            pages.append(self.read_since(pages[-1].cursor, kinds, _PAGE_ROWS))
+        return {kind: pa.concat_tables([page.tables[kind] for page in pages]) for kind in kinds}
+
+    def _ask(self, method: str, *args: Any, **options: Any) -> Any:
+        name, actor = self._fleet.config.name, self._fleet.telemetry
+        if actor is None:
+            raise FleetError(f"telemetry of fleet {name!r} is off: start it with telemetry.enabled = true")
+        try:
+            return ray.get(getattr(actor, method).remote(*args, **options), timeout=_ANSWER_S)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise FleetError(f"telemetry of fleet {name!r} does not answer: {type(error).__name__}") from None
+
+
+class WatchedCalls(Calls):
+    """Calls that `telemetry.instrument()` can watch; the caller's trace goes along to the engine."""
+
+    async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
+        """As `Calls.call`."""
+        with watch("", _ROUTES[method], _body(method, args, params)) as seen:
+            answer = await super().call(method, *args, timeout_s=timeout_s, **params, **_carrier(seen))
+            seen.answer(answer)
+            return answer
+
+    async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
+        """As `Calls.stream`."""
+        with watch("", _ROUTES["chat"], _body("chat", (messages,), params), is_stream=True) as seen:
+            source: Any = super().stream(messages, timeout_s=timeout_s, **params, **_carrier(seen))
+            async with aclosing(source) as events:
+                async for event in events:
+                    seen.event(event)
+                    yield event
+
+
+def _body(method: str, args: tuple[Any, ...], params: dict[str, Any]) -> dict[str, Any]:
+    return {**params, _FIELDS[method]: args[0]}
+
+
+def _carrier(seen: Watch) -> dict[str, Any]:
+    return {"carrier": dict(seen.headers)} if seen.headers else {}

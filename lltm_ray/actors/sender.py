@@ -1,0 +1,70 @@
+"""Sends a process's rows to the telemetry actor: nothing that happens to it reaches whoever made them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import ray
+
+from lltm_ray.actors import names
+from lltm_ray.actors.remote import find
+from lltm_ray.telemetry.batch import Batch, pack
+from lltm_ray.telemetry.outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 0.25
+MOST_IN_FLIGHT = 4
+"""Batches that wait for the actor; beyond them rows stay here, where the oldest are dropped when room ends."""
+_ANSWER_S = 10.0
+"""A batch that is not taken in this time is lost: a hung actor must not hold the next ones up for ever."""
+
+
+class Sender:
+    """Of one process, on its event loop.
+
+    Args:
+        fleet: whose telemetry actor.
+        name: of this process, for the account of what was lost.
+    """
+
+    def __init__(self, fleet: str, name: str) -> None:
+        self.outbox = Outbox()
+        self._fleet, self._name = fleet, name
+        self._actor: Any | None = None
+        self._in_flight: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Send, for ever; on cancellation what is left is sent once more."""
+        await asyncio.to_thread(pack, "slots", [])  # pyarrow's first array imports pandas, which may take seconds
+        try:
+            while True:
+                await asyncio.sleep(EVERY_S)
+                await self._flush()
+        finally:
+            self._send_some()
+
+    async def _flush(self) -> None:
+        if len(self.outbox) and self._actor is None:
+            self._actor = await asyncio.to_thread(find, names.telemetry(self._fleet))
+        self._send_some()
+
+    def _send_some(self) -> None:
+        while self._actor is not None and len(self._in_flight) < MOST_IN_FLIGHT:
+            batch = self.outbox.take()
+            if not batch:
+                return
+            task = asyncio.ensure_future(self._send(self._actor, batch))
+            self._in_flight.add(task)
+            task.add_done_callback(self._in_flight.discard)
+
+    async def _send(self, actor: Any, batch: Batch) -> None:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await actor.put.remote(self._name, batch, dict(self.outbox.dropped))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.debug("a batch of %s was not taken: %s", self._name, error)
+            self.outbox.lose(batch)
+            self._actor = None  # it may come back as another one

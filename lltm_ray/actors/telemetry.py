@@ -1,0 +1,132 @@
+"""TelemetryActor: one per fleet; a thin face of `telemetry.service`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lltm_ray.actors import names
+from lltm_ray.actors.remote import actor, options
+from lltm_ray.actors.watch import keep_going, watch_fleet
+from lltm_ray.config import FleetConfig, TelemetryConfig, read_environment
+from lltm_ray.gateway.dashboard.feed import TelemetryUnavailableError
+from lltm_ray.records import EngineInfo
+from lltm_ray.telemetry.batch import Batch
+from lltm_ray.telemetry.service import TelemetryService
+from lltm_ray.telemetry.spans import Place
+from lltm_ray.telemetry.store import Page
+
+log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+_ANSWER_S = 5.0
+
+
+class TelemetryActor:
+    """Named `lltm:<fleet>:telemetry`. All work is done in one thread, so that the event loop always answers."""
+
+    def __init__(self, fleet: str, config: TelemetryConfig, environ: Mapping[str, str]) -> None:
+        self._fleet = fleet
+        os.environ.update(environ)  # OpenTelemetry's exporters read theirs there
+        default = read_environment().cache_dir / "telemetry" / fleet
+        folder = Path(config.segment_dir) if config.segment_dir else default
+        self._service = TelemetryService(config, folder, {"lltm.fleet": fleet})
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="telemetry")
+        self._task = asyncio.create_task(keep_going("follow the directory", self._follow))
+
+    async def put(self, sender: str, batch: Batch, dropped: Mapping[str, int]) -> None:
+        """Rows of one process; see `TelemetryService.put`."""
+        await self._do(self._service.put, sender, batch, dropped)
+
+    async def look(self) -> dict[str, Any]:
+        """The fleet now."""
+        return await self._do(self._service.look)
+
+    async def timeline(self, request_id: str) -> dict[str, Any] | None:
+        """A request's spans, or None."""
+        return await self._do(self._service.timeline, request_id)
+
+    async def metrics(self, *, is_open: bool = False) -> bytes:
+        """Prometheus' or OpenMetrics' text."""
+        return await self._do(lambda: self._service.metrics(is_open=is_open))
+
+    async def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
+        """Rows after a cursor, as Arrow tables by kind; for analytics."""
+        return await self._do(self._service.read_since, cursor, kinds, limit)
+
+    async def close(self) -> None:
+        """Flush what is to be exported and stored; the actor is killed afterwards."""
+        self._task.cancel()
+        await self._do(self._service.close)
+
+    async def _follow(self) -> None:
+        async for status in watch_fleet(self._fleet):
+            self._service.place({engine.name: _place(engine) for engine in status.engines})
+
+    async def _do(self, work: Callable[..., _T], *given: Any) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+
+
+def make_telemetry(config: FleetConfig, *, detached: bool) -> Any | None:
+    """The fleet's telemetry actor, with the starter's `OTEL_*` environment; None where it is off.
+
+    On the starter's node as long as it lives, for its segments are there.
+    """
+    settings = config.telemetry
+    if settings is None or not settings.enabled:
+        return None
+    environ = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+    near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    own = options(detached=detached) | {"name": names.telemetry(config.name), "scheduling_strategy": near}
+    return actor(TelemetryActor).options(**own).remote(config.name, settings, environ)
+
+
+class RemoteTelemetry:
+    """A fleet's telemetry as the gateway asks for it.
+
+    Args:
+        fleet: whose.
+    """
+
+    def __init__(self, fleet: str) -> None:
+        self._name = names.telemetry(fleet)
+        self._actor: Any | None = None
+
+    async def look(self) -> dict[str, Any]:
+        """As `TelemetryActor.look`; `TelemetryUnavailableError` while it does not answer, as in the other two."""
+        found: dict[str, Any] = await self._ask("look")
+        return found
+
+    async def timeline(self, request_id: str) -> dict[str, Any] | None:
+        """As `TelemetryActor.timeline`."""
+        found: dict[str, Any] | None = await self._ask("timeline", request_id)
+        return found
+
+    async def metrics(self, *, is_open: bool) -> bytes:
+        """As `TelemetryActor.metrics`."""
+        found: bytes = await self._ask("metrics", is_open=is_open)
+        return found
+
+    async def _ask(self, method: str, *args: Any, **options: Any) -> Any:
+        try:
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(ray.get_actor, self._name, names.NAMESPACE)
+            async with asyncio.timeout(_ANSWER_S):
+                return await getattr(self._actor, method).remote(*args, **options)
+        except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
+            self._actor = None
+            raise TelemetryUnavailableError(f"telemetry does not answer: {type(error).__name__}") from error
+
+
+def _place(engine: EngineInfo) -> Place:
+    url = urlsplit(engine.url)
+    return Place(url.hostname or "", url.port or 0, (), engine.node_id, engine.model)

@@ -1,0 +1,32 @@
+"""Which gateway a command talks to: the one it is given, else the running fleet's. Imports no Ray."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lltm_ray.actors.runstate import RunState
+from lltm_ray.errors import ConfigError
+
+UrlOption = Annotated[
+    str, typer.Option(help="Base URL of a gateway or of one llama-server.", show_default="the fleet's own")
+]
+NameOption = Annotated[str, typer.Option(help="The fleet's name.")]
+
+
+def endpoint_of(url: str, name: str) -> str:
+    """The URL that was given; else that of the fleet that `lltm-ray up` started on this machine.
+
+    Raises:
+        ConfigError: no URL was given, and no such fleet runs here, or it has no gateway.
+    """
+    if url:
+        return url.rstrip("/")
+    state = RunState.load(name)
+    if state is None:
+        why = f"no fleet {name!r} runs here; start it (lltm-ray up --name {name}), or give --name or --url"
+        raise ConfigError("url", url, why)
+    if not state.endpoint:
+        raise ConfigError("url", url, f"fleet {name!r} has no gateway; give the --url of another one")
+    return state.endpoint

@@ -1,0 +1,193 @@
+"""What a request tells telemetry when it is over: its row and its attempts' rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lltm_ray.gateway.accounting import is_several
+from lltm_ray.gateway.headers import find
+from lltm_ray.gateway.request import Request
+from lltm_ray.gateway.timeline import RequestTrace
+from lltm_ray.gateway.upstream import Headers
+from lltm_ray.records import Timings
+from lltm_ray.telemetry.content import Capture
+from lltm_ray.telemetry.parameters import FIELDS
+from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow
+
+_SCHEMAS = frozenset(("response_format", "text", "json_schema"))
+_CONVERSATION_HEADERS = (b"x-conversation-id", b"x-session-id")
+_CONVERSATION_FIELDS = ("conversation", "session_id")
+_MOST_CHARS, _MOST_PARAMETER_CHARS = 256, 4096
+_ERROR_TYPES = frozenset(
+    (
+        *("invalid_request_error", "authentication_error", "server_error", "not_found_error", "permission_error"),
+        *("unavailable_error", "not_supported_error", "exceed_context_size_error"),
+    )
+)
+"""llama-server's own (`error_type` of tools/server)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tracing:
+    """Where rows go, and what is captured besides."""
+
+    add: Callable[[str, tuple[Any, ...]], None]
+    """Takes a kind and a row; quick, and never raises."""
+    capture: Capture | None = None
+    """Makes a request's content; None: prompts and answers stay here."""
+
+    def note(self, request: Request, trace: RequestTrace) -> None:
+        """Tell of a request that is over."""
+        content = ""
+        if self.capture is not None and isinstance(request.body_json, dict):
+            reason = _finish_reasons(request.record.ends, are_several=False)
+            content = self.capture(request.body_json, request.reply_text or "", reason)
+        for row in attempt_rows(request, trace):
+            self.add("attempts", row)
+        self.add("requests", request_row(request, trace, content=content))
+
+
+def request_row(request: Request, trace: RequestTrace, *, content: str = "") -> RequestRow:
+    """The request as a row; it must be over.
+
+    Args:
+        request: with its record and its line in the account complete.
+        trace: its own.
+        content: what was captured of prompt and answer, as JSON; empty unless the operator asked for it.
+    """
+    record, entry, fields = request.record, request.entry, request.body_json
+    body = fields if isinstance(fields, dict) else {}
+    ends = record.ends
+    return RequestRow(
+        trace_id=trace.trace_id,
+        span_id=trace.span_id,
+        parent_span_id=trace.parent_span_id,
+        flags=trace.flags,
+        state=trace.state,
+        request_id=request.id,
+        route=record.route,
+        model_asked=(request.model or "")[:_MOST_CHARS],
+        model=record.model,
+        tenant=request.tenant,
+        conversation=_conversation(request.headers, body),
+        status=record.status,
+        error_type=trace.error_type or _error_type(record.status, record.error, ends),
+        error=record.error,
+        arrived_unix_nano=entry.arrived_unix_nano,
+        ttft_s=NEVER if record.ttft_s is None else record.ttft_s,
+        total_s=record.total_s,
+        delivered_tokens=record.delivered_tokens,
+        bytes_sent=record.bytes_sent,
+        is_stream=request.is_stream,
+        parameters=_parameters(body),
+        response_id=_string(ends, b'"id":"'),
+        response_model=_string(ends, b'"model":"'),
+        finish_reasons=_finish_reasons(ends, are_several=is_several(fields)),
+        policy=entry.policy,
+        why=entry.why,
+        content=content,
+    )
+
+
+def attempt_rows(request: Request, trace: RequestTrace) -> Iterator[AttemptRow]:
+    """Its attempts as rows, in their order."""
+    arrived_at = request.arrived_at
+    pairs = zip(trace.attempts, request.entry.attempts, strict=False)  # one more was traced if its claim failed
+    for number, (seen, attempt) in enumerate(pairs, 1):
+        timings = seen.timings or _UNTOLD
+        yield AttemptRow(
+            trace_id=trace.trace_id,
+            request_span_id=trace.span_id,
+            span_id=seen.span_id,
+            number=number,
+            engine=attempt.engine,
+            server_pid=attempt.server_pid,
+            slot=attempt.slot,
+            asked_s=seen.asked_at - arrived_at,
+            sent_s=seen.sent_at - arrived_at,
+            headers_s=seen.headers_at - arrived_at,
+            first_s=seen.first_at - arrived_at,
+            ended_s=seen.ended_at - arrived_at,
+            predicted_cached_tokens=attempt.predicted_cached_tokens,
+            cached_tokens=attempt.cached_tokens,
+            computed_tokens=attempt.computed_tokens,
+            generated_tokens=attempt.generated_tokens,
+            delivered_tokens=attempt.delivered_tokens,
+            prompt_ms=timings.prompt_ms,
+            predicted_ms=timings.predicted_ms,
+            draft_tokens=timings.draft_n,
+            accepted_tokens=timings.draft_n_accepted,
+            outcome=str(attempt.outcome),
+            is_estimate=attempt.is_estimate,
+            is_continued=seen.is_continued,
+        )
+
+
+_UNTOLD = Timings(prompt_ms=math.nan, predicted_ms=math.nan)
+
+
+def _parameters(body: dict[str, Any]) -> str:
+    found = {name: body[name] for name in body.keys() & FIELDS}
+    if not isinstance(found.get("prompt", {}), dict):
+        del found["prompt"]
+    for name in found.keys() & _SCHEMAS:
+        found[name] = _without_schema(found[name])
+    if not found:
+        return ""
+    text = json.dumps(found, separators=(",", ":"))
+    return text if len(text) <= _MOST_PARAMETER_CHARS else ""
+
+
+def _without_schema(shape: Any) -> Any:
+    """What an answer shall look like, in a word: its schema may be long, and is the client's own."""
+    if not isinstance(shape, dict):
+        return bool(shape)
+    inner = shape.get("format", shape)
+    return {"type": inner.get("type") if isinstance(inner, dict) else None}
+
+
+def _conversation(headers: Headers, body: dict[str, Any]) -> str:
+    for name in _CONVERSATION_HEADERS:
+        given = find(headers, name)
+        if given:
+            return given.decode("utf-8", "replace")[:_MOST_CHARS]
+    for field_name in _CONVERSATION_FIELDS:
+        value = body.get(field_name)
+        value = value.get("id") if isinstance(value, dict) else value
+        if isinstance(value, str) and value:
+            return value[:_MOST_CHARS]
+    return ""
+
+
+def _error_type(status: int, error: str, ends: bytes) -> str:
+    if error == "client gone" or not status:
+        return "client_gone"
+    if status < 400:
+        return "stream_broken" if error else ""
+    told = _string(ends, b'"type":"')
+    return told if told in _ERROR_TYPES else str(status)
+
+
+def _string(ends: bytes, key: bytes) -> str:
+    """The first such member's value; generated text cannot pass for one: its quotes would be escaped."""
+    start = ends.find(key)
+    if start < 0:
+        return ""
+    start += len(key)
+    end = ends.find(b'"', start, start + _MOST_CHARS)
+    return ends[start:end].decode("utf-8", "replace") if end >= 0 else ""
+
+
+def _finish_reasons(ends: bytes, *, are_several: bool) -> str:
+    key = b'"finish_reason":"'
+    if are_several:
+        reasons = [part.partition(b'"')[0] for part in ends.split(key)[1:]]
+        return ",".join(reason.decode("ascii", "replace") for reason in reasons)
+    at = ends.rfind(key)
+    if at < 0:
+        return _string(ends, b'"stop_type":"')
+    return ends[at + len(key) : ends.find(b'"', at + len(key))].decode("ascii", "replace")

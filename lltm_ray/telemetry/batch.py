@@ -1,0 +1,53 @@
+"""Batches: rows of several kinds as Arrow columns, which is how they travel to the telemetry actor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from lltm_ray.telemetry import rows
+
+_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+
+
+def _schema(row: type[Any]) -> pa.Schema:
+    notes = {name: note.__forward_arg__.removesuffix(" | None") for name, note in row.__annotations__.items()}
+    return pa.schema([(name, _TYPES[note]) for name, note in notes.items()])
+
+
+KINDS: dict[str, Any] = {
+    "requests": rows.RequestRow,
+    "attempts": rows.AttemptRow,
+    "spans": rows.SpanRow,
+    "gpus": rows.GpuRow,
+    "nodes": rows.NodeRow,
+    "servers": rows.ServerRow,
+    "slots": rows.SlotRow,
+    "queues": rows.QueueRow,
+    "logs": rows.LogRow,
+}
+"""What a batch may hold: name -> row type."""
+SCHEMAS: dict[str, pa.Schema] = {kind: _schema(row) for kind, row in KINDS.items()}
+
+Batch = dict[str, pa.RecordBatch]
+"""Rows of several kinds, sent together: kind -> columns as in `SCHEMAS`."""
+
+
+def pack(kind: str, noted: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
+    """Rows of one kind as columns.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowTypeError: a value is not of its column's type.
+    """
+    schema = SCHEMAS[kind]
+    columns = zip(*noted, strict=True) if noted else ((),) * len(schema)
+    arrays = [pa.array(values, field.type) for values, field in zip(columns, schema, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def unpack(kind: str, batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows again, as their row type."""
+    make = KINDS[kind]._make
+    return map(make, zip(*(column.to_pylist() for column in batch.columns), strict=True))

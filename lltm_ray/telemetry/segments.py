@@ -1,0 +1,182 @@
+"""Segments: the store's rows on disk, as Parquet files that analysis tools read without us.
+
+A segment `{kind}-{first sequence number}.parquet` is written again with each flush, whole and under its final name by
+an atomic rename, until it holds enough rows. So a kill takes only what came since the last flush, files stay few, and
+no reader sees half of one. Written without fsync: after a power cut the newest may be torn, which reading allows for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections import Counter, defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lltm_ray.telemetry.batch import SCHEMAS
+
+_log = logging.getLogger(__name__)
+SEQUENCE = "seq"
+"""Column of sequence numbers, beside a kind's own."""
+_NAME = re.compile(r"([a-z]+)-(\d{20})\.parquet\Z")
+_QUIET_S = 60.0
+"""Between two log lines about a disk that refuses."""
+_OPEN_S = 900.0
+"""Longest a segment stays open: what it holds is written again with each flush."""
+
+
+class Segments:
+    """One folder of them, for one process at a time; `add` is cheap and everything else is for the thread."""
+
+    def __init__(self, folder: Path, max_bytes: int, max_age_s: float, segment_rows: int) -> None:
+        self._folder, self._segment_rows = folder, segment_rows
+        self._max_bytes, self._max_age_s = max_bytes, max_age_s
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+        self._new: dict[str, list[pa.RecordBatch]] = defaultdict(list)
+        self._open: dict[str, pa.Table] = {}
+        self._opened: dict[str, float] = {}
+        self._waiting: Counter[str] = Counter()
+        self._is_refused = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.rows_written = self.write_errors = self.rows_lost = 0
+        self._said_at = -_QUIET_S
+
+    def start(self, flush_s: float) -> None:
+        """Flush every so often, until `stop`."""
+
+        def run() -> None:
+            while not self._stop.wait(flush_s):
+                self.flush()
+
+        self._thread = threading.Thread(target=run, name="lltm-segments", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Write the rest and end the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self.flush()
+
+    def add(self, kind: str, rows: pa.RecordBatch) -> None:
+        """Have rows written with the next flush; nothing after `stop`."""
+        with self._lock:
+            if not self._stop.is_set():
+                self._new[kind].append(rows)
+
+    def flush(self) -> None:
+        """Write what is new, then delete what is too old or too much. A disk that refuses is tried again next time."""
+        with self._writing:
+            try:
+                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for kind in SCHEMAS:
+                    self._flush(kind)
+                self._retain()
+            except (OSError, pa.ArrowException) as error:
+                self._complain(error)
+
+    def _flush(self, kind: str) -> None:
+        with self._lock:
+            new = self._new.pop(kind, [])
+        if new:
+            old = self._open[kind].to_batches() if kind in self._open else []
+            # combined by a copy: small batches, and shared memory that they came in, are let go
+            self._open[kind] = pa.Table.from_batches([*old, *new]).combine_chunks()
+            self._waiting[kind] += sum(map(len, new))
+            self._opened.setdefault(kind, time.monotonic())
+        if self._waiting[kind]:
+            self._bound(kind)
+            self._write(kind, self._open[kind])
+            self.rows_written += self._waiting.pop(kind)
+        if kind in self._open and self._is_full(kind):
+            del self._open[kind], self._opened[kind]
+
+    def _bound(self, kind: str) -> None:
+        """Keep only so much of what a refusing disk has not taken; what it has taken is in a segment of its own."""
+        rows, waiting = self._open[kind], self._waiting[kind]
+        if self._is_refused and len(rows) > 2 * self._segment_rows:
+            kept = min(waiting, self._segment_rows)
+            self._open[kind], self._waiting[kind] = rows.slice(len(rows) - kept), kept
+            self.rows_lost += waiting - kept
+
+    def _is_full(self, kind: str) -> bool:
+        return len(self._open[kind]) >= self._segment_rows or time.monotonic() - self._opened[kind] > _OPEN_S
+
+    def _path(self, kind: str, rows: pa.Table) -> Path:
+        return self._folder / f"{kind}-{rows.column(SEQUENCE)[0].as_py():020d}.parquet"
+
+    def _write(self, kind: str, rows: pa.Table) -> None:
+        path = self._path(kind, rows)
+        draft = path.with_suffix(".draft")
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            pq.write_table(rows, file, compression="zstd")
+        draft.replace(path)
+        self._is_refused = False
+
+    def _complain(self, error: Exception) -> None:
+        self.write_errors += 1
+        self._is_refused = True
+        if time.monotonic() - self._said_at >= _QUIET_S:
+            self._said_at = time.monotonic()
+            _log.warning("telemetry cannot write to %s: %s", self._folder, error)
+
+    def _retain(self) -> None:
+        still_open = {self._path(kind, rows) for kind, rows in self._open.items()}
+        oldest_first = sorted((status.st_mtime, status.st_size, path) for path, status in self._files())
+        total = sum(size for _, size, _ in oldest_first)
+        for written_at, size, path in oldest_first:
+            is_old = written_at < time.time() - self._max_age_s
+            if (is_old or total > self._max_bytes) and path not in still_open:
+                path.unlink(missing_ok=True)
+                total -= size
+
+    def _files(self) -> list[tuple[Path, os.stat_result]]:
+        found = []
+        for path in self._folder.glob("*.parquet"):
+            if _NAME.match(path.name):
+                with suppress(FileNotFoundError):
+                    found.append((path, path.stat()))
+        return found
+
+    def read_newest(self, max_rows: int) -> dict[str, list[pa.RecordBatch]]:
+        """What an earlier process wrote: of each kind the newest segments that make up `max_rows`, in order."""
+        try:
+            for draft in self._folder.glob("*.draft"):
+                if _NAME.match(draft.with_suffix(".parquet").name):
+                    draft.unlink()
+            names = sorted((path.name for path, _ in self._files()), reverse=True)
+        except OSError as error:
+            self._complain(error)
+            return {}
+        found: dict[str, list[pa.RecordBatch]] = defaultdict(list)
+        for name in names:
+            kind = name.partition("-")[0]
+            if kind in SCHEMAS and sum(map(len, found[kind])) < max_rows:
+                found[kind][:0] = self._read(kind, self._folder / name)
+        return found
+
+    def _read(self, kind: str, path: Path) -> list[pa.RecordBatch]:
+        try:
+            rows = pq.ParquetFile(path).read()
+        except (OSError, pa.ArrowException) as error:
+            _log.warning("a torn telemetry segment is left out: %s: %s", path, error)
+            return []
+        wanted = SCHEMAS[kind].append(pa.field(SEQUENCE, pa.int64()))
+        if not rows.schema.equals(wanted):
+            _log.warning("a telemetry segment of other columns is left out: %s", path)
+            return []
+        batches: list[pa.RecordBatch] = rows.combine_chunks().to_batches()
+        return batches
+
+    def counts(self) -> dict[str, int]:
+        """Rows written and given up, and how often the disk refused."""
+        return {"written": self.rows_written, "lost": self.rows_lost, "write_errors": self.write_errors}

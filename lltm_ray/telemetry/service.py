@@ -1,0 +1,136 @@
+"""One fleet's telemetry, whole: the hub, the live view, timelines of requests, Prometheus' text. Not thread-safe."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lltm_ray.config import TelemetryConfig
+from lltm_ray.telemetry.batch import Batch
+from lltm_ray.telemetry.energy import Energy
+from lltm_ray.telemetry.hardware import observe_samples
+from lltm_ray.telemetry.hub import Receipt, build_hub
+from lltm_ray.telemetry.joules import Joules
+from lltm_ray.telemetry.live import Live
+from lltm_ray.telemetry.profiles import read_profile
+from lltm_ray.telemetry.prometheus import PrometheusReader
+from lltm_ray.telemetry.rows import AttemptRow, RequestRow, ServerRow, SpanRow
+from lltm_ray.telemetry.samples import Samples
+from lltm_ray.telemetry.spans import Place, Span, Spans
+from lltm_ray.telemetry.store import Page
+
+_SAMPLES = ("servers", "slots", "gpus", "nodes", "queues")
+_MOST_TIMELINES = 5000
+
+
+class TelemetryService:
+    """Takes batches, answers questions.
+
+    Args:
+        config: the settings.
+        folder: of segments; None: memory only.
+        attributes: of the resource, such as the fleet's name.
+
+    Raises:
+        ConfigError: a setting, or a variable of the environment, that cannot be used.
+    """
+
+    def __init__(
+        self, config: TelemetryConfig, folder: Path | None, attributes: Mapping[str, str | int] | None = None
+    ) -> None:
+        self._prometheus = PrometheusReader()
+        self._hub = build_hub(config, folder, attributes, [self._prometheus])
+        self._samples = Samples()
+        self._live = Live(self._samples)
+        self._spans = Spans(read_profile(os.environ))
+        self._requests: OrderedDict[str, tuple[RequestRow, Sequence[AttemptRow]]] = OrderedDict()
+        self._others: OrderedDict[str, list[SpanRow]] = OrderedDict()
+        self._hub.on_request += [self._live.add_request, self._keep]
+        self._hub.on_rows["spans"].append(self._keep_spans)
+        for kind in _SAMPLES:
+            self._hub.on_rows[kind].append(partial(self._samples.add, kind))
+        self._hub.on_rows["servers"].append(self._place_gpus)
+        observe_samples(self._hub.instruments, self._samples)
+        self._energy = Energy()
+        self._joules = Joules(self._energy, self._hub.instruments)
+        self._hub.on_request.append(self._energy.add_request)
+        self._hub.on_rows["servers"].append(self._energy.add_servers)
+        self._hub.on_rows["gpus"].append(self._energy.add_gpus)
+
+    def put(self, sender: str, batch: Batch, dropped: Mapping[str, int]) -> Receipt:
+        """As `Hub.put`."""
+        receipt = self._hub.put(sender, batch, dropped)
+        self._joules.settle()
+        return receipt
+
+    def place(self, places: Mapping[str, Place]) -> None:
+        """Where the fleet's engines are now, by name."""
+        self._hub.places = places
+
+    def _place_gpus(self, rows: Sequence[ServerRow]) -> None:
+        """Samplers know which devices an engine's share is."""
+        homes = {row.engine: tuple(row.gpu_uuids.split(",")) for row in rows if row.gpu_uuids}
+        self._hub.places = {
+            name: place._replace(gpu_uuids=homes.get(name, place.gpu_uuids)) for name, place in self._hub.places.items()
+        }
+
+    def look(self) -> dict[str, Any]:
+        """The fleet now, as JSON: `Live.look`, `energy` as `Joules.look`, and `telemetry`: this service's own state."""
+        return self._live.look() | {"energy": self._joules.look(), "telemetry": self._hub.status()}
+
+    def timeline(self, request_id: str) -> dict[str, Any] | None:
+        """A request's spans: `{"request": row, "joules": float | None, "spans": [{"name", "start_s", ...}]}`.
+
+        Times are seconds from its arrival. None: not among the latest 5000.
+        """
+        found = self._requests.get(request_id)
+        if found is None:
+            return None
+        request, attempts = found
+        spans = self._spans.of_request(request, attempts, self._hub.places)
+        spans += [self._spans.of_row(row) for row in self._others.get(request.trace_id, ())]
+        shown = [_shown(span, request.arrived_unix_nano) for span in spans]
+        row = {name: value if value == value else None for name, value in request._asdict().items()}  # noqa: PLR0124
+        return {"request": row, "joules": self._joules.of_request(request.span_id), "spans": shown}
+
+    def metrics(self, *, is_open: bool = False) -> bytes:
+        """All metrics as text; see `PrometheusReader.text`."""
+        return self._prometheus.text(is_open=is_open)
+
+    def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
+        """As `Store.read_since`."""
+        return self._hub.read_since(cursor, kinds, limit)
+
+    def close(self, timeout_s: float = 5.0) -> None:
+        """Flush what is to be exported and stored."""
+        self._hub.close(timeout_s)
+
+    def _keep(self, request: RequestRow, attempts: Sequence[AttemptRow]) -> None:
+        self._requests[request.request_id] = request, tuple(attempts)
+        while len(self._requests) > _MOST_TIMELINES:
+            self._requests.popitem(last=False)
+
+    def _keep_spans(self, rows: Sequence[SpanRow]) -> None:
+        by_trace: defaultdict[str, list[SpanRow]] = defaultdict(list)
+        for row in rows:
+            by_trace[row.trace_id].append(row)
+        for trace_id, some in by_trace.items():
+            self._others.setdefault(trace_id, []).extend(some)
+        while len(self._others) > _MOST_TIMELINES:
+            self._others.popitem(last=False)
+
+
+def _shown(span: Span, arrived_unix_nano: int) -> dict[str, Any]:
+    """A span for people, its times from the request's arrival."""
+    told = {name: value for name, value in asdict(span).items() if name not in ("start_unix_nano", "end_unix_nano")}
+    told["events"] = [
+        {"name": event.name, "at_s": (event.at_unix_nano - arrived_unix_nano) / 1e9, "attributes": event.attributes}
+        for event in span.events
+    ]
+    start_s, end_s = ((at - arrived_unix_nano) / 1e9 for at in (span.start_unix_nano, span.end_unix_nano))
+    return told | {"start_s": start_s, "end_s": end_s}

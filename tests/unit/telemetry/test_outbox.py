@@ -1,0 +1,68 @@
+"""Rows wait, travel as columns, and are counted when they are lost."""
+
+import pyarrow as pa
+
+from lltm_ray.telemetry.batch import SCHEMAS, unpack
+from lltm_ray.telemetry.outbox import BATCH_ROWS, Outbox
+from lltm_ray.telemetry.rows import LogRow, SlotRow
+
+
+def slot_row(slot: int, **changes: object) -> SlotRow:
+    row = SlotRow(
+        at_unix_nano=1, engine="e", slot=slot, is_processing=True, task=7, prompt_tokens=3, decoded_tokens=2, n_ctx=64
+    )
+    return row._replace(**changes)
+
+
+def test_rows_come_back_as_they_were() -> None:
+    outbox = Outbox()
+    log_row = LogRow(2, "", "", "INFO", "a", "grün \u2713", "{}")
+    outbox.add("slots", slot_row(0))
+    outbox.add("logs", log_row)
+    batch = outbox.take()
+    assert {kind: columns.schema for kind, columns in batch.items()} == {kind: SCHEMAS[kind] for kind in batch}
+    assert list(unpack("slots", batch["slots"])) == [slot_row(0)]
+    assert list(unpack("logs", batch["logs"])) == [log_row]
+    assert outbox.take() == {}
+
+
+def test_a_batch_is_bounded_and_keeps_the_order() -> None:
+    outbox = Outbox()
+    for slot in range(BATCH_ROWS + 5):
+        outbox.add("slots", slot_row(slot))
+    sizes = [[row.slot for row in unpack("slots", outbox.take()["slots"])] for _ in range(2)]
+    assert sizes == [list(range(BATCH_ROWS)), list(range(BATCH_ROWS, BATCH_ROWS + 5))]
+    assert len(outbox) == 0
+
+
+def test_without_room_the_oldest_go_and_are_counted() -> None:
+    outbox = Outbox(limit_rows=3)
+    for slot in range(10):
+        outbox.add("slots", slot_row(slot))
+    assert [row.slot for row in unpack("slots", outbox.take()["slots"])] == [7, 8, 9]
+    assert outbox.dropped == {"slots": 7}
+
+
+def test_one_bad_row_does_not_take_the_others_with_it() -> None:
+    outbox = Outbox()
+    for each in (slot_row(0), slot_row(1, task="seven"), slot_row(2, task=2**70), slot_row(3, engine="\ud800")):
+        outbox.add("slots", each)
+    assert [row.slot for row in unpack("slots", outbox.take()["slots"])] == [0]
+    assert outbox.dropped == {"slots": 3}
+
+
+def test_a_lost_batch_is_counted() -> None:
+    outbox = Outbox()
+    outbox.add("slots", slot_row(0))
+    outbox.add("slots", slot_row(1))
+    outbox.lose(outbox.take())
+    assert outbox.dropped == {"slots": 2}
+
+
+def test_absent_values_are_null_and_not_zero() -> None:
+    schema = SCHEMAS["gpus"]
+    assert schema.field("power_w").type == pa.float64()
+    outbox = Outbox()
+    outbox.add("gpus", (1, "n", 0, "GPU-1", "", "", *([None] * (len(schema) - 6))))
+    columns = outbox.take()["gpus"]
+    assert columns.column("power_w").null_count == 1

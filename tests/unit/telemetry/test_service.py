@@ -1,0 +1,89 @@
+"""The whole service: batches in; live view, timelines, text and pages out."""
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families as parse
+
+from lltm_ray.config import TelemetryConfig
+from lltm_ray.telemetry.batch import Batch, pack
+from lltm_ray.telemetry.rows import SpanRow
+from lltm_ray.telemetry.service import TelemetryService
+from lltm_ray.telemetry.spans import Place
+from tests.unit.telemetry.rows_made import TRACE_ID, attempt_row, gpu_row, node_row, queue_row, request_row, server_row
+
+
+@pytest.fixture
+def service() -> Iterator[TelemetryService]:
+    service = TelemetryService(TelemetryConfig(exporters=()), None, {"lltm.fleet": "f"})
+    service.place({"engine-0": Place("127.0.0.1", 8081, (), "n1", "tiny")})
+    yield service
+    service.close()
+
+
+def batch() -> Batch:
+    now = time.time_ns()
+    rows = {
+        "requests": [request_row(arrived_unix_nano=now - 10**9)],
+        "attempts": [attempt_row()],
+        "servers": [server_row(at_unix_nano=now, gpu_uuids="GPU-1")],
+        "gpus": [gpu_row(at_unix_nano=now)],
+        "nodes": [node_row(at_unix_nano=now)],
+        "queues": [queue_row(at_unix_nano=now)],
+    }
+    return {kind: pack(kind, some) for kind, some in rows.items()}
+
+
+def test_one_batch_shows_everywhere(service: TelemetryService) -> None:
+    service.put("gateway-0", batch(), {})
+    look = json.loads(json.dumps(service.look(), allow_nan=False))
+    assert look["totals"]["requests"] == 1
+    assert [engine["engine"] for engine in look["engines"]] == ["engine-0"]
+    assert look["telemetry"]
+    text = service.metrics().decode()
+    families = {family.name for family in parse(text)}
+    wanted = {"gen_ai_server_request_duration_seconds", "hw_power_watts", "lltm_slots_busy", "lltm_queue_waiting"}
+    assert wanted <= families
+    page = service.read_since(0, ["requests", "attempts"])
+    assert {kind: table.num_rows for kind, table in page.tables.items()} == {"requests": 1, "attempts": 1}
+
+
+def test_a_timeline_has_the_whole_tree_and_is_json(service: TelemetryService) -> None:
+    service.put("gateway-0", batch(), {})
+    found = service.timeline("r-1")
+    assert found is not None
+    spans = json.loads(json.dumps(found, allow_nan=False))["spans"]
+    assert [span["name"] for span in spans if span["kind"] == "server"] == ["chat tiny"]
+    names = {span["name"] for span in spans}
+    assert {"route", "lltm.queue", "lltm.prefill", "lltm.decode"} <= names
+    ids = {span["span_id"] for span in spans}
+    assert all(span["parent_span_id"] in ids for span in spans if span["kind"] != "server")
+    assert service.timeline("nobody's") is None
+
+
+def test_a_timeline_shows_what_others_said_of_its_trace(service: TelemetryService) -> None:
+    service.put("gateway-0", batch(), {})
+    span = SpanRow(TRACE_ID, "1" * 16, "", "slot save", "internal", 1, 2, "", "", "engine-0", '{"lltm.slot.id":2}')
+    service.put("gateway-0", {"spans": pack("spans", [span])}, {})
+    found = service.timeline("r-1")
+    assert found is not None
+    assert "slot save" in {each["name"] for each in found["spans"]}
+
+
+def test_joules_reach_the_request_and_the_metrics(service: TelemetryService) -> None:
+    now = time.time_ns()
+    home = [server_row(at_unix_nano=now - 8 * 10**9, gpu_uuids="GPU-1", slots_busy=0)]
+    meters = [gpu_row(at_unix_nano=now - (8 - tick) * 10**9, energy_j=100.0 * tick) for tick in range(4)]
+    row = request_row(arrived_unix_nano=now - 8 * 10**9, total_s=1.0)
+    attempt = attempt_row(asked_s=0.0, sent_s=0.0, headers_s=0.0, first_s=0.5, ended_s=1.0)
+    service.put("node", {"servers": pack("servers", home)}, {})
+    service.put("gateway", {"requests": pack("requests", [row]), "attempts": pack("attempts", [attempt])}, {})
+    service.put("node", {"gpus": pack("gpus", meters)}, {})
+    found = service.timeline("r-1")
+    assert found is not None
+    assert found["joules"] == pytest.approx(100.0)
+    families = {family.name: family for family in parse(service.metrics().decode())}
+    gpu = {sample.labels["kind"]: sample.value for sample in families["lltm_energy_gpu_joules"].samples}
+    assert gpu == pytest.approx({"requests": 100.0, "idle": 200.0, "unknown": 0.0}, abs=1e-6)
