@@ -252,7 +252,9 @@ class Controller:
         deadline = time.monotonic() + limit_s
         await self._tell()
         while not await asyncio.to_thread(share.group.wait, ROOM_LOOK_S):
-            if time.monotonic() > deadline:
+            if any(not each.is_start for each in self._moves.values()):  # room is being made
+                deadline = time.monotonic() + limit_s
+            if time.monotonic() > max(deadline, self._released_at_s + limit_s):
                 need = f"{share.plan.gpus:g} GPU and {share.plan.cpus:g} CPU"
                 raise PlacementError(need, f"smaller, and stayed so for room_timeout_s={limit_s:g} s")
             move.stuck = True

@@ -14,6 +14,7 @@ from lltm_ray.errors import LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.records import Completion, Embeddings, StreamEvent, Timings, Usage
 from lltm_ray.telemetry.context import TraceContext, new_span_id, new_trace_id, read_traceparent, write_traceparent
+from lltm_ray.telemetry.logs import at_work
 from lltm_ray.telemetry.parameters import FIELDS
 from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow, SpanRow
 
@@ -74,7 +75,9 @@ class EngineTrace:
         """
         began, began_unix_nano = time.monotonic(), time.time_ns()
         sent, error_type, error = NEVER, "", ""
-        seen = Seen()
+        seen, parent = Seen(), _parent(carrier)
+        own = parent._replace(trace_id=parent.trace_id or new_trace_id(), span_id=new_span_id())
+        at_work.set(own)  # not reset: every call has its own context
         try:
             async with self._engine.slot(timeout_s) as client:
                 sent = time.monotonic() - began
@@ -91,7 +94,7 @@ class EngineTrace:
                 told = _Told(
                     route, params, is_stream, began_unix_nano, sent, time.monotonic() - began, error_type, error
                 )
-                self._note(told, seen, _parent(carrier))
+                self._note(told, seen, parent, own)
 
     def loaded(self, start_unix_nano: int, error: str = "") -> None:
         """The server has been started, or could not be."""
@@ -118,12 +121,12 @@ class EngineTrace:
         )
         self._sender.outbox.add("spans", row)
 
-    def _note(self, told: _Told, seen: Seen, parent: TraceContext) -> None:
+    def _note(self, told: _Told, seen: Seen, parent: TraceContext, own: TraceContext) -> None:
         assert self._sender is not None  # noqa: S101 - asked before
-        trace_id, span_id = parent.trace_id or new_trace_id(), new_span_id()
-        request = told.request(self._engine.info.model, seen, parent)._replace(trace_id=trace_id, span_id=span_id)
+        request = told.request(self._engine.info.model, seen, parent)
+        request = request._replace(trace_id=own.trace_id, span_id=own.span_id)
         attempt = told.attempt(self._engine, seen)
-        attempt = attempt._replace(trace_id=trace_id, request_span_id=span_id, span_id=new_span_id())
+        attempt = attempt._replace(trace_id=own.trace_id, request_span_id=own.span_id, span_id=new_span_id())
         self._sender.outbox.add("attempts", attempt)
         self._sender.outbox.add("requests", request)
 

@@ -245,9 +245,10 @@ def _make_gateways(config: FleetConfig, gateway: GatewayConfig, node_id: str, *,
 
 
 def _wait_ready(fleet: Fleet, on_progress: OnProgress | None) -> None:
-    """Every engine and the gateway ready, or the first reason why not."""
+    """Every engine, the gateway and telemetry ready, or the first reason why not."""
     pending = [engine.ensure_ready.remote() for engine in fleet.engines.values()]
     pending += [gateway.ready.remote() for gateway in fleet.gateways.values()]
+    pending += [fleet.telemetry.ready.remote()] if fleet.telemetry is not None else []
     while pending:
         done, pending = ray.wait(pending, num_returns=len(pending), timeout=0.2)
         for result in done:

@@ -1,4 +1,4 @@
-"""Sends a process's rows to the telemetry actor: nothing that happens to it reaches whoever made them."""
+"""Sends a process's rows and log lines to the telemetry actor: nothing that happens to it reaches whoever made them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import ray
 
 from lltm_ray.actors import names
 from lltm_ray.actors.remote import find
-from lltm_ray.telemetry.batch import Batch, pack
+from lltm_ray.telemetry.batch import Batch, pack, seal
+from lltm_ray.telemetry.logs import LogHandler
 from lltm_ray.telemetry.outbox import Outbox
 
 log = logging.getLogger(__name__)
@@ -33,23 +34,38 @@ class Sender:
     def __init__(self, fleet: str, name: str) -> None:
         self.outbox = Outbox()
         self._fleet, self._name = fleet, name
+        self._logs = LogHandler(self.outbox.add, name)
         self._actor: Any | None = None
         self._in_flight: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Send, for ever; on cancellation what is left is sent once more."""
-        await asyncio.to_thread(pack, "slots", [])  # pyarrow's first array imports pandas, which may take seconds
-        try:
-            while True:
-                await asyncio.sleep(EVERY_S)
-                await self._flush()
-        finally:
-            self._send_some()
+        with self._logs.installed():
+            await asyncio.to_thread(pack, "slots", [])  # pyarrow's first array imports pandas, which may take seconds
+            try:
+                while True:
+                    await asyncio.sleep(EVERY_S)
+                    await self._flush()
+            finally:
+                self._send_some()
 
     async def _flush(self) -> None:
         if len(self.outbox) and self._actor is None:
-            self._actor = await asyncio.to_thread(find, names.telemetry(self._fleet))
+            self._actor = await self._reach()
         self._send_some()
+
+    async def _reach(self) -> Any | None:
+        """The actor if it answers; until then rows wait here, for Ray gives up what is sent to one that restarts."""
+        actor = await asyncio.to_thread(find, names.telemetry(self._fleet))
+        if actor is None:
+            return None
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                await actor.put.remote(self._name, {}, dict(self.outbox.dropped))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.debug("telemetry does not answer %s: %s", self._name, error)
+            return None
+        return actor
 
     def _send_some(self) -> None:
         while self._actor is not None and len(self._in_flight) < MOST_IN_FLIGHT:
@@ -63,7 +79,7 @@ class Sender:
     async def _send(self, actor: Any, batch: Batch) -> None:
         try:
             async with asyncio.timeout(_ANSWER_S):
-                await actor.put.remote(self._name, batch, dict(self.outbox.dropped))
+                await actor.put.remote(self._name, seal(batch), dict(self.outbox.dropped))
         except (ray.exceptions.RayError, TimeoutError) as error:
             log.debug("a batch of %s was not taken: %s", self._name, error)
             self.outbox.lose(batch)

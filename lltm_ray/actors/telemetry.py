@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,9 +19,12 @@ from lltm_ray.actors import names
 from lltm_ray.actors.remote import actor, options
 from lltm_ray.actors.watch import keep_going, watch_fleet
 from lltm_ray.config import FleetConfig, TelemetryConfig, read_environment
+from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.dashboard.feed import TelemetryUnavailableError
 from lltm_ray.records import EngineInfo
-from lltm_ray.telemetry.batch import Batch
+from lltm_ray.telemetry.batch import Sealed, unseal
+from lltm_ray.telemetry.logs import LogHandler
+from lltm_ray.telemetry.outbox import Outbox
 from lltm_ray.telemetry.service import TelemetryService
 from lltm_ray.telemetry.spans import Place
 from lltm_ray.telemetry.store import Page
@@ -29,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _ANSWER_S = 5.0
+_OWN_LOG_EVERY_S = 1.0
 
 
 class TelemetryActor:
@@ -39,13 +44,28 @@ class TelemetryActor:
         os.environ.update(environ)  # OpenTelemetry's exporters read theirs there
         default = read_environment().cache_dir / "telemetry" / fleet
         folder = Path(config.segment_dir) if config.segment_dir else default
-        self._service = TelemetryService(config, folder, {"lltm.fleet": fleet})
+        self._refusal: ConfigError | None = None
+        try:
+            self._service = TelemetryService(config, folder, {"lltm.fleet": fleet})
+        except ConfigError as error:  # raised here it would reach nobody as itself
+            self._refusal = error
+            self._service = TelemetryService(replace(config, exporters=()), folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="telemetry")
-        self._task = asyncio.create_task(keep_going("follow the directory", self._follow))
+        works = {"follow the directory": self._follow, "keep its own log": self._keep_log}
+        self._tasks = [asyncio.create_task(keep_going(what, work)) for what, work in works.items()]
 
-    async def put(self, sender: str, batch: Batch, dropped: Mapping[str, int]) -> None:
-        """Rows of one process; see `TelemetryService.put`."""
-        await self._do(self._service.put, sender, batch, dropped)
+    async def ready(self) -> None:
+        """Once it works.
+
+        Raises:
+            ConfigError: a setting, or a variable of the environment, that cannot be used.
+        """
+        if self._refusal is not None:
+            raise self._refusal
+
+    async def put(self, sender: str, sealed: Sealed, dropped: Mapping[str, int]) -> None:
+        """Rows of one process, by `batch.seal`; see `TelemetryService.put`."""
+        await self._do(lambda: self._service.put(sender, unseal(sealed), dropped))
 
     async def look(self) -> dict[str, Any]:
         """The fleet now."""
@@ -65,12 +85,21 @@ class TelemetryActor:
 
     async def close(self) -> None:
         """Flush what is to be exported and stored; the actor is killed afterwards."""
-        self._task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._do(self._service.close)
 
     async def _follow(self) -> None:
         async for status in watch_fleet(self._fleet):
             self._service.place({engine.name: _place(engine) for engine in status.engines})
+
+    async def _keep_log(self) -> None:
+        outbox = Outbox()
+        with LogHandler(outbox.add, "telemetry").installed():
+            while True:
+                await asyncio.sleep(_OWN_LOG_EVERY_S)
+                if batch := outbox.take():
+                    await self._do(self._service.put, "telemetry", batch, dict(outbox.dropped))
 
     async def _do(self, work: Callable[..., _T], *given: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)

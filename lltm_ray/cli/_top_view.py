@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,8 +18,18 @@ _MOST_BARS = 8
 """Slots of an engine that get a bar each; more get one character each."""
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _LEVELS = "▁▂▃▄▅▆▇█"
+_ENDLESS = 10_000
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)))
 _Row = dict[str, Any]
+_ENGINE_COLUMNS = (
+    *("engine", "model", ">busy", "slots", ">generates", ">reads", ">CPU"),
+    *(">memory", ">GPU memory", ">energy"),
+)
+_GPU_COLUMNS = ("machine", ">GPU", "name", ">utilization", ">memory", ">power", ">temperature", "slowed by")
+_REQUEST_COLUMNS = (
+    *("time", "request", "status", "model", "engine/slot", ">tries", ">prompt tok", ">cached tok", ">out tok"),
+    *(">wait", ">first token", ">total"),
+)
 
 
 def draw(look: _Row, *, most_requests: int = 20) -> RenderableType:
@@ -37,7 +47,7 @@ def draw(look: _Row, *, most_requests: int = 20) -> RenderableType:
 # --- parts
 
 
-def _now(look: _Row) -> Text:
+def _now(look: _Row) -> Figures:
     rates, queues = look["rates"], look["queues"]
     computed = rates["input_tokens_s"] - rates["cached_tokens_s"]
     figures = [
@@ -48,10 +58,10 @@ def _now(look: _Row) -> Text:
         ("waiting", count(sum(each["waiting"] for each in queues)) if queues else NOTHING),
         ("running", count(sum(each["running"] for each in queues)) if queues else NOTHING),
     ]
-    return _figures(figures)
+    return Figures(figures)
 
 
-def _since(look: _Row) -> Text:
+def _since(look: _Row) -> Figures:
     totals = look["totals"]
     names = {"requests": "requests", "errors": "errors", "rejected": "rejected", "failovers": "taken over"}
     tokens = {"input_tokens": "prompt tok", "cached_tokens": "cached tok", "output_tokens": "generated tok"}
@@ -59,57 +69,55 @@ def _since(look: _Row) -> Text:
     energy = look.get("energy", {}).get("engines", [])
     used = sum(each["tokens"] for each in energy)
     joules = sum(each["joules"] for each in energy)
-    return _figures([*figures, ("energy", joules_per_token(joules, used))], "since start: ")
+    return Figures([*figures, ("energy", joules_per_token(joules, used))], "since start: ")
 
 
-def _times(look: _Row) -> Table:
-    table = _table(f"last {look['window_s']:.0f} s", "", ">p50", ">p95", ">p99", "  errors")
+def _times(look: _Row) -> Fitted:
     errors = sorted(look["errors"].items(), key=lambda each: -each[1])
-    told = [f"  {number:,} {plain(kind)}" for kind, number in errors] or ["  none"]
-    rows = (("total time", "latency_s"), ("time to first token", "ttft_s"), ("wait for a slot", "queue_s"))
-    for number, (text, name) in enumerate(rows):
-        kinds = told[number : number + 1] if number < 2 else [" ".join(told[2:])]
-        cell = Text("".join(kinds), "red" if errors else "dim")
-        table.add_row(Text(text), *(Text(seconds(look[name][each])) for each in ("p50", "p95", "p99")), cell)
-    return table
+    told = [f"{number:,} {plain(kind)}" for kind, number in errors] or ["none"]
+    lines = (told[0], *told[1:2], "") if len(told) < 3 else (told[0], told[1], ", ".join(told[2:]))
+    names = (("total time", "latency_s"), ("time to first token", "ttft_s"), ("wait for a slot", "queue_s"))
+    rows: list[list[str | Text]] = [
+        [text, *(seconds(look[name][each]) for each in ("p50", "p95", "p99")), Text(line, "red" if errors else "dim")]
+        for (text, name), line in zip(names, (*lines, "")[:3], strict=True)
+    ]
+    return Fitted(f"last {look['window_s']:.0f} s", ("", ">p50", ">p95", ">p99", "errors"), rows)
 
 
-def _engines(look: _Row) -> Table:
-    columns = ("engine", "model", ">busy", "slots", ">generates", ">reads", ">CPU", ">memory", ">GPU memory", ">energy")
-    table = _table("engines" if look["engines"] else "engines: none has told of itself", *columns)
+def _engines(look: _Row) -> Fitted:
     energy = {(each["engine"], each["model"]): each for each in look.get("energy", {}).get("engines", [])}
-    for engine in look["engines"]:
-        used = energy.get((engine["engine"], engine["model"]), {"joules": 0.0, "tokens": 0})
-        table.add_row(
-            Text(plain(engine["engine"]), "bold"),
-            plain(engine["model"]),
-            f"{engine['slots_busy']}/{engine['slots_total']}",
-            slot_bars(engine["slots"]),
-            unit(engine["predicted_tokens_s"], "tok/s"),
-            unit(engine["prompt_tokens_s"], "tok/s"),
-            unit(engine["cpu_ratio"], "cores"),
-            size(engine["memory_bytes"]),
-            size(engine["gpu_memory_bytes"]),
-            joules_per_token(used["joules"], used["tokens"]),
-        )
-    return table
+    title = "engines" if look["engines"] else "engines: none has told of itself"
+    rows = [_engine_cells(each, energy.get((each["engine"], each["model"]), {})) for each in look["engines"]]
+    return Fitted(title, _ENGINE_COLUMNS, rows, ("GPU memory", "reads", "memory", "model", "CPU", "energy"))
+
+
+def _engine_cells(engine: _Row, used: _Row) -> list[str | Text]:
+    return [
+        Text(plain(engine["engine"]), "bold"),
+        plain(engine["model"]),
+        f"{engine['slots_busy']}/{engine['slots_total']}",
+        slot_bars(engine["slots"]),
+        unit(engine["predicted_tokens_s"], "tok/s"),
+        unit(engine["prompt_tokens_s"], "tok/s"),
+        unit(engine["cpu_ratio"], "cores"),
+        size(engine["memory_bytes"]),
+        size(engine["gpu_memory_bytes"]),
+        joules_per_token(used.get("joules", 0.0), used.get("tokens", 0)),
+    ]
 
 
 def _gpus(look: _Row) -> Iterator[RenderableType]:
     """GPUs, and of each machine without one the reason."""
-    columns = ("machine", "GPU", "", ">utilization", ">memory", ">power", ">temperature", "  slowed by")
     if look["gpus"]:
-        table = _table("GPUs", *columns)
-        for gpu in look["gpus"]:
-            table.add_row(*(Text(cell) for cell in _gpu_cells(gpu)))
-        yield table
+        yield Fitted("GPUs", _GPU_COLUMNS, [_gpu_cells(gpu) for gpu in look["gpus"]], ("name", "temperature"))
     having = {gpu["node"] for gpu in look["gpus"]}
     for node in look["nodes"]:
         if node["node"] not in having:
             yield Text(f"{plain(node['node'])} has no GPU: {plain(node['gpu_reason']) or 'none was told of'}", "dim")
 
 
-def _gpu_cells(gpu: _Row) -> list[str]:
+def _gpu_cells(gpu: _Row) -> list[str | Text]:
+    slowed = ", ".join(gpu["throttle"]).replace("_", " ")
     return [
         plain(gpu["node"]),
         str(gpu["gpu"]),
@@ -118,18 +126,15 @@ def _gpu_cells(gpu: _Row) -> list[str]:
         f"{size(gpu['memory_used_bytes'])} of {size(gpu['memory_total_bytes'])}",
         f"{whole(gpu['power_w'], 'W')} of {whole(gpu['power_limit_w'], 'W')}",
         whole(gpu["temperature_c"], "°C"),
-        "  " + (", ".join(gpu["throttle"]).replace("_", " ") or NOTHING),
+        Text(slowed or NOTHING, "red" if slowed else ""),
     ]
 
 
-def _recent(rows: Sequence[_Row]) -> Table:
-    columns = ("time", "request", "status", "model", "engine/slot", ">tries", ">prompt tok", ">cached", ">out tok")
+def _recent(rows: Sequence[_Row]) -> Fitted:
     title = "recent requests" if rows else "recent requests: none has ended yet"
-    table = _table(title, *columns, ">wait", ">first token", ">total")
-    for row in rows:
-        cells = (Text(cell, "red" if row["error_type"] else "") for cell in _request_cells(row))
-        table.add_row(*cells)
-    return table
+    drop = ("tries", "model", "cached tok", "wait", "prompt tok", "first token")
+    cells = [[Text(cell, "red" if row["error_type"] else "") for cell in _request_cells(row)] for row in rows]
+    return Fitted(title, _REQUEST_COLUMNS, cells, drop)
 
 
 def _request_cells(row: _Row) -> list[str]:
@@ -169,21 +174,62 @@ def _bar(ratio: float) -> str:
 # --- words
 
 
-def _table(title: str, *columns: str) -> Table:
-    """A table; a column whose name starts with `>` is set to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
-    return table
+class Fitted:
+    """A table that gives up columns where it would not fit, instead of cutting all of them short.
+
+    Args:
+        title: above it.
+        columns: names; one that starts with `>` is set to the right.
+        rows: cells; text is shown as it is, without markup.
+        drop: columns to do without, first one first.
+    """
+
+    def __init__(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], drop: Sequence[str] = ()
+    ) -> None:
+        self._title, self._columns, self._rows, self._drop = title, columns, rows, drop
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        for number in range(len(self._drop) + 1):
+            table = self._build(self._drop[:number])
+            if console.measure(table, options=options.update_width(_ENDLESS)).maximum <= options.max_width:
+                break
+        yield table
+
+    def _build(self, dropped: Sequence[str]) -> Table:
+        title = Text(self._title, "bold")
+        table = Table(
+            title=title, title_justify="left", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
+        kept = [at for at, name in enumerate(self._columns) if name.removeprefix(">") not in dropped]
+        for name in (self._columns[at] for at in kept):
+            justify: Literal["left", "right"] = "right" if name.startswith(">") else "left"
+            table.add_column(name.removeprefix(">"), justify=justify, no_wrap=True)
+        for row in self._rows:
+            table.add_row(*(cell if isinstance(cell := row[at], Text) else Text(cell) for at in kept))
+        return table
 
 
-def _figures(figures: Iterable[tuple[str, str]], start: str = "") -> Text:
-    line = Text(start, "dim")
-    for name, value in figures:
-        line.append(f"{name} ", "dim")
-        line.append(value, "bold")
-        line.append("   ")
-    return line
+class Figures:
+    """Names and values in as many lines as they need, none of them broken in two.
+
+    Args:
+        figures: names and values.
+        start: before them.
+    """
+
+    def __init__(self, figures: Iterable[tuple[str, str]], start: str = "") -> None:
+        told = (Text.assemble((f"{name} ", "dim"), (value, "bold"), "   ") for name, value in figures)
+        self._parts = [Text(start, "dim"), *told]
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        line = Text()
+        for part in self._parts:
+            if line.cell_len + part.cell_len > options.max_width:
+                yield line
+                line = Text()
+            line.append_text(part)
+        yield line
 
 
 def plain(text: str) -> str:

@@ -25,7 +25,7 @@ _TIMEOUT_S = (5.0, 12.0)
 """To connect; without a word: the gateway speaks each second, or after 5 s of trying."""
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0)
 _STALE_S = 3.0
-_FIXED_LINES = 14
+_FIXED_LINES = 20
 """Of the screen, around engines, GPUs and requests."""
 
 _Once = Annotated[bool, typer.Option("--once", help="Print one look and end, as without a terminal.")]

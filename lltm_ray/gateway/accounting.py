@@ -12,6 +12,7 @@ from lltm_ray.records import Timings, Usage, timings_from
 TAIL_BYTES = 4096
 """Enough for the last usage and timings objects of every llama-server answer; they close the body or the stream."""
 _TAIL_PARTS = 8
+_read_value = json.JSONDecoder().raw_decode
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,7 +94,7 @@ def find_object(text: bytes, key: bytes, *, last: bool = True) -> dict[str, Any]
     if at < 0:
         return None
     try:
-        found, _ = json.JSONDecoder().raw_decode(text[at + len(key) :].decode("utf-8", "replace").lstrip())
+        found, _ = _read_value(text[at + len(key) :].decode("utf-8", "replace").lstrip())
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

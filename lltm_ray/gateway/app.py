@@ -34,11 +34,13 @@ from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope
 from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_pin, understand
 from lltm_ray.gateway.settle import cut_off, settle
 from lltm_ray.gateway.slot_files import LocalFiles, SlotFiles
-from lltm_ray.gateway.timeline import begin_trace
+from lltm_ray.gateway.timeline import begin_trace, read_caller
 from lltm_ray.gateway.trace import Tracing
+from lltm_ray.gateway.work import Work, working
 from lltm_ray.records import FleetStatus
 from lltm_ray.routing.ledger import Ledger, LedgerEntry
 from lltm_ray.routing.router import Router
+from lltm_ray.telemetry.logs import at_work
 
 GENERATING = (
     *("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions"),
@@ -110,7 +112,7 @@ class GatewayApp:
         self._tracing = tracing
         self._pool = UpstreamPool(connect_timeout_s=config.connect_timeout_s)
         self._ledger = ledger
-        self.migrator = Migrator(router, self._pool, files or LocalFiles())
+        self.migrator = Migrator(router, self._pool, files or LocalFiles(), tracing)
         self.leveller = Leveller(router, self.migrator)
         self._relay = Relay(router, self._pool, config, ledger=ledger, confirm=self.migrator.confirm, clock=clock)
         self._fleet_routes = FleetRoutes(
@@ -157,6 +159,7 @@ class GatewayApp:
             Whether all of them ended in time.
         """
         self._is_draining = True
+        self._dashboard_routes.close()
         if self._running:
             self._idle.clear()
             try:
@@ -198,6 +201,7 @@ class GatewayApp:
             entry=LedgerEntry(request_id=id_, route=path, arrived_unix_nano=time.time_ns()),
         )
         self._running += 1
+        at_work.set(None)  # one request's task may have begun the next one's
         try:
             await self._dispatch(request)
         except LltmRayError as error:
@@ -252,13 +256,13 @@ class GatewayApp:
 
     async def _refuse(self, request: Request, error: LltmRayError) -> None:
         if request.is_started:
-            request.record.error = request.record.error or error.message
+            request.record.error = "; ".join(filter(None, (request.record.error, error.message)))
             _log.warning("request %s: answer broken off: %s", request.id, request.record.error)
             raise error  # the host must break the connection: an end would look like success
         request.record.error = error.message
         request.record.status = error.http_status
         if request.trace is not None:
-            request.trace.error_type = error.code
+            request.trace.refuse(error)
         headers = request.own_headers()
         if not isinstance(error, RequestTooLargeError):
             await send_error(request.send, error, headers)
@@ -280,7 +284,8 @@ class GatewayApp:
     async def _generate(self, request: Request) -> None:
         request.is_accounted = True
         if self._tracing is not None:
-            request.trace = begin_trace(request.headers)
+            request.trace = begin_trace(request.headers, self._clock)
+            at_work.set(request.trace)
             request.reply_text = "" if self._tracing.capture is not None else None
         await self._forward(request, needs_slot=True)
 
@@ -325,7 +330,10 @@ class GatewayApp:
         checked = {"action": action or ""} | ({} if pinned is None else {"engine": pinned})
         request.query = urlencode(checked).encode("ascii")
         request.once = True
-        await self._forward(request, needs_slot=False, reads_model=False)
+        with working(self._tracing, Work(f"slot {action}", pinned or "", parent=read_caller(request.headers))) as work:
+            await self._forward(request, needs_slot=False, reads_model=False)
+            work.engine = request.record.engine
+            work.error_type = str(request.record.status) if request.record.status >= 400 else ""
         if request.record.status == 200 and action != "save":
             self._router.erased(request.record.engine, int(request.path.rpartition("/")[2]))
 

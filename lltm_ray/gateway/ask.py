@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
 from lltm_ray.errors import ConfigError
-from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.request import Request
-from lltm_ray.gateway.upstream import Headers
 from lltm_ray.routing.adapters import Lora, choose
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.prompt import prompt_key
@@ -46,7 +45,7 @@ def build_ask(request: Request, router: Router, *, tenant: str, patience_s: floa
         ModelNotFoundError: no such adapter.
     """
     fields = request.body_json if isinstance(request.body_json, dict) else {}
-    headers = request.headers
+    headers = dict(reversed(request.headers))  # of several of one name the first one counts
     lora = _lora(request, router, fields)
     wait_ms = _number(headers, DEADLINE_HEADER, 1, math.inf)
     return Ask(
@@ -85,10 +84,10 @@ def _limit(fields: dict[str, Any]) -> int | None:
     return None
 
 
-def _affinity(headers: Headers, fields: dict[str, Any], tenant: str) -> str:
+def _affinity(headers: Mapping[bytes, bytes], fields: dict[str, Any], tenant: str) -> str:
     """The client's own name of its session, as a digest: it may be a person's."""
-    for name, value in headers:
-        if name in _SESSION_HEADERS and value:
+    for name in _SESSION_HEADERS:
+        if value := headers.get(name):
             return _digest(value, tenant)
     for field in _SESSION_FIELDS:
         given = fields.get(field)
@@ -103,8 +102,8 @@ def _digest(value: bytes, tenant: str) -> str:
     return blake2b(value, digest_size=8, key=tenant.encode("utf-8")[:64]).hexdigest()
 
 
-def _number(headers: Headers, name: bytes, low: float, high: float) -> float | None:
-    raw = find(headers, name)
+def _number(headers: Mapping[bytes, bytes], name: bytes, low: float, high: float) -> float | None:
+    raw = headers.get(name)
     if raw is None:
         return None
     try:

@@ -11,6 +11,8 @@ from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.migrate import Migrator
 from lltm_ray.gateway.moves import MoveReport
 from lltm_ray.gateway.request import Handler, Request, read_pin
+from lltm_ray.gateway.timeline import read_caller
+from lltm_ray.telemetry.logs import at_work
 
 DRAIN_PATH, UNDRAIN_PATH = "/lltm/drain", "/lltm/undrain"
 DEFAULT_TIMEOUT_S = 30.0
@@ -44,6 +46,7 @@ class DrainRoutes:
     async def _drain(self, request: Request) -> None:
         """`POST /lltm/drain?engine=X[&timeout_s=30]`: the report; goes on to its end if the client leaves."""
         name, timeout_s = _engine(request), _timeout_s(request)
+        at_work.set(read_caller(request.headers))
         if self._peers is None:
             report = await self._migrator.drain(name, timeout_s)
         else:

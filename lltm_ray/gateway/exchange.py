@@ -110,8 +110,8 @@ class Exchange:
         body = self._body(failover=failover)
         data = build_request(request.method.encode("ascii"), request.target, self._engine.url, headers, body)
         connection = await pool.open(self._engine.url, data, fresh=request.once)
-        if self._seen is not None:
-            self._seen.headers_at = self._clock()
+        if request.trace is not None:
+            request.trace.saw_head()
         try:
             if connection.status == 503 and not may_load:
                 raise LoadingError("its server is loading (503)")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from urllib.parse import unquote
 
 from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.request import Handler, Request
@@ -27,7 +26,7 @@ class ExplainRoutes:
 
     async def explain_path(self, request: Request) -> None:
         """`GET /lltm/explain/{id}`: one request."""
-        id_ = unquote(request.path.removeprefix(PATH + "/"))
+        id_ = request.path.removeprefix(PATH + "/")
         entry = await asyncio.to_thread(self._open.explain, id_)
         if entry is None:
             error = {"message": f"no request {id_!r} in the account", "type": "not_found_error", "code": 404}

@@ -25,6 +25,7 @@ from lltm_ray.gateway.headers import build_request
 from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.splice import Splice, parse_event
 from lltm_ray.gateway.tap import StreamTap, ask_details
+from lltm_ray.gateway.timeline import RequestTrace
 from lltm_ray.gateway.told import DivergedError, Mark
 from lltm_ray.gateway.upstream import Headers, UpstreamBrokenError
 from lltm_ray.records import EngineInfo
@@ -74,6 +75,7 @@ class Continuation:
         tap: what the client got so far; kept up to date here.
         pool: connections to the engines' servers.
         request_id: for the engines' logs.
+        trace: whose running attempt notes the clock; None: nobody keeps any.
     """
 
     def __init__(
@@ -84,12 +86,14 @@ class Continuation:
         pool: UpstreamPool,
         *,
         request_id: str = "",
+        trace: RequestTrace | None = None,
     ) -> None:
         self._path = path
         self._body = dict(body)
         self._tap = tap
         self._pool = pool
         self._request_id = request_id
+        self._trace = trace
         self._prompt: str | list[int] | None = None if tap.kind == "chat" else body["prompt"]
         self._is_greedy = is_exact(body)
         self.is_exact = True
@@ -255,7 +259,11 @@ class Continuation:
         try:
             if connection.status != 200:
                 self._check(engine, connection.status, await connection.read_all(_ANSWER_BYTES))
+            if self._trace is not None:
+                self._trace.saw_head()
             while part := await connection.read():
+                if self._trace is not None:
+                    self._trace.saw_text()
                 yield part
         finally:
             self._pool.release(connection)
@@ -266,7 +274,7 @@ class Continuation:
             headers.append((b"x-request-id", self._request_id.encode("ascii")))
         if engine.api_key:
             headers.append((b"authorization", b"Bearer " + engine.api_key.encode("utf-8")))
-        return headers
+        return headers + self._trace.headers() if self._trace is not None else headers
 
     @staticmethod
     def _check(engine: EngineInfo, status: int, answer: bytes) -> None:

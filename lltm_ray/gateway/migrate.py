@@ -23,11 +23,13 @@ from lltm_ray.gateway.moves import Failure, HeldSlot, Load, MigrationRouter, Mov
 from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.slot_files import SlotFiles
 from lltm_ray.gateway.upstream import Headers
+from lltm_ray.gateway.work import Notes, Work, working
 from lltm_ray.llamacpp import wire
 from lltm_ray.llamacpp.replies import Reply, SlotAction
 from lltm_ray.llamacpp.slot_folder import new_name
 from lltm_ray.llamacpp.wire import Call
 from lltm_ray.records import EngineInfo, EngineState
+from lltm_ray.telemetry import semconv as names
 
 __all__ = ["Failure", "HeldSlot", "Load", "MigrationRouter", "Migrator", "MoveReport", "SlotLease", "plan_relief"]
 
@@ -64,12 +66,16 @@ class Migrator:
         router: knows who holds what; is told of every move.
         pool: connections to the servers.
         files: carries saved slots between folders.
+        notes: told of every move and its parts; None: nobody is.
     """
 
-    def __init__(self, router: MigrationRouter, pool: UpstreamPool, files: SlotFiles) -> None:
+    def __init__(
+        self, router: MigrationRouter, pool: UpstreamPool, files: SlotFiles, notes: Notes | None = None
+    ) -> None:
         self._router = router
         self._pool = pool
         self._files = files
+        self._notes = notes
         self._fresh: dict[tuple[str, int], str] = {}
         self._useless: dict[str, int] = {}
         self._off: set[str] = set()
@@ -87,12 +93,13 @@ class Migrator:
         """
         run = self._begin(engine_name)
         self._router.close_engine(engine_name)
-        try:
-            async with asyncio.timeout(deadline_s):
-                await self._empty(run)
-        except TimeoutError:
-            _log.warning("%s: not empty within %g s", engine_name, deadline_s)
-        return await self._end(run)
+        with working(self._notes, Work("drain", engine_name)):
+            try:
+                async with asyncio.timeout(deadline_s):
+                    await self._empty(run)
+            except TimeoutError:
+                _log.warning("%s: not empty within %g s", engine_name, deadline_s)
+            return await self._end(run)
 
     def undrain(self, engine_name: str) -> None:
         """Open a drained engine again; raises ConfigError for an unknown one."""
@@ -111,13 +118,14 @@ class Migrator:
             ConfigError: no such engine.
         """
         run = self._begin(engine_name)
-        try:
-            async with asyncio.timeout(deadline_s):
-                for held in coldest(self._router.held(engine_name), share):
-                    await self._settle(run, held)
-        except TimeoutError:
-            _log.warning("%s: relief not over within %g s", engine_name, deadline_s)
-        return await self._end(run)
+        with working(self._notes, Work("relieve", engine_name)):
+            try:
+                async with asyncio.timeout(deadline_s):
+                    for held in coldest(self._router.held(engine_name), share):
+                        await self._settle(run, held)
+            except TimeoutError:
+                _log.warning("%s: relief not over within %g s", engine_name, deadline_s)
+            return await self._end(run)
 
     def confirm(self, engine: str, slot: int, cache_n: int, expected: int) -> None:
         """The next request on a slot has ended: was what we restored there reused?
@@ -246,9 +254,15 @@ class Migrator:
         return True
 
     async def _move(self, run: _Run, held: HeldSlot, into: SlotLease) -> None:
+        work = Work("move slot", run.source.name)
+        work.attributes |= {names.SLOT_ID: held.slot, names.TARGET_ENGINE: into.engine.name}
+        with working(self._notes, work):
+            await self._move_now(run, held, into)
+
+    async def _move_now(self, run: _Run, held: HeldSlot, into: SlotLease) -> None:
         source, target, filename = run.source, into.engine, new_name()
         try:
-            saved = await self._ask(source, wire.slot_save(held.slot, filename))
+            saved = await self._ask(source, "slot save", wire.slot_save(held.slot, filename))
             if not saved.tokens:
                 self._router.erased(source.name, held.slot)
                 return
@@ -266,14 +280,15 @@ class Migrator:
 
     async def _carry(self, source: EngineInfo, target: EngineInfo, filename: str) -> None:
         try:
-            await self._files.carry(source, target, filename)
+            with working(self._notes, Work("slot carry", target.name)):
+                await self._files.carry(source, target, filename)
         except OSError as error:
             raise _TargetError(f"its file did not get there: {error}") from error
 
     async def _restore(self, into: SlotLease, filename: str, saved: SlotAction) -> None:
         is_whole = False
         try:
-            restored = await self._ask(into.engine, wire.slot_restore(into.slot, filename))
+            restored = await self._ask(into.engine, "slot restore", wire.slot_restore(into.slot, filename))
             is_whole = restored.tokens == saved.tokens
         except (OSError, LltmRayError) as error:
             raise _TargetError(f"not restored: {error}") from error
@@ -290,7 +305,14 @@ class Migrator:
             self._counts["files_left"] += 1
             _log.warning("%s of %s is left behind: %s", filename, engine.name, error)
 
-    async def _ask(self, engine: EngineInfo, call: Call[SlotAction]) -> SlotAction:
+    async def _ask(self, engine: EngineInfo, name: str, call: Call[SlotAction]) -> SlotAction:
+        with working(self._notes, Work(name, engine.name, "client")) as work:
+            done = await self._post(engine, call)
+            work.attributes[names.SLOT_ID] = done.slot_id
+            work.attributes |= {names.SLOT_TOKENS: done.tokens, names.SLOT_BYTES: done.size_bytes}
+            return done
+
+    async def _post(self, engine: EngineInfo, call: Call[SlotAction]) -> SlotAction:
         headers: Headers = [(b"content-type", b"application/json")]
         if engine.api_key:
             headers.append((b"authorization", b"Bearer " + engine.api_key.encode("utf-8")))

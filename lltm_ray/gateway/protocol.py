@@ -40,7 +40,7 @@ class CorkedTransport(asyncio.Transport):
 
     def __init__(self, inner: asyncio.Transport) -> None:
         super().__init__()
-        self._inner = inner
+        self.inner = inner
         self._is_corked = False
         self._held = b""
         self.is_closing = inner.is_closing  # type: ignore[method-assign]
@@ -60,16 +60,16 @@ class CorkedTransport(asyncio.Transport):
             self._held = data
         elif self._held:
             held, self._held = self._held, b""
-            self._inner.write(held + data)
+            self.inner.write(held + data)
         else:
-            self._inner.write(data)
+            self.inner.write(data)
 
     def close(self) -> None:
         """See `asyncio.BaseTransport`; what is held goes out first."""
         if self._held:
             held, self._held = self._held, b""
-            self._inner.write(held)
-        self._inner.close()
+            self.inner.write(held)
+        self.inner.close()
 
 
 class GatewayProtocol(HttpToolsProtocol):
@@ -106,11 +106,11 @@ class GatewayProtocol(HttpToolsProtocol):
         if self.pipeline or not cycle.response_started or cycle.response_complete or not cycle.chunked_encoding:
             return None
         self._on_writable = on_writable
-        flow, transport = self.flow, self.transport
+        flow, write = self.flow, self._corked.inner.write  # the head and a first part have gone: nothing is held
 
         def push(part: bytes) -> bool:
             if not cycle.disconnected:
-                transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+                write(b"%x\r\n%b\r\n" % (len(part), part))
             return not flow.write_paused
 
         return push

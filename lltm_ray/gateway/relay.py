@@ -96,6 +96,8 @@ class Relay:
                 if request.is_started:
                     _note_cut(request, attempt, exchange)
                     self._release(lease)
+                    if request.trace is not None:
+                        request.trace.end()
                     await self._go_on(request, engine, attempt, exchange.tap, tried, error)
                     return
                 if request.once or record.attempts >= self._max_attempts or breaks == _MAX_BREAKS:
@@ -140,8 +142,8 @@ class Relay:
 
     def _end(self, request: Request, lease: Lease | None, attempt: Attempt, exchange: Exchange) -> None:
         """Give the slot back unless the answer's end did; where the engine goes on for nobody, when it has stopped."""
-        if request.trace is not None and request.trace.running.is_open:
-            request.trace.running.ended_at = self._clock()
+        if request.trace is not None:
+            request.trace.end()
         if lease is None or lease.released:
             return
         if request.is_started:
@@ -180,7 +182,9 @@ class Relay:
             raise EngineExitedError(f"{engine.name} ({why})") from error
         if request.ask is not None:  # its answer has begun in time; to go on it may wait as long as anybody
             request.ask.deadline_s = math.inf
-        continuation = Continuation(request.path, request.body_json, tap, self._pool, request_id=request.id)
+        continuation = Continuation(
+            request.path, request.body_json, tap, self._pool, request_id=request.id, trace=request.trace
+        )
         while request.record.attempts < self._max_attempts:
             try:
                 if await self._continue(request, continuation, tap, tried):
@@ -196,12 +200,9 @@ class Relay:
         broken.outcome = Outcome.CONTINUED
         before = tap.delivered_tokens
         slot, lora = (lease.slot, lease.lora) if lease else (-1, b"")
-        seen = request.trace.running if request.trace is not None else None
         try:
             async with aclosing(continuation.on(survivor, id_slot=slot, lora=lora)) as parts:
                 async for part in parts:
-                    if seen is not None and not seen.has_begun:
-                        seen.is_continued, seen.first_at = True, self._clock()
                     request.record.bytes_sent += len(part)
                     request.ends.add(part)
                     request.entry.cell.delivered(tap.position - before)
@@ -220,8 +221,9 @@ class Relay:
             attempt.outcome = Outcome.FAILED
             raise
         finally:
-            if seen is not None:
-                seen.is_continued, seen.ended_at = True, self._clock()
+            if request.trace is not None:
+                request.trace.running.is_continued = True
+                request.trace.end()
             request.entry.is_exact = continuation.is_exact
             _account(attempt, continuation, tap.delivered_tokens - before)
             request.record.delivered_tokens = tap.delivered_tokens

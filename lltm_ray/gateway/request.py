@@ -81,7 +81,7 @@ class Request:
 
     def param(self, name: str) -> str | None:
         """A query parameter's first value."""
-        if name.encode("ascii") not in self.query:
+        if not self.query or name.encode("ascii") not in self.query:
             return None
         values = parse_qs(self.query.decode("ascii", "replace"), keep_blank_values=True).get(name)
         return values[0] if values else None

@@ -21,6 +21,9 @@ from lltm_ray.gateway.protocol import GatewayProtocol
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
 """Longer than the keep-alive of common clients and proxies, so that they close first and never meet a closed socket."""
+_YOUNG_OBJECTS = 4_000
+"""Made since the last collection of the young until the next: by Python's 700 the same requests in flight are looked
+at again and again."""
 
 
 class _Server(uvicorn.Server):
@@ -104,6 +107,7 @@ async def serve(
     port = int(listener.getsockname()[1])
     logging.getLogger("uvicorn.error").addFilter(_NOT_OURS)
     gc.freeze()  # what is here now stays: a collection that looks at it all holds up every stream
+    gc.set_threshold(_YOUNG_OBJECTS)
     server = _Server(_uvicorn_config(app, config), lambda: ready(port))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     stopping = asyncio.create_task((stop or asyncio.Event()).wait())

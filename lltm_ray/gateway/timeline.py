@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isnan
 
+from lltm_ray.errors import ConfigError, LltmRayError
 from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.upstream import Headers
 from lltm_ray.records import Timings
-from lltm_ray.telemetry.context import SAMPLED, new_span_id, new_trace_id, read_traceparent, write_traceparent
+from lltm_ray.telemetry.context import (
+    SAMPLED,
+    TraceContext,
+    new_span_id,
+    new_trace_id,
+    read_traceparent,
+    write_traceparent,
+)
 from lltm_ray.telemetry.rows import NEVER
+
+_MOST_STATE_BYTES = 512
+"""Of `tracestate`: what the standard wants passed on at least. It waits in every row; a longer one is dropped."""
 
 
 @dataclass(slots=True)
@@ -27,11 +40,6 @@ class AttemptTrace:
     """It took up another engine's broken answer."""
 
     @property
-    def has_begun(self) -> bool:
-        """Whether text came."""
-        return not isnan(self.first_at)
-
-    @property
     def is_open(self) -> bool:
         """Whether its end has not been noted."""
         return isnan(self.ended_at)
@@ -47,6 +55,8 @@ class RequestTrace:
     flags: int = SAMPLED
     state: str = ""
     error_type: str = ""
+    error: str = ""
+    clock: Callable[[], float] = time.monotonic
     attempts: list[AttemptTrace] = field(default_factory=list)
 
     def attempt(self, asked_at: float) -> AttemptTrace:
@@ -59,6 +69,28 @@ class RequestTrace:
         """The attempt under way."""
         return self.attempts[-1]
 
+    def saw_head(self) -> None:
+        """The engine under way has answered; its slot has started."""
+        if isnan(self.running.headers_at):
+            self.running.headers_at = self.clock()
+
+    def saw_text(self) -> None:
+        """The engine under way has given text."""
+        if isnan(self.running.first_at):
+            self.running.first_at = self.clock()
+
+    def end(self) -> None:
+        """The attempt under way is over, unless that was noted."""
+        if self.running.is_open:
+            self.running.ended_at = self.clock()
+
+    def refuse(self, error: LltmRayError) -> None:
+        """The gateway itself says no. A wrong field's value is left out: it may be the prompt."""
+        self.error_type = error.code
+        self.error = error.message
+        if isinstance(error, ConfigError):
+            self.error = f"{error.field}: {error.__dict__['why']}"
+
     def headers(self) -> Headers:
         """What makes the engine's own spans, once it has some, children of the attempt under way."""
         parent = write_traceparent(self.trace_id, self.attempts[-1].span_id, self.flags)
@@ -66,12 +98,19 @@ class RequestTrace:
         return [*pairs, (b"tracestate", self.state.encode("latin-1"))] if self.state else pairs
 
 
-def begin_trace(headers: Headers) -> RequestTrace:
+def begin_trace(headers: Headers, clock: Callable[[], float] = time.monotonic) -> RequestTrace:
     """Join the caller's trace, or begin one."""
+    caller = read_caller(headers)
+    if caller is None:
+        return RequestTrace(new_trace_id(), new_span_id(), clock=clock)
+    return RequestTrace(caller.trace_id, new_span_id(), caller.span_id, caller.flags, caller.state, clock=clock)
+
+
+def read_caller(headers: Headers) -> TraceContext | None:
+    """Who asks, as far as they tell."""
     given = find(headers, b"traceparent")
-    if given is not None:
-        state = find(headers, b"tracestate") or b""
-        parent = read_traceparent(given.decode("latin-1"), state.decode("latin-1"))
-        if parent is not None:
-            return RequestTrace(parent.trace_id, new_span_id(), parent.span_id, parent.flags, parent.state)
-    return RequestTrace(new_trace_id(), new_span_id())
+    if given is None:
+        return None
+    state = b",".join(value for name, value in headers if name == b"tracestate")
+    kept = state.decode("latin-1") if len(state) <= _MOST_STATE_BYTES else ""
+    return read_traceparent(given.decode("latin-1"), kept)

@@ -1,11 +1,14 @@
-"""What a request tells telemetry when it is over: its row and its attempts' rows."""
+"""What a request tells telemetry when it is over: its row and its attempts' rows; and where such rows go."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from lltm_ray.gateway.accounting import is_several
@@ -13,15 +16,18 @@ from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.request import Request
 from lltm_ray.gateway.timeline import RequestTrace
 from lltm_ray.gateway.upstream import Headers
+from lltm_ray.gateway.work import Work
 from lltm_ray.records import Timings
+from lltm_ray.routing.ledger import Attempt
 from lltm_ray.telemetry.content import Capture
+from lltm_ray.telemetry.logs import sendable
 from lltm_ray.telemetry.parameters import FIELDS
 from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow
 
 _SCHEMAS = frozenset(("response_format", "text", "json_schema"))
 _CONVERSATION_HEADERS = (b"x-conversation-id", b"x-session-id")
 _CONVERSATION_FIELDS = ("conversation", "session_id")
-_MOST_CHARS, _MOST_PARAMETER_CHARS = 256, 4096
+_MOST_CHARS, _MOST_ERROR_CHARS, _MOST_PARAMETER_CHARS = 256, 1024, 4096
 _ERROR_TYPES = frozenset(
     (
         *("invalid_request_error", "authentication_error", "server_error", "not_found_error", "permission_error"),
@@ -29,26 +35,56 @@ _ERROR_TYPES = frozenset(
     )
 )
 """llama-server's own (`error_type` of tools/server)."""
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_encoded: dict[str, str] = {}
+"""Parameters, as Python writes them -> as JSON, of late requests: clients ask for the same again and again."""
+_MOST_ENCODED = 1024
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tracing:
-    """Where rows go, and what is captured besides."""
+    """Where rows go, and what is captured besides. Nothing here raises into a request."""
 
     add: Callable[[str, tuple[Any, ...]], None]
-    """Takes a kind and a row; quick, and never raises."""
+    """Takes a kind and a row; quick."""
     capture: Capture | None = None
     """Makes a request's content; None: prompts and answers stay here."""
+    faults: int = 0
+    """What could not be told, or not whole."""
 
     def note(self, request: Request, trace: RequestTrace) -> None:
         """Tell of a request that is over."""
-        content = ""
-        if self.capture is not None and isinstance(request.body_json, dict):
+        try:
+            content = self._content(request)
+            for row in attempt_rows(request, trace):
+                self.add("attempts", row)
+            self.add("requests", request_row(request, trace, content=content))
+        except Exception as error:  # noqa: BLE001 - border: the answer is the client's, whatever becomes of its trace
+            self._fault("a request", error)
+
+    def span(self, work: Work) -> None:
+        """Tell of work that is over."""
+        try:
+            self.add("spans", work.row(time.time_ns()))
+        except Exception as error:  # noqa: BLE001 - border, as above
+            self._fault(work.name, error)
+
+    def _content(self, request: Request) -> str:
+        if self.capture is None or not isinstance(request.body_json, dict):
+            return ""
+        try:
             reason = _finish_reasons(request.record.ends, are_several=False)
-            content = self.capture(request.body_json, request.reply_text or "", reason)
-        for row in attempt_rows(request, trace):
-            self.add("attempts", row)
-        self.add("requests", request_row(request, trace, content=content))
+            return sendable(self.capture(request.body_json, request.reply_text or "", reason))
+        except Exception as error:  # noqa: BLE001 - border: content of any shape, and the operator's redaction
+            self._fault("a request's content", error)
+            return ""
+
+    def _fault(self, what: str, error: Exception) -> None:
+        """By its type only: what it says may be of the prompt."""
+        self.faults += 1
+        if self.faults.bit_count() == 1:  # the 1st, 2nd, 4th, ...
+            _log.warning("%s could not be told (%s); such there were: %d", what, type(error).__name__, self.faults)
 
 
 def request_row(request: Request, trace: RequestTrace, *, content: str = "") -> RequestRow:
@@ -70,13 +106,13 @@ def request_row(request: Request, trace: RequestTrace, *, content: str = "") -> 
         state=trace.state,
         request_id=request.id,
         route=record.route,
-        model_asked=(request.model or "")[:_MOST_CHARS],
+        model_asked=sendable((request.model or "")[:_MOST_CHARS]),
         model=record.model,
         tenant=request.tenant,
-        conversation=_conversation(request.headers, body),
+        conversation=sendable(_conversation(request.headers, body)),
         status=record.status,
         error_type=trace.error_type or _error_type(record.status, record.error, ends),
-        error=record.error,
+        error=sendable((trace.error or record.error)[:_MOST_ERROR_CHARS]),
         arrived_unix_nano=entry.arrived_unix_nano,
         ttft_s=NEVER if record.ttft_s is None else record.ttft_s,
         total_s=record.total_s,
@@ -96,8 +132,11 @@ def request_row(request: Request, trace: RequestTrace, *, content: str = "") -> 
 def attempt_rows(request: Request, trace: RequestTrace) -> Iterator[AttemptRow]:
     """Its attempts as rows, in their order."""
     arrived_at = request.arrived_at
-    pairs = zip(trace.attempts, request.entry.attempts, strict=False)  # one more was traced if its claim failed
-    for number, (seen, attempt) in enumerate(pairs, 1):
+    if len(trace.attempts) > len(request.entry.attempts):  # the last one waited for a slot and got none
+        trace.running.is_continued = request.is_started
+    for number, (seen, attempt) in enumerate(
+        zip_longest(trace.attempts, request.entry.attempts, fillvalue=_REFUSED), 1
+    ):
         timings = seen.timings or _UNTOLD
         yield AttemptRow(
             trace_id=trace.trace_id,
@@ -127,19 +166,30 @@ def attempt_rows(request: Request, trace: RequestTrace) -> Iterator[AttemptRow]:
         )
 
 
+_REFUSED: Any = Attempt(engine="", predicted_cached_tokens=-1, outcome="refused")
 _UNTOLD = Timings(prompt_ms=math.nan, predicted_ms=math.nan)
 
 
 def _parameters(body: dict[str, Any]) -> str:
-    found = {name: body[name] for name in body.keys() & FIELDS}
+    found = {name: value for name, value in body.items() if name in FIELDS}
     if not isinstance(found.get("prompt", {}), dict):
         del found["prompt"]
-    for name in found.keys() & _SCHEMAS:
+    for name in () if _SCHEMAS.isdisjoint(found) else found.keys() & _SCHEMAS:
         found[name] = _without_schema(found[name])
     if not found:
         return ""
-    text = json.dumps(found, separators=(",", ":"))
-    return text if len(text) <= _MOST_PARAMETER_CHARS else ""
+    key = repr(found)
+    return _encoded.get(key) or _encode_anew(key, found)
+
+
+def _encode_anew(key: str, found: dict[str, Any]) -> str:
+    text = _encode(found)
+    if len(text) > _MOST_PARAMETER_CHARS:
+        return ""
+    if len(_encoded) >= _MOST_ENCODED:
+        _encoded.clear()
+    _encoded[key] = text
+    return text
 
 
 def _without_schema(shape: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,7 +19,7 @@ _LATENCIES: Final = {
     "first token p50": ("ttft_s", "p50"),
     "first token p95": ("ttft_s", "p95"),
 }
-_TABLE: Final = {
+_TABLE: Final[dict[str, Callable[[Mapping[str, Any]], Any]]] = {
     "ended": lambda each: _clock(each["arrived_unix_nano"] + each["total_s"] * 1e9),
     "model": lambda each: each["model"],
     "engine": lambda each: _slot_name(each["engine"], each["slot"]),
@@ -28,12 +28,32 @@ _TABLE: Final = {
     "cached": lambda each: each["cached_tokens"],
     "output": lambda each: each["output_tokens"],
     "queue s": lambda each: _seconds(each["queue_s"]),
-    "first token s": lambda each: _seconds(each["ttft_s"]),
+    "TTFT s": lambda each: _seconds(each["ttft_s"]),
     "total s": lambda each: _seconds(each["total_s"]),
     "request": lambda each: each["request_id"],
 }
 _SHOWN_REQUESTS = 20
-_TITLES = ("requests/s and output tokens/s", "latency, s", "GPUs, %", "slots: context in use, %", "recent requests")
+_COLOURS: Final = {
+    "requests/s": "#2563eb",
+    "errors/s": "#dc2626",
+    "tokens/s": "#0d9488",
+    "latency p50": "#2563eb",
+    "latency p95": "#7c3aed",
+    "latency p99": "#c026d3",
+    "first token p50": "#0d9488",
+    "first token p95": "#65a30d",
+    "utilization": "#2563eb",
+    "memory": "#93c5fd",
+    "busy": "#2563eb",
+    "idle": "#cbd5e1",
+}
+_TITLES = (
+    "requests/s and output tokens/s",
+    "latency, s",
+    "GPUs, %",
+    "slots: context in use, % (busy ones blue)",
+    "recent requests",
+)
 _NO_GPU = "no GPU"
 
 
@@ -56,9 +76,10 @@ class Panels:
         Args:
             look: as `telemetry.live.Live.look` has it.
         """
-        self._times.append(look["at_unix_nano"])
-        for name, (what, quantile) in _LATENCIES.items():
-            self._latencies[name].append(look[what][quantile])
+        if not self._times or look["at_unix_nano"] > self._times[-1]:  # a gateway gives the same look for a second
+            self._times.append(look["at_unix_nano"])
+            for name, (what, quantile) in _LATENCIES.items():
+                self._latencies[name].append(look[what][quantile])
         with self.figure.batch_update():
             self._draw_rates(look["history"])
             for name, values in self._latencies.items():
@@ -86,10 +107,13 @@ class Panels:
 
     def _draw_slots(self, engines: Sequence[Mapping[str, Any]]) -> None:
         slots = [(_slot_name(engine["engine"], slot["slot"]), slot) for engine in engines for slot in engine["slots"]]
-        for name, is_busy in (("busy", True), ("idle", False)):
-            shown = [(label, each) for label, each in slots if each["is_processing"] is is_busy]
-            used = [_percent(each["prompt_tokens"] + each["decoded_tokens"], each["n_ctx"]) for _, each in shown]
-            self._set(name, x=used, y=[label for label, _ in shown], text=[each["request_id"] for _, each in shown])
+        self._set(
+            "slots",
+            x=[_percent(each["prompt_tokens"] + each["decoded_tokens"], each["n_ctx"]) for _, each in slots],
+            y=[label for label, _ in slots],
+            text=[each["request_id"] for _, each in slots],
+            marker={"color": [_COLOURS["busy" if each["is_processing"] else "idle"] for _, each in slots]},
+        )
 
     def _set(self, name: str, **values: Any) -> None:
         self._traces[name].update(values, overwrite=True)
@@ -99,23 +123,29 @@ def _empty() -> Any:
     """All panels without figures, as wide as where they are shown."""
     specs = [[{"secondary_y": True}, {}], [{}, {}], [{"type": "table", "colspan": 2}, None]]
     heights = {"row_heights": [0.3, 0.3, 0.4], "vertical_spacing": 0.09}
-    figure = make_subplots(rows=3, cols=2, specs=specs, subplot_titles=_TITLES, **heights)
+    figure: Any = make_subplots(rows=3, cols=2, specs=specs, subplot_titles=_TITLES, **heights)
     for name in ("requests/s", "errors/s"):
-        figure.add_trace(go.Scatter(name=name, mode="lines"), row=1, col=1)
-    figure.add_trace(go.Scatter(name="tokens/s", mode="lines"), row=1, col=1, secondary_y=True)
+        figure.add_trace(_line(name), row=1, col=1)
+    figure.add_trace(_line("tokens/s"), row=1, col=1, secondary_y=True)
     for name in _LATENCIES:
-        figure.add_trace(go.Scatter(name=name, mode="lines", connectgaps=False), row=1, col=2)
+        figure.add_trace(_line(name, mode="lines+markers", marker_size=3), row=1, col=2)
     for name in ("utilization", "memory"):
-        figure.add_trace(go.Bar(name=name, textposition="auto"), row=2, col=1)
-    for name in ("busy", "idle"):
-        figure.add_trace(go.Bar(name=name, orientation="h"), row=2, col=2)
-    figure.add_trace(go.Table(name="recent", header={"values": list(_TABLE)}), row=3, col=1)
+        figure.add_trace(go.Bar(name=name, marker_color=_COLOURS[name]), row=2, col=1)
+    figure.add_trace(go.Bar(name="slots", orientation="h", showlegend=False), row=2, col=2)
+    widths = [2 if name in ("engine", "request") else 1 for name in _TABLE]
+    figure.add_trace(go.Table(name="recent", header={"values": list(_TABLE)}, columnwidth=widths), row=3, col=1)
     figure.add_annotation(name=_NO_GPU, text="", showarrow=False, x=0.5, y=0.5, xref="x3 domain", yref="y4 domain")
     for axis in ("yaxis", "yaxis2", "yaxis3"):
         figure.layout[axis].rangemode = "tozero"
     figure.layout.yaxis4.range = figure.layout.xaxis4.range = (0, 100)
-    figure.update_layout(height=_HEIGHT_PX, margin={"l": 40, "r": 20, "t": 40, "b": 20}, uirevision="kept")
+    figure.layout.yaxis5.update(type="category", autorange="reversed")
+    margin = {"l": 40, "r": 20, "t": 40, "b": 20}
+    figure.update_layout(template="plotly_white", barmode="group", height=_HEIGHT_PX, margin=margin, uirevision="kept")
     return figure
+
+
+def _line(name: str, **options: Any) -> Any:
+    return go.Scatter(name=name, line={"color": _COLOURS[name], "width": 1.5}, **{"mode": "lines"} | options)
 
 
 def _moments(unix_nano: Sequence[int] | deque[int]) -> Any:

@@ -8,8 +8,8 @@ dashboard.run(30)
 load.statistics()
 ```
 
-The panels are alive where a kernel with anywidget shows them; without it they are a figure of the last update. The extra
-`jupyter` brings it, and pandas for DataFrames.
+The panels are alive where a kernel with anywidget shows them; without it they are a figure of the last update. The
+extra `jupyter` brings it, and pandas for DataFrames.
 """
 
 from __future__ import annotations
@@ -66,6 +66,10 @@ class Dashboard:
             MissingExtraError: IPython is not installed.
         """
         load("IPython.display:display", extra="jupyter", feature="panels in a notebook")(self.figure)
+
+    def snapshot(self) -> Any:
+        """A still copy of the panels, which stays in a saved notebook."""
+        return go.Figure(self.figure)
 
     def update(self) -> None:
         """Look once and draw."""

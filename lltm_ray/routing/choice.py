@@ -71,8 +71,7 @@ class Score(NamedTuple):
         return self.expected_s + self.others_s
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(NamedTuple):
     """The engine to claim a slot of now, and how it compared."""
 
     engine: str
@@ -139,7 +138,7 @@ def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int, output
 
 def choose_row(ask: Ask, row: EngineView, rates: Rates, matches: Matches, rule: str) -> Choice:
     """The choice of an engine for another reason than its expected time; it is the only one considered."""
-    cached = next((tokens for name, tokens in matches if name == row.name), 0)
+    cached = dict(matches).get(row.name, 0) if matches else 0
     score = estimate(ask, row, rates, cached, rates.output_tokens(ask.max_tokens))
     return Choice(
         engine=row.name,

@@ -325,9 +325,9 @@ def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
     """Nothing tells the least loaded engines apart but their load: equal in speed, no prompt of note pending."""
     if ask.affinity or ask.adapter or ask.only or ask.prompt_tokens >= LONG_PREFILL_TOKENS:
         return False
-    if rates.odd and any(row.name in rates.odd for row in least):
-        return False
-    return all(row.prefilling_tokens < LONG_PREFILL_TOKENS and not row.adapters for row in least)
+    return all(
+        row.prefilling_tokens < LONG_PREFILL_TOKENS and not row.adapters and row.name not in rates.odd for row in least
+    )
 
 
 def _harm(row: EngineView) -> tuple[int, int]:

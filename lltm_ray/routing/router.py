@@ -161,6 +161,8 @@ class Router:
         """
         if only is not None:
             return self._resolve_pinned(model, only)
+        if model in self._names:
+            return model
         if not self._names:
             raise EngineNotReadyError("of any model", "missing: the fleet has no engines yet")
         if not model:

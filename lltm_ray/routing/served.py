@@ -161,7 +161,8 @@ class ServedModel:
     @property
     def residency(self) -> Residency:
         """What its engines have cached, all claims so far carried out."""
-        self.settle()
+        if self._unsettled is not None:
+            self.settle()
         return self._residency
 
     def settle(self) -> None:
@@ -246,7 +247,7 @@ class ServedModel:
             if not lease.began:  # else it has cost something and nobody knows what: the charge stays as planned
                 self._settle(lease, 0.0)
             if is_current:
-                self.residency.abort(row.name, lease.slot)
+                self._residency.abort(row.name, lease.slot)
         else:
             self._learn(lease, served, now_s, is_current=is_current)
         if is_current:
@@ -261,7 +262,7 @@ class ServedModel:
         if self.counts.requests < LEARN_ALL or _is_sample(self.counts.requests):
             busy = (lease.busy + lease.row.busy + 1) / 2
             self.rates.learn(lease.row.name, told, busy=busy, held_s=now_s - lease.claimed_s)
-        self.residency.finish(
+        self._residency.finish(
             lease.row.name,
             lease.slot,
             ask.key,

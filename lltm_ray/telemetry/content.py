@@ -59,7 +59,7 @@ class Capture:
         return self._fit({"system": system, "input": given, "output": answered})
 
     def _message(self, raw: Mapping[str, Any]) -> dict[str, Any]:
-        return {"role": str(raw.get("role", "user")), "parts": self._parts(raw.get("content"))}
+        return {"role": self.clean(str(raw.get("role", "user"))), "parts": self._parts(raw.get("content"))}
 
     def _parts(self, content: Any) -> list[dict[str, str]]:
         """Text as it is, anything else (images, audio) by its type only."""
@@ -70,7 +70,7 @@ class Capture:
             if isinstance(text, str):
                 found.append({"type": "text", "content": self.clean(text)})
             elif isinstance(piece, Mapping):
-                found.append({"type": str(piece.get("type", "unknown"))})
+                found.append({"type": self.clean(str(piece.get("type", "unknown")))})
         return found
 
     def clean(self, text: str) -> str:

@@ -49,13 +49,13 @@ def write_traceparent(trace_id: str, span_id: str, flags: int) -> str:
 
 
 def new_trace_id() -> str:
-    """32 hex digits, never all zero."""
-    return f"{_fast.getrandbits(128) or 1:032x}"
+    """32 hex digits; all zero, which means none, once in 2**128."""
+    return _fast.randbytes(16).hex()
 
 
 def new_span_id() -> str:
-    """16 hex digits, never all zero."""
-    return f"{_fast.getrandbits(64) or 1:016x}"
+    """16 hex digits; all zero, which means none, once in 2**64."""
+    return _fast.randbytes(8).hex()
 
 
 def derive_span_id(span_id: str, number: int) -> str:

@@ -11,18 +11,22 @@ Requests are known when they end, so an interval waits until all slots that were
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from typing import NamedTuple
 
-from lltm_ray.telemetry.rows import AttemptRow, GpuRow, RequestRow, ServerRow
+from lltm_ray.telemetry.rows import AttemptRow, GpuRow, RequestRow, ServerRow, SlotRow
 
 SETTLE_S = 3.0
 """Rows of an interval are here so long after its end: a sampler's tick and a sender's pause."""
 PATIENCE_S = 600.0
+SKEW_S = 0.3
+"""A look at slots is noted when the slowest server has answered, and servers free a slot a moment late."""
 _LONGEST_GAP_S = 30.0
 """Readings further apart than this are not joined: the sampler was away, and so was what its servers did."""
+
+_COVERED_RATIO = 0.99
 
 
 class EnergyShare(NamedTuple):
@@ -61,7 +65,10 @@ class _User:
     """(start, end, tokens): Unix seconds."""
     waits_for: set[str]
     """GPUs whose intervals up to its end are not settled."""
+    gpus: int
     joules: float = 0.0
+    covered_s: float = 0.0
+    """Of its time, over all its GPUs, in which they were read."""
 
     @property
     def start(self) -> float:
@@ -97,7 +104,7 @@ class Energy:
     def __init__(self) -> None:
         self._gpus: defaultdict[str, _Gpu] = defaultdict(_Gpu)
         self._homes: dict[str, tuple[str, ...]] = {}
-        self._busy: defaultdict[str, deque[tuple[float, int]]] = defaultdict(lambda: deque(maxlen=2 * int(PATIENCE_S)))
+        self._busy: defaultdict[str, deque[tuple[float, int]]] = defaultdict(lambda: deque(maxlen=4 * int(PATIENCE_S)))
 
     @property
     def balances(self) -> dict[str, Balance]:
@@ -119,10 +126,17 @@ class Energy:
             gpu.last = at, row.energy_j
 
     def add_servers(self, rows: Iterable[ServerRow]) -> None:
-        """Where engines are, and how many of their slots are busy."""
+        """Where engines are."""
         for row in rows:
             self._homes[row.engine] = tuple(filter(None, row.gpu_uuids.split(",")))
-            self._busy[row.engine].append((row.at_unix_nano / 1e9, row.slots_busy))
+
+    def add_slots(self, rows: Iterable[SlotRow]) -> None:
+        """Which slots are busy; one look at a server is all its rows of one moment."""
+        looks: defaultdict[tuple[str, int], int] = defaultdict(int)
+        for row in rows:
+            looks[row.engine, row.at_unix_nano] += row.is_processing
+        for (engine, at_unix_nano), busy in looks.items():
+            self._busy[engine].append((at_unix_nano / 1e9, busy))
 
     def add_request(self, request: RequestRow, attempts: Sequence[AttemptRow]) -> None:
         """A request has ended."""
@@ -130,7 +144,7 @@ class Energy:
         for attempt in attempts:
             homes, phases = self._homes.get(attempt.engine, ()), _phases(request, attempt, arrived)
             if homes and phases:
-                user = _User(attempt, request.model, phases, set(homes))
+                user = _User(attempt, request.model, phases, set(homes), len(homes))
                 for uuid in homes:
                     self._gpus[uuid].users.append(user)
 
@@ -138,7 +152,7 @@ class Energy:
         """Share what can be shared; `now_s` in Unix seconds.
 
         Returns:
-            Attempts whose joules are complete.
+            Attempts whose joules are complete; of one that ran while its GPUs were not read nothing is known.
         """
         done: list[_User] = []
         for uuid, gpu in self._gpus.items():
@@ -151,34 +165,34 @@ class Energy:
                 user.waits_for.discard(uuid)
                 if not user.waits_for:
                     done.append(user)
-        return [_told(user) for user in done]
+        return [_told(user) for user in done if user.covered_s > _COVERED_RATIO * user.gpus * (user.end - user.start)]
 
     def _is_settled(self, uuid: str, gpu: _Gpu, interval: _Interval, now_s: float) -> bool:
         age_s = now_s - interval.end
-        if age_s < SETTLE_S:
-            return False
-        return age_s > PATIENCE_S or not any(missing for _, missing in self._missing(uuid, gpu, interval))
+        return age_s >= SETTLE_S and (age_s > PATIENCE_S or not self._missing(uuid, gpu, interval))
 
-    def _missing(self, uuid: str, gpu: _Gpu, interval: _Interval) -> Iterator[tuple[str, int]]:
-        """Busy slots of each engine on a GPU that no known request explains."""
-        for engine, homes in self._homes.items():
-            if uuid not in homes:
-                continue
-            samples = [each for each in self._busy[engine] if interval.start <= each[0] <= interval.end]
-            for at, busy in samples:
-                known = sum(user.attempt.engine == engine and user.start <= at <= user.end for user in gpu.users)
-                yield engine, max(0, busy - known)
+    def _missing(self, uuid: str, gpu: _Gpu, interval: _Interval) -> float:
+        """Busy slots on a GPU that no known request explains: the mean over the looks in an interval."""
+        missing = 0.0
+        for engine in [engine for engine, homes in self._homes.items() if uuid in homes]:
+            own = [user for user in gpu.users if user.attempt.engine == engine]
+            looks = [each for each in self._busy[engine] if interval.start <= each[0] <= interval.end]
+            for at, busy in looks:
+                known = sum(user.start - SKEW_S <= at <= user.end + SKEW_S for user in own)
+                missing += max(0, busy - known) / len(looks)
+        return missing
 
     def _share_out(self, uuid: str, gpu: _Gpu, interval: _Interval) -> None:
         start, end, joules = interval
         users = [(user, user.tokens_in(start, end)) for user in gpu.users if user.start < end and user.end > start]
-        missing = sum(missing for _, missing in self._missing(uuid, gpu, interval))
+        missing = self._missing(uuid, gpu, interval)
         covered = 1.0 if missing else _covered([(user.start, user.end) for user, _ in users], start, end)
         known = len(users) / (len(users) + missing) if users else 0.0
         tokens = sum(weight for _, weight in users)
         shared = joules * covered * known if tokens else 0.0
         for user, weight in users:
             user.joules += shared * weight / tokens if tokens else 0.0
+            user.covered_s += min(user.end, end) - max(user.start, start)
         gpu.balance.attributed_j += shared
         unknown = joules * covered * (1 - known) if missing else 0.0
         gpu.balance.unattributed_j += unknown

@@ -158,6 +158,8 @@ class Exporters:
         inner = otlp.build_exporter(protocol, signal, endpoint)
         translator = otlp.Translator(*self._translator)
         name = f"{protocol} {signal}"
+        if name in self.counts():
+            name += f" {endpoint}"
         if signal == "traces":
             self._pumps.append(Pump(name, _sending(inner, translator.spans), self._capacity, inner.shutdown))
         elif signal == "logs":

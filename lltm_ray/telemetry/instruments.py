@@ -12,6 +12,7 @@ Labels are bounded: operation, served model, engine, error class. Tenants are no
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import isnan
@@ -32,6 +33,8 @@ from lltm_ray.telemetry.figures import GENERATING, Phases, error_type_of, read_p
 from lltm_ray.telemetry.profiles import Metric, Profile
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow
 from lltm_ray.telemetry.spans import Span
+
+_log = logging.getLogger(__name__)
 
 Callback = Callable[[CallbackOptions], Iterable[Observation]]
 Labels = Mapping[str, str | bool]
@@ -136,8 +139,11 @@ class Instruments:
         makers[kind](name, callbacks=[callback], unit=unit, description=description)
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Flush every reader and stop it."""
-        self._provider.shutdown(timeout_millis=timeout_s * 1e3)
+        """Flush every reader and stop it; what a collector that is away does not take is lost, and told in the log."""
+        try:
+            self._provider.shutdown(timeout_millis=timeout_s * 1e3)
+        except Exception as error:  # noqa: BLE001 - the SDK raises no other, for a reader that had no time
+            _log.warning("the last metrics were not sent everywhere: %s", error)
 
     def _make(self, metric: Metric) -> None:
         if metric.kind == "counter":
@@ -165,7 +171,7 @@ class Instruments:
             self._take(subject, "lltm.queue.duration", queued, labels)
         elif request.status in _REJECTING:
             self._take(subject, "lltm.requests.rejected", 1, {**labels, names.REJECT_REASON: error_type})
-        for attempt in attempts[1:]:
+        for attempt in filter(lambda each: each.engine, attempts[1:]):
             continued = {**labels, names.ATTEMPT_CONTINUED: attempt.is_continued}
             self._take(subject, "lltm.failovers", 1, continued)
         if error_type:

@@ -54,7 +54,7 @@ class Live:
             "requests": 1,
             "errors": int(bool(row.error_type)),
             "rejected": int(row.status == 429),
-            "failovers": sum(each.is_continued for each in attempts),
+            "failovers": sum(each.is_continued and bool(each.engine) for each in attempts),
             "input_tokens": prompt,
             "cached_tokens": cached,
             "output_tokens": row.delivered_tokens,
@@ -133,7 +133,8 @@ class Live:
 
 
 def _line(row: RequestRow, attempts: Sequence[AttemptRow], prompt: int, cached: int, queue_s: float) -> dict[str, Any]:
-    last = attempts[-1] if attempts else None
+    tried = [each for each in attempts if each.engine]
+    last = tried[-1] if tried else None
     return {
         "request_id": row.request_id,
         "trace_id": row.trace_id,
@@ -142,7 +143,7 @@ def _line(row: RequestRow, attempts: Sequence[AttemptRow], prompt: int, cached: 
         "model": row.model,
         "engine": last.engine if last else "",
         "slot": last.slot if last else -1,
-        "attempts": len(attempts),
+        "attempts": len(tried),
         "status": row.status,
         "error_type": row.error_type,
         "input_tokens": prompt,

@@ -41,12 +41,17 @@ _UNITS: Final = {
 _NOT_IN_NAMES = re.compile(r"[^a-zA-Z0-9_:]+")
 
 
+Newest = dict[tuple[Any, ...], Exemplar]
+"""By metric, labels and bucket. The SDK gives an exemplar once: whoever scrapes next would find none."""
+
+
 class PrometheusReader(MetricReader):
     """Reads all metrics of a provider when somebody scrapes."""
 
     def __init__(self) -> None:
         super().__init__()
         self._data: MetricsData | None = None
+        self._newest: Newest = {}
 
     def _receive_metrics(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **_: object) -> None:
         self._data = metrics_data
@@ -61,7 +66,7 @@ class PrometheusReader(MetricReader):
             is_open: as OpenMetrics 1.0, with exemplars; else as Prometheus' text 0.0.4.
         """
         self.collect()
-        registry: Any = _Registry(families_of(self._data))
+        registry: Any = _Registry(families_of(self._data, self._newest))
         write: Callable[[Any], bytes] = openmetrics.generate_latest if is_open else exposition.generate_latest
         return write(registry)
 
@@ -76,12 +81,13 @@ class _Registry:
         return self._families
 
 
-def families_of(data: MetricsData | None) -> Iterator[Family]:
-    """Metrics of all scopes as Prometheus' families, by name."""
+def families_of(data: MetricsData | None, newest: Newest | None = None) -> Iterator[Family]:
+    """Metrics of all scopes as Prometheus' families, by name; `newest` keeps exemplars from one call to the next."""
+    newest = {} if newest is None else newest
     resources = () if data is None else data.resource_metrics
     metrics = [metric for each in resources for scope in each.scope_metrics for metric in scope.metrics]
     for metric in sorted(metrics, key=lambda each: each.name):
-        family = _family(metric)
+        family = _family(metric, newest)
         if family.samples:
             yield family
 
@@ -99,14 +105,14 @@ def name_of(metric: str, unit: str, *, is_counter: bool = False) -> str:
     return name
 
 
-def _family(metric: Metric) -> Family:
+def _family(metric: Metric, newest: Newest) -> Family:
     data, text = metric.data, metric.description or metric.name
     is_counter = isinstance(data, Sum) and data.is_monotonic
     name = name_of(metric.name, metric.unit or "", is_counter=is_counter)
     labels = sorted({str(label) for point in data.data_points for label in point.attributes or ()})
     legal = [_NOT_IN_NAMES.sub("_", label) for label in labels]
     if isinstance(data, Histogram):
-        return _histogram(HistogramMetricFamily(name, text, labels=legal), data.data_points, labels)
+        return _histogram(HistogramMetricFamily(name, text, labels=legal), data.data_points, labels, newest)
     if is_counter:
         return _numbers(CounterMetricFamily(name, text, labels=legal), data, labels)
     return _numbers(GaugeMetricFamily(name, text, labels=legal), data, labels)
@@ -121,16 +127,17 @@ def _numbers(family: Any, data: Any, labels: Sequence[str]) -> Family:
 
 
 def _histogram(
-    family: HistogramMetricFamily, points: Iterable[HistogramDataPoint], labels: Sequence[str]
+    family: HistogramMetricFamily, points: Iterable[HistogramDataPoint], labels: Sequence[str], newest: Newest
 ) -> HistogramMetricFamily:
     for point in points:
         bounds = [*map(floatToGoString, point.explicit_bounds), "+Inf"]
-        exemplars = _exemplars(point)
+        values = _values(point.attributes, labels)
+        newest |= {(family.name, *values, place): each for place, each in _exemplars(point).items()}
         buckets: list[Any] = [
-            (bound, float(count), exemplars.get(place))
+            (bound, float(count), newest.get((family.name, *values, place)))
             for place, (bound, count) in enumerate(zip(bounds, accumulate(point.bucket_counts), strict=True))
         ]
-        family.add_metric(_values(point.attributes, labels), buckets, point.sum)
+        family.add_metric(values, buckets, point.sum)
     return family
 
 

@@ -63,6 +63,7 @@ class AttemptRow(NamedTuple):
     number: int
     """From 1."""
     engine: str
+    """Empty: it waited for a slot and got none."""
     server_pid: int
     slot: int
     """-1: llama-server's own choice, or none."""

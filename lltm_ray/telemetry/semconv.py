@@ -117,7 +117,10 @@ POLICY: Final = "lltm.routing.policy"
 REJECT_REASON: Final = "lltm.reject.reason"
 REUSE_DIRECTION: Final = "lltm.reuse.direction"
 SERVER_PID: Final = "lltm.server.pid"
+SLOT_BYTES: Final = "lltm.slot.bytes"
 SLOT_ID: Final = "lltm.slot.id"
+SLOT_TOKENS: Final = "lltm.slot.tokens"
+TARGET_ENGINE: Final = "lltm.engine.target"
 TENANT: Final = "lltm.tenant"
 TOKENS_ACCEPTED: Final = "lltm.tokens.accepted"
 TOKENS_CACHED: Final = "lltm.tokens.cached"
@@ -159,6 +162,7 @@ GROUPS: Final = {
     "request": f"{CHAT}, {TEXT}, {EMBEDDINGS}, {RERANK}",
     "attempt": f"{CHAT}, {TEXT}, {EMBEDDINGS}, {RERANK} (CLIENT)",
     "phases": "lltm.queue, lltm.prefill, lltm.decode",
+    "moves": "drain, relieve, move slot, slot carry, slot restore, slot save",
     "metrics": "metrics",
 }
 """What `operations` abbreviates."""
@@ -215,6 +219,7 @@ ATTRIBUTES: Final = (
     *_rows("attempt", "recommended", "lltm", GPU_UUIDS, NODE, TOKENS_ESTIMATED),
     *_rows("phases", "recommended", "lltm", TOKENS_CACHED, TOKENS_COMPUTED, TOKENS_GENERATED),
     *_rows("phases", "recommended", "lltm", TOKENS_DRAFTED, TOKENS_ACCEPTED, PHASES_ESTIMATED),
+    *_rows("moves", "recommended", "lltm", SLOT_TOKENS, SLOT_BYTES, TARGET_ENGINE),
     *_rows("metrics", "recommended", "lltm", REJECT_REASON, REUSE_DIRECTION),
 )
 """All we emit, in the order of the documentation's table. Spans of `execute_tool`, `invoke_agent`, `invoke_workflow`,

@@ -60,6 +60,7 @@ class TelemetryService:
         self._joules = Joules(self._energy, self._hub.instruments)
         self._hub.on_request.append(self._energy.add_request)
         self._hub.on_rows["servers"].append(self._energy.add_servers)
+        self._hub.on_rows["slots"].append(self._energy.add_slots)
         self._hub.on_rows["gpus"].append(self._energy.add_gpus)
 
     def put(self, sender: str, batch: Batch, dropped: Mapping[str, int]) -> Receipt:

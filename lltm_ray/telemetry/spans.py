@@ -182,7 +182,7 @@ class _Tree:
         of_request = {
             names.HTTP_ROUTE: row.route,
             names.REQUEST_ID: row.request_id,
-            names.ATTEMPTS: len(attempts),
+            names.ATTEMPTS: sum(bool(each.engine) for each in attempts),
             names.LATENCY_E2E: row.total_s,
             names.LATENCY_QUEUE: sum(seconds(each.route) + seconds(each.queue) for each in phases),
         }
@@ -205,7 +205,9 @@ class _Tree:
     def route(self, i: int, attempt: AttemptRow, interval: Interval) -> Span:
         """Choosing an engine, and the wait for its slot. Why is told of the first: later ones take what is left."""
         row = self._request
-        attributes = {names.ENGINE: attempt.engine, names.ATTEMPT_NUMBER: attempt.number, names.POLICY: row.policy}
+        attributes = {names.ATTEMPT_NUMBER: attempt.number, names.POLICY: row.policy}
+        if attempt.engine:
+            attributes[names.ENGINE] = attempt.engine
         if attempt.predicted_cached_tokens >= 0:
             attributes[names.TOKENS_PREDICTED] = attempt.predicted_cached_tokens
         if row.why and i == 0:

@@ -89,7 +89,8 @@ class Tab:
             reply = await answer
         if "error" in reply:
             raise RuntimeError(f"{method}: {reply['error']['message']}")
-        return reply["result"]
+        result: dict[str, Any] = reply["result"]
+        return result
 
     async def goto(self, url: str) -> None:
         """Go there; returns when the document is loaded."""
@@ -112,7 +113,7 @@ class Tab:
 
     async def text(self, selector: str) -> str:
         """What an element says."""
-        return await self.eval(f"document.querySelector({json.dumps(selector)}).textContent")
+        return str(await self.eval(f"document.querySelector({json.dumps(selector)}).textContent"))
 
     async def press(self, key: str) -> None:
         """A key, down and up."""

@@ -1,4 +1,4 @@
-"""A browser for the whole folder; for each test a made fleet, a gateway that serves only the dashboard, and a tab."""
+"""A browser for the whole folder; for each test a made fleet, a gateway, and a tab."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.browser.cdp import Tab, chromium, new_tab
 from tests.browser.fleet_made import MadeFleet
-from tests.browser.page_host import Host, serving
+from tests.browser.page_host import FleetHost, Host, serving
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +35,12 @@ def shots(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture
-async def host() -> AsyncIterator[Host]:
+async def host() -> AsyncIterator[FleetHost]:
     fleet = MadeFleet()
+    host = FleetHost(fleet)
     sampling = asyncio.create_task(fleet.keep_sampling())
-    async with serving(Host(fleet)) as each:
-        yield each
+    async with serving(host):
+        yield host
     sampling.cancel()
     fleet.close()
 
@@ -47,5 +48,6 @@ async def host() -> AsyncIterator[Host]:
 @pytest.fixture
 async def bare_host() -> AsyncIterator[Host]:
     """A fleet without telemetry."""
-    async with serving(Host(None)) as each:
-        yield each
+    host = Host(None)
+    async with serving(host):
+        yield host

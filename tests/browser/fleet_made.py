@@ -177,7 +177,8 @@ class MadeFleet:
             trace_id=row.trace_id, request_span_id=row.span_id, span_id=f"{self._count:015x}a", engine=engine,
             slot=slot, asked_s=0.001, sent_s=0.003 + wait_s, headers_s=0.007 + wait_s, first_s=first_s,
             ended_s=total_s - 0.001, predicted_cached_tokens=cached, cached_tokens=cached,
-            computed_tokens=prompt - cached, generated_tokens=out, delivered_tokens=out, prompt_ms=1000 * prefill_s, predicted_ms=1000 * out / 62,
+            computed_tokens=prompt - cached, generated_tokens=out, delivered_tokens=out,
+            prompt_ms=1000 * prefill_s, predicted_ms=1000 * out / 62,
         )  # fmt: skip
         self._held[engine, slot] = prompt + out
         return row, [attempt]

@@ -1,71 +1,61 @@
-"""The dashboard's real routes on the gateway's own ASGI host, with nothing else behind them."""
+"""The real gateway on its real server, with a made fleet's telemetry and no engine behind it."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
-
-import uvicorn
 
 from lltm_ray.config import GatewayConfig
-from lltm_ray.errors import AuthenticationError
-from lltm_ray.gateway.accounting import RequestRecord
+from lltm_ray.gateway.app import GatewayApp
 from lltm_ray.gateway.auth import ApiKeys
-from lltm_ray.gateway.dashboard.routes import PUBLIC, TIMELINE_PATH, DashboardRoutes
-from lltm_ray.gateway.replies import NOT_FOUND, Receive, Scope, Send, send_error
-from lltm_ray.gateway.request import Request
-from lltm_ray.gateway.server import bind
+from lltm_ray.gateway.server import serve
+from lltm_ray.records import FleetStatus
+from lltm_ray.routing.router import Router
 from tests.browser.fleet_made import MadeFleet
 
 
 class Host:
-    """An ASGI app; `fleet` None: a fleet without telemetry."""
+    """A gateway; without `telemetry` its fleet runs without."""
 
-    def __init__(self, fleet: MadeFleet | None) -> None:
-        self.fleet = fleet
-        self.routes = DashboardRoutes(fleet)
-        self.keys = ApiKeys()
+    def __init__(self, telemetry: MadeFleet | None) -> None:
+        self.config = GatewayConfig(port=0, drain_timeout_s=5.0)
+        self.app = GatewayApp(
+            router=Router(self.config.queue_limit, self.config.queue_timeout_s),
+            config=self.config,
+            keys=ApiKeys(),
+            status=lambda: FleetStatus(name="made", engines=()),
+            telemetry=telemetry,
+        )
         self.url = ""
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            await self._http(scope, receive, send)
+    def lock(self, key: str) -> None:
+        """Only this key opens it from now on."""
+        self.app._keys = ApiKeys([key])
 
-    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        request = Request(
-            method=scope["method"], path=path, query=scope["query_string"], headers=scope["headers"], receive=receive,
-            send=send, link=None, id="r", arrived_at=0.0, record=RequestRecord(request_id="r", route=path),
-        )  # fmt: skip
-        try:
-            if path not in PUBLIC:
-                self.keys.check(request.headers)
-        except AuthenticationError as error:
-            await send_error(send, error, [])
-            return
-        handler: Any = self.routes.build().get((request.method, path))
-        if handler is None and path.startswith(TIMELINE_PATH + "/"):
-            handler = self.routes.timeline_path
-        if handler is None:
-            await request.reply(404, NOT_FOUND)
-        else:
-            await handler(request)
+    def end_streams(self) -> None:
+        """As when the gateway goes."""
+        self.app._dashboard_routes.close()
+
+
+class FleetHost(Host):
+    """One whose fleet has telemetry."""
+
+    def __init__(self, fleet: MadeFleet) -> None:
+        super().__init__(fleet)
+        self.fleet = fleet
 
 
 @asynccontextmanager
-async def serving(host: Host) -> AsyncIterator[Host]:
+async def serving(host: Host) -> AsyncIterator[None]:
     """Serve it on a free port while the block runs."""
-    listener = bind(GatewayConfig(port=0))
-    host.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(host, lifespan="off", log_level="warning", timeout_graceful_shutdown=2))
-    running = asyncio.create_task(server.serve(sockets=[listener]))
+    port: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(host.app, host.config, ready=port.set_result, stop=stop))
+    host.url = f"http://127.0.0.1:{await port}"
     try:
-        while not server.started:
-            await asyncio.sleep(0.01)
-        yield host
+        yield
     finally:
-        host.routes.close()
-        server.should_exit = True
+        host.end_streams()
+        stop.set()
         await running

@@ -13,18 +13,17 @@ from urllib.parse import urlsplit
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from lltm_ray.gateway.auth import ApiKeys
 from tests.browser import in_page as js
 from tests.browser.cdp import Tab
-from tests.browser.page_host import Host
+from tests.browser.page_host import FleetHost, Host
 
 pytestmark = pytest.mark.browser
 
-HOSTILE = '<img src=x onerror="alert(1)">&lt;b&gt;"\'</td><script>alert(2)</script>'
+HOSTILE = '<img src=x onerror="alert(1)">&lt;b&gt;"\'</td><script>alert(2)</script>%41/?#'
 SCHEMES = pytest.mark.parametrize("scheme", ["light", "dark"])
 
 
-async def visit(tab: Tab, host: Host, width: int = 1280, height: int = 900, *, is_phone: bool = False) -> None:
+async def visit(tab: Tab, host: FleetHost, width: int = 1280, height: int = 900, *, is_phone: bool = False) -> None:
     await tab.resize(width, height, is_phone=is_phone)
     await tab.goto(f"{host.url}/dashboard")
     await tab.wait("document.body.dataset.look && document.querySelector('#chart .main-svg')")
@@ -35,7 +34,7 @@ async def open_first(tab: Tab) -> None:
     await tab.wait(js.IS_OPEN)
 
 
-async def shown(tab: Tab, host: Host) -> tuple[dict[str, str], dict[str, Any]]:
+async def shown(tab: Tab, host: FleetHost) -> tuple[dict[str, str], dict[str, Any]]:
     """The page's figures, and the look that they are of."""
     at, figures = json.loads(await tab.eval(f"JSON.stringify([Number(document.body.dataset.look), {js.FIGURES}])"))
     return figures, host.fleet.looks[float(at)]
@@ -53,7 +52,7 @@ def seconds(text: str) -> float:
 # --- figures
 
 
-async def test_what_is_shown_equals_what_telemetry_says(tab: Tab, host: Host) -> None:
+async def test_what_is_shown_equals_what_telemetry_says(tab: Tab, host: FleetHost) -> None:
     host.fleet.run(20, per_s=9, errors=0.1)
     await visit(tab, host)
     figures, look = await shown(tab, host)
@@ -69,7 +68,7 @@ async def test_what_is_shown_equals_what_telemetry_says(tab: Tab, host: Host) ->
     assert number(figures["error_count"]) == sum(look["errors"].values()) > 0
 
 
-async def test_totals_equal_those_of_the_prometheus_endpoint_within_one_tick(tab: Tab, host: Host) -> None:
+async def test_totals_equal_those_of_the_prometheus_endpoint_within_one_tick(tab: Tab, host: FleetHost) -> None:
     await visit(tab, host)
     host.fleet.run(5, per_s=12, errors=0)
     await tab.wait("document.querySelectorAll('#recent tr').length > 20", 2)
@@ -87,7 +86,7 @@ async def test_totals_equal_those_of_the_prometheus_endpoint_within_one_tick(tab
     assert number(figures["totals.output_tokens"]) == used("output") > 0
 
 
-async def test_an_update_arrives_within_two_seconds_and_nothing_jumps(tab: Tab, host: Host) -> None:
+async def test_an_update_arrives_within_two_seconds_and_nothing_jumps(tab: Tab, host: FleetHost) -> None:
     host.fleet.run(5, per_s=3)
     await visit(tab, host)
     await tab.wait("document.querySelector('.engine .slot') && document.querySelector('.gpu')")
@@ -101,7 +100,7 @@ async def test_an_update_arrives_within_two_seconds_and_nothing_jumps(tab: Tab, 
     assert await tab.eval(js.PLACES) == before
 
 
-async def test_under_load_nothing_fails_and_nothing_outside_is_asked(tab: Tab, host: Host) -> None:
+async def test_under_load_nothing_fails_and_nothing_outside_is_asked(tab: Tab, host: FleetHost) -> None:
     await visit(tab, host)
     host.fleet.busy = 0.9
     for _ in range(4):
@@ -113,7 +112,7 @@ async def test_under_load_nothing_fails_and_nothing_outside_is_asked(tab: Tab, h
     assert asked == {urlsplit(host.url).netloc}
 
 
-async def test_a_machine_without_gpus_says_why(tab: Tab, host: Host) -> None:
+async def test_a_machine_without_gpus_says_why(tab: Tab, host: FleetHost) -> None:
     await visit(tab, host)
     await tab.wait("document.querySelector('.gpu')")
     host.fleet.lose_gpus()
@@ -121,8 +120,10 @@ async def test_a_machine_without_gpus_says_why(tab: Tab, host: Host) -> None:
     assert "no NVIDIA driver is loaded" in await tab.text(".machine .note")
 
 
-async def test_names_made_by_clients_are_not_interpreted(tab: Tab, host: Host) -> None:
-    hostile = dict.fromkeys(("request_id", "model", "why", "error_type", "error", "tenant", "finish_reasons"), HOSTILE)
+async def test_names_made_by_clients_are_not_interpreted(tab: Tab, host: FleetHost) -> None:
+    hostile: dict[str, Any] = dict.fromkeys(
+        ("request_id", "model", "why", "error_type", "error", "tenant", "finish_reasons"), HOSTILE
+    )
     assert host.fleet.serve(**hostile) == HOSTILE
     await visit(tab, host)
     cells = await tab.eval("[...document.querySelector('#recent tr').cells].map((e) => e.textContent)")
@@ -139,7 +140,7 @@ async def test_names_made_by_clients_are_not_interpreted(tab: Tab, host: Host) -
 # --- one request
 
 
-async def test_a_row_opens_its_timeline_by_keyboard_and_gives_the_focus_back(tab: Tab, host: Host) -> None:
+async def test_a_row_opens_its_timeline_by_keyboard_and_gives_the_focus_back(tab: Tab, host: FleetHost) -> None:
     host.fleet.serve()
     wanted = host.fleet.fail_over()
     host.fleet.serve()
@@ -164,11 +165,11 @@ async def test_a_row_opens_its_timeline_by_keyboard_and_gives_the_focus_back(tab
     assert await tab.eval(js.FOCUSED_ROW) == wanted
 
 
-async def test_bars_lie_where_their_spans_are_below_their_parents(tab: Tab, host: Host) -> None:
+async def test_bars_lie_where_their_spans_are_below_their_parents(tab: Tab, host: FleetHost) -> None:
     id_ = host.fleet.fail_over()
     await visit(tab, host)
     await open_first(tab)
-    spans = (await host.fleet.timeline(id_))["spans"]
+    spans = (await host.fleet.timeline(id_) or {})["spans"]
     total_s = max(span["end_s"] for span in spans)
     level = {"server": 0, "client": 26, "internal": 52}
     expected = [
@@ -182,7 +183,7 @@ async def test_bars_lie_where_their_spans_are_below_their_parents(tab: Tab, host
         assert found == pytest.approx(wanted, abs=0.01)
 
 
-async def test_a_request_that_is_not_known_any_more_says_so(tab: Tab, host: Host) -> None:
+async def test_a_request_that_is_not_known_any_more_says_so(tab: Tab, host: FleetHost) -> None:
     host.fleet.serve()
     await visit(tab, host)
     await tab.eval(
@@ -193,7 +194,7 @@ async def test_a_request_that_is_not_known_any_more_says_so(tab: Tab, host: Host
     assert "is known to telemetry" in await tab.text("#timeline .problem")
 
 
-async def test_a_table_that_is_read_stands_still(tab: Tab, host: Host) -> None:
+async def test_a_table_that_is_read_stands_still(tab: Tab, host: FleetHost) -> None:
     first = host.fleet.serve()
     await visit(tab, host)
     await tab.eval(js.FOCUS_ROW)
@@ -205,7 +206,7 @@ async def test_a_table_that_is_read_stands_still(tab: Tab, host: Host) -> None:
     assert await tab.text("#held") == ""
 
 
-async def test_rows_are_found_by_word_and_by_error(tab: Tab, host: Host) -> None:
+async def test_rows_are_found_by_word_and_by_error(tab: Tab, host: FleetHost) -> None:
     host.fleet.serve()
     failed = host.fleet.fail()
     await visit(tab, host)
@@ -220,8 +221,8 @@ async def test_rows_are_found_by_word_and_by_error(tab: Tab, host: Host) -> None
 # --- states
 
 
-async def test_a_key_is_asked_for_and_never_in_an_address(tab: Tab, host: Host) -> None:
-    host.keys = ApiKeys(["s3cret"])
+async def test_a_key_is_asked_for_and_never_in_an_address(tab: Tab, host: FleetHost) -> None:
+    host.lock("s3cret")
     host.fleet.serve()
     await tab.goto(f"{host.url}/dashboard")
     await tab.wait("!document.querySelector('#key-form').hidden && document.activeElement.id === 'key'")
@@ -237,7 +238,7 @@ async def test_a_key_is_asked_for_and_never_in_an_address(tab: Tab, host: Host) 
     assert "s3cret" not in await tab.eval("JSON.stringify(localStorage) + document.cookie")
 
 
-async def test_telemetry_that_is_away_and_old_figures_are_told(tab: Tab, host: Host) -> None:
+async def test_telemetry_that_is_away_and_old_figures_are_told(tab: Tab, host: FleetHost) -> None:
     host.fleet.serve()
     await visit(tab, host)
     assert await tab.eval(js.STATE) == "live"
@@ -251,9 +252,9 @@ async def test_telemetry_that_is_away_and_old_figures_are_told(tab: Tab, host: H
     assert await tab.text("#age") == ""
 
 
-async def test_a_lost_connection_is_told_and_taken_up_again(tab: Tab, host: Host) -> None:
+async def test_a_lost_connection_is_told_and_taken_up_again(tab: Tab, host: FleetHost) -> None:
     await visit(tab, host)
-    host.routes.close()
+    host.end_streams()
     await tab.wait("document.querySelector('#said').textContent.includes('connection')", 5)
     host.fleet.serve()
     await tab.wait(f"{js.STATE} === 'live' && document.querySelector('#recent tr')", 10)
@@ -270,7 +271,7 @@ async def test_a_fleet_without_telemetry_says_so(tab: Tab, bare_host: Host) -> N
 
 
 @pytest.mark.parametrize("width", [360, 768, 1280, 1920])
-async def test_nothing_overflows_the_page(tab: Tab, host: Host, width: int) -> None:
+async def test_nothing_overflows_the_page(tab: Tab, host: FleetHost, width: int) -> None:
     host.fleet.run(10, per_s=5, errors=0.2)
     host.fleet.serve(request_id="x" * 200, model="m" * 200, why="w" * 300, error_type="e" * 100)
     await visit(tab, host, width, 800, is_phone=width < 700)
@@ -281,7 +282,7 @@ async def test_nothing_overflows_the_page(tab: Tab, host: Host, width: int) -> N
     assert await tab.eval(js.OVERFLOW) == 0
 
 
-async def test_the_theme_follows_the_system_until_it_is_chosen(tab: Tab, host: Host) -> None:
+async def test_the_theme_follows_the_system_until_it_is_chosen(tab: Tab, host: FleetHost) -> None:
     await tab.prefer(prefers_color_scheme="dark")
     await visit(tab, host)
     dark = await tab.eval(js.GROUND)
@@ -296,7 +297,7 @@ async def test_the_theme_follows_the_system_until_it_is_chosen(tab: Tab, host: H
 
 
 @SCHEMES
-async def test_text_has_contrast_aa_everywhere(tab: Tab, host: Host, scheme: str) -> None:
+async def test_text_has_contrast_aa_everywhere(tab: Tab, host: FleetHost, scheme: str) -> None:
     host.fleet.run(10, per_s=6, errors=0.3)
     host.fleet.busy = 0.9
     host.fleet.fail_over()
@@ -310,7 +311,7 @@ async def test_text_has_contrast_aa_everywhere(tab: Tab, host: Host, scheme: str
 
 
 @SCHEMES
-async def test_it_is_photographed(tab: Tab, host: Host, shots: Callable[[str], Path], scheme: str) -> None:
+async def test_it_is_photographed(tab: Tab, host: FleetHost, shots: Callable[[str], Path], scheme: str) -> None:
     await tab.prefer(prefers_color_scheme=scheme)
     await visit(tab, host)
     await tab.wait("document.querySelector('.gpu')")

@@ -27,6 +27,6 @@ def gpus():
         ray.shutdown()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def model():
     return os.environ.get("LLTM_RAY_GPU_MODEL", "tiny")

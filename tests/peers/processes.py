@@ -119,7 +119,7 @@ def tree(root: int) -> dict[int, str]:
 
 def cpu_s(root: int, keep: Callable[[str], bool] = lambda _: True) -> float:
     """CPU seconds, user and system, of a process tree; `keep` chooses by command line."""
-    return sum(_cpu(pid) for pid in tree(root) if keep(_cmdline(pid)))
+    return sum(_cpu(pid) for pid in tree(root) if keep(cmdline(pid)))
 
 
 def _cpu(pid: int) -> float:
@@ -127,7 +127,8 @@ def _cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / TICKS if fields else 0.0
 
 
-def _cmdline(pid: int) -> str:
+def cmdline(pid: int) -> str:
+    """A process's command line; empty: it is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
@@ -139,7 +140,7 @@ def rss_bytes(root: int, keep: Callable[[str], bool] = lambda _: True) -> int:
     pages = 0
     for pid in tree(root):
         with contextlib.suppress(OSError):
-            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) if keep(_cmdline(pid)) else 0
+            pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) if keep(cmdline(pid)) else 0
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

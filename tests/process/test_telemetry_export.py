@@ -19,6 +19,7 @@ from lltm_ray.config import TelemetryConfig
 from lltm_ray.telemetry.batch import pack
 from lltm_ray.telemetry.context import new_span_id, new_trace_id
 from lltm_ray.telemetry.hub import build_hub
+from lltm_ray.telemetry.prometheus import PrometheusReader
 from lltm_ray.telemetry.rows import LogRow
 from tests.otlp_sink import attributes, grpc_sink, http_sink
 from tests.unit.telemetry.rows_made import attempt_row, request_row
@@ -207,3 +208,23 @@ def test_a_collector_that_refuses_is_told_apart_by_its_reason(make):
         assert "403" in exporter(hub, "otlp-http traces")["error"]
         sink.status = 200
         sink.wait_for(lambda sink: len(sink.spans()) == tree_size([1]))
+
+
+def test_the_end_keeps_its_rows_though_the_collector_is_away(make, tmp_path, caplog):
+    away = f"otlp-http=http://127.0.0.1:{free_port()}"
+    hub = build_hub(TelemetryConfig(exporters=(away,)), tmp_path, None, [PrometheusReader()])
+    hub.put("gateway-0", batch(request()))
+    hub.close(timeout_s=0.3)
+    again = build_hub(TelemetryConfig(exporters=()), tmp_path)
+    assert again.read_since().tables["requests"].num_rows == 1
+    again.close()
+    assert "the last metrics were not sent everywhere" in caplog.text
+
+
+def test_two_exporters_of_one_protocol_are_counted_apart(make):
+    with http_sink() as one, http_sink() as other:
+        hub = make(f"otlp-http={one.endpoint}", f"otlp-http={other.endpoint}")
+        hub.put("gateway-0", batch(request()))
+        for sink in (one, other):
+            sink.wait_for(lambda sink: len(sink.spans()) == tree_size([1]))
+        assert {"otlp-http traces", f"otlp-http traces {other.endpoint}"} <= set(hub.status()["exporters"])

@@ -7,7 +7,6 @@ import gzip
 import importlib.resources
 from contextlib import aclosing
 from functools import cache
-from urllib.parse import unquote
 
 from lltm_ray.gateway.dashboard.feed import Feed, Telemetry, TelemetryUnavailableError
 from lltm_ray.gateway.headers import find
@@ -51,7 +50,7 @@ class DashboardRoutes:
 
     async def timeline_path(self, request: Request) -> None:
         """`GET /dashboard/requests/{id}`: one request's spans."""
-        id_ = unquote(request.path.removeprefix(TIMELINE_PATH + "/"))
+        id_ = request.path.removeprefix(TIMELINE_PATH + "/")
         if self._telemetry is None:
             await _refuse(request, 501, _OFF)
             return

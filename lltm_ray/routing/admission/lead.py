@@ -69,4 +69,5 @@ class Lead:
         self._deviation_s = max(LEAST_DEVIATION_S, self._deviation_s + WEIGHT * (abs(stray_s) - self._deviation_s))
 
     def _expected_s(self, uncached_tokens: float, slots: int) -> float:
-        return self._rates.prefill_s("", uncached_tokens) + self._rates.decode_s("", max(1, slots))
+        speed = self._rates.speed("")
+        return speed.prefill_s(uncached_tokens) + speed.decode_s(slots)

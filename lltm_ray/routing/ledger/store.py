@@ -13,6 +13,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ BUSY_S = 5.0
 """How long one process waits for another of its node that is writing."""
 _PLAIN = tuple(each.name for each in fields(LedgerEntry) if each.name not in ("considered", "attempts", "cell"))
 _COLUMNS = (*_PLAIN, "is_balanced", "considered")
-_INSERT = f"INSERT INTO requests (seq, {', '.join(_COLUMNS)}) VALUES (?{', ?' * len(_COLUMNS)})"  # noqa: S608 - our names
-_INSERT_ATTEMPT = (
-    f"INSERT INTO attempts (seq, number, {', '.join(ATTEMPT_FIELDS)}) VALUES (?, ?{', ?' * len(ATTEMPT_FIELDS)})"  # noqa: S608
-)
+_TOGETHER = 50
+"""Rows of one statement: at each, Python hands its lock over and back, which costs the event loop, too. Old builds of
+SQLite take 999 values."""
+_REQUEST_COLUMNS, _ATTEMPT_COLUMNS = ("seq", *_COLUMNS), ("seq", "number", *ATTEMPT_FIELDS)
 _KEY = "engine, server_pid"
 _ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUM_FIELDS if name != "last_end_unix_nano")
 _ADD_SUMS = (
@@ -67,10 +68,20 @@ def write(db: sqlite3.Connection, entries: Sequence[LedgerEntry], sums: Mapping[
     """Add requests and what they add to the sums, all or nothing."""
     with _transaction(db):
         first = db.execute("SELECT ifnull(max(seq), 0) + 1 FROM requests").fetchone()[0]
-        db.executemany(_INSERT, [_row(seq, entry) for seq, entry in enumerate(entries, first)])
-        db.executemany(_INSERT_ATTEMPT, _attempt_rows(entries, first))
+        _insert(db, "requests", _REQUEST_COLUMNS, [_row(seq, entry) for seq, entry in enumerate(entries, first)])
+        _insert(db, "attempts", _ATTEMPT_COLUMNS, _attempt_rows(entries, first))
         added = ((*key, *(getattr(each, name) for name in SUM_FIELDS)) for key, each in sums.items())
         db.executemany(_ADD_SUMS, added)
+
+
+def _insert(db: sqlite3.Connection, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    row = f"(?{', ?' * (len(columns) - 1)})"
+    into = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {row}"  # noqa: S608 - our names
+    whole = len(rows) - len(rows) % _TOGETHER
+    together = into + f", {row}" * (_TOGETHER - 1)
+    for start in range(0, whole, _TOGETHER):
+        db.execute(together, tuple(chain.from_iterable(rows[start : start + _TOGETHER])))
+    db.executemany(into, rows[whole:])
 
 
 def _row(seq: int, entry: LedgerEntry) -> Row:

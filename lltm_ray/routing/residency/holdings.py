@@ -88,7 +88,9 @@ class Holdings:
         unsaved, server.unsaved = server.unsaved, []
         if not server.ram_tokens:
             return
-        for slot in sorted(unsaved, key=lambda each: each.id):  # its order decides which is evicted first
+        if len(unsaved) > 1:
+            unsaved.sort(key=lambda each: each.id)  # its order decides which is evicted first
+        for slot in unsaved:
             if slot.use is None and slot.sequence is not None:
                 self.save(server, slot.sequence)
                 if server.clears_idle:
@@ -153,7 +155,7 @@ class Holdings:
         if sequence.is_ram:
             del server.ram[sequence]
             server.ram_used_tokens -= sequence.tokens
-            server.unsaved = list(server.slots)  # a slot may hold the same, and is copied again
+            server.unsaved += [server.slots[each.slot] for each in self.tree.within(sequence)]  # copied again
         else:
             server.slots[sequence.slot].sequence = None
 

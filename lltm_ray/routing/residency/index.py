@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from lltm_ray.routing.residency.calibration import Calibration
 from lltm_ray.routing.residency.holdings import Holdings
@@ -33,8 +33,7 @@ LEAST_SEQUENCE_TOKENS = 32
 """Shorter content is not remembered: to compute it again costs less than to look for it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Match:
+class Match(NamedTuple):
     """What is known of a key. `engines` are (engine, tokens that it would find cached), best first."""
 
     key: bytes
@@ -44,7 +43,7 @@ class Match:
     matched_bytes: int
     shared_tokens: int
     """How many of its first tokens other prompts begin with, too, as a system prompt's."""
-    path: Path = field(repr=False)
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,7 @@ class Residency:
         """
         steps = self._tree.walk(key)
         path = self._path(key, steps)
-        engines = () if self._learnt.is_off else self._holders(path, limit)
+        engines = () if not path.is_known or self._learnt.is_off else self._holders(path, limit)
         depth = steps[-1][1] if steps else 0
         return Match(key, engines, path.prompt_tokens, depth, _shared_tokens(steps, len(key)), path)
 
@@ -165,8 +164,9 @@ class Residency:
         if plan.saves and plan.slot.sequence is not None:
             # llama.cpp saves before it looks into RAM: what this evicts cannot be loaded any more.
             self._holdings.save(server, plan.slot.sequence)
-            path = self._fresh(match)
-            plan = plan_slot(server, plan.slot, path, is_pinned=slot >= 0)
+            if path.version != self._tree.version:
+                path = self._fresh(match)
+                plan = plan_slot(server, plan.slot, path, is_pinned=slot >= 0)
         self._holdings.take(server, plan, path, Use(match.key, guessed=slot < 0))
         self._holdings.publish(server)
         self._holdings.trim()
@@ -309,7 +309,7 @@ class Residency:
             if node.reply is not None and depth > node.reply[0]:
                 found = node.reply[1] + retention * max(tokens - node.reply[1], 0.0)
             before = index[node] = max(before, found)
-        return Path(index, raw, self._prompt_tokens(key, steps), self._tree.version)
+        return Path(index, raw, self._prompt_tokens(key, steps), self._tree.version, before)
 
     def _fresh(self, match: Match) -> Path:
         if match.path.version == self._tree.version:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 NODE_BYTES = 1024
@@ -167,6 +168,13 @@ class Tree:
                 counts[engine] = left
             node = node.parent
 
+    def within(self, sequence: Sequence) -> Iterator[Sequence]:
+        """Slots of its engine that hold the same, or its beginning."""
+        node: Node | None = sequence.node
+        while node is not None:
+            yield from node.slot_ends.get(sequence.engine, ())
+            node = node.parent
+
     def anchor(self, node: Node, depth: int, tokens: float, *, exact: bool = True) -> None:
         """A reply told how many tokens the first `depth` bytes on the way to `node` have.
 
@@ -178,13 +186,14 @@ class Tree:
             return
         if depth == node.depth:
             node.tokens, node.exact = tokens, exact
-            node.marks = [mark for mark in node.marks if mark[1] <= tokens]
+            if node.marks:
+                node.marks = [mark for mark in node.marks if mark[1] <= tokens]
         else:
             kept = [mark for mark in node.marks if mark[0] != depth and (mark[0] < depth) == (mark[1] <= tokens)]
             node.marks = _thinned(sorted([*kept, (depth, tokens)]))
             if node.tokens < tokens:
                 node.tokens, node.exact = tokens, False
-        if len(node.marks) and node.marks[0][0] < depth:
+        if node.marks and node.marks[0][0] < depth:
             return
         self._smooth(node.parent, depth, tokens)
 
@@ -204,7 +213,8 @@ class Tree:
                 break
             node.exact = False
             estimates.append(node)
-            node.marks = [mark for mark in node.marks if mark[1] <= tokens]
+            if node.marks:
+                node.marks = [mark for mark in node.marks if mark[1] <= tokens]
             if node.marks:
                 low = node.marks[-1]
                 break

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from itertools import islice
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lltm_ray.routing.residency.calibration import Calibration
 from lltm_ray.routing.residency.slots import (
@@ -31,8 +30,7 @@ _LOSS_RATIO = 0.5
 """How much a token that is lost weighs against one that is found: its conversation may not come back."""
 
 
-@dataclass(frozen=True, slots=True)
-class SlotChoice:
+class SlotChoice(NamedTuple):
     """A slot to pin, or -1 for llama.cpp's own choice, and what the request would find there."""
 
     slot: int
@@ -58,7 +56,7 @@ def pick_slot(server: Server, free: Collection[int], path: Path, learnt: Calibra
     name = server.name
     # Where similarity is 0 only an unpinned request has its slot's content saved: what is lost must be weighed.
     saves = server.similarity_ratio or spare.is_empty
-    if saves and server.ram_tokens and not any(name in node.slots or name in node.ram for node in path.worthy()):
+    if saves and server.ram_tokens and not (path.is_known and _holds(name, path)):
         return SlotChoice(spare.id if can_pin else -1)
     entry, ram_tokens = best_entry(server, path)
     has_ram = entry is not None
@@ -71,6 +69,10 @@ def pick_slot(server: Server, free: Collection[int], path: Path, learnt: Calibra
         own = plan_own_choice(server, server.idle(free), path)
         options += [] if own is None else [(-1, own)]
     return _best(server, options, path, learnt)
+
+
+def _holds(name: str, path: Path) -> bool:
+    return any(name in node.slots or name in node.ram for node in path.worthy())
 
 
 def _going_on(server: Server, free: Collection[int], path: Path, ram_tokens: float) -> Plan | None:

@@ -35,8 +35,15 @@ class Path:
     """The same without the discount for replies that may not come back as they were."""
     prompt_tokens: int
     version: int
+    most_tokens: float
+    """Of its last node."""
     loadable: dict[str, list[tuple[Sequence, float]]] = field(default_factory=dict)
     """Engine -> its RAM entries that may be loaded for this key and what they share with it; filled when asked."""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any node shares enough to be looked at."""
+        return self.most_tokens >= LEAST_TOKENS
 
     def worthy(self) -> Iterator[Node]:
         """Nodes that share enough to be looked at, deepest first."""
@@ -108,7 +115,10 @@ class Server:
 
     def spare(self, free: Collection[int], *, is_empty: bool = True) -> Slot | None:
         """The free slot that is missed least: an empty one if that will do, else the one used longest ago."""
-        return next((slot for slot in self.rested(free) if is_empty or not slot.is_empty), None)
+        for slot in self.rest.values():
+            if slot.use is None and slot.id in free and (is_empty or not slot.is_empty):
+                return slot
+        return None
 
     def rested(self, free: Collection[int]) -> Iterator[Slot]:
         """Free slots, those that are missed least first."""
@@ -167,6 +177,8 @@ def plan_slot(server: Server, slot: Slot, path: Path, *, is_pinned: bool) -> Pla
 def best_entry(server: Server, path: Path, keep: float = -1.0, tokens: float = 0.0) -> tuple[Sequence | None, float]:
     """The RAM entry that llama.cpp loads: better than (keep, tokens) in both, and each better one in its turn."""
     best: Sequence | None = None
+    if not path.is_known:
+        return None, 0.0
     entries = path.loadable.get(server.name)
     for entry, shared in _loadable(server, path) if entries is None else entries:
         if shared > tokens and shared > keep * entry.tokens:

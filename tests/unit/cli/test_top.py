@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from lltm_ray.cli import app
 from lltm_ray.cli._top_view import draw, slot_bars
+from lltm_ray.cli.top import Screen
 from lltm_ray.config import TelemetryConfig
 from lltm_ray.telemetry.batch import pack
 from lltm_ray.telemetry.service import TelemetryService
@@ -53,10 +55,9 @@ def look_of(**changed: list[Any]) -> dict[str, Any]:
 
 
 def lines_of(look: dict[str, Any], width: int = 200) -> list[str]:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115 - closed below
-    with console.file:
-        console.print(draw(look))
-        return console.export_text().splitlines()
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(draw(look))
+    return console.export_text().splitlines()
 
 
 def line_with(word: str, lines: list[str]) -> str:
@@ -110,6 +111,30 @@ def test_nothing_known_is_a_dash_and_never_zero() -> None:
 
 def test_a_machine_without_gpus_says_why() -> None:
     assert "n1 has no GPU: no NVIDIA driver is here" in lines_of(look_of(gpus=[]))
+
+
+@pytest.mark.parametrize("width", [72, 80, 120, 200])
+def test_a_narrow_terminal_loses_columns_and_no_figure_is_cut(width: int) -> None:
+    lines = lines_of(look_of(), width=width)
+    assert "…" not in "".join(lines)
+    assert "250 ms" in line_with("r-1 ", lines)
+    assert ("GPU memory" in line_with("busy", lines)) == (width > 100)
+
+
+def test_a_look_that_is_not_live_is_told_with_its_age() -> None:
+    screen = Screen("http://127.0.0.1:1")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(screen)
+    screen.take(look_of())
+    console.print(screen)
+    screen.trouble = "telemetry does not answer"
+    console.print(screen)
+    heads = [line for line in console.export_text().splitlines() if line.startswith("lltm_ray")]
+    assert [head.split("  ", 1)[1].strip() for head in heads] == [
+        "connecting …",
+        "live",
+        "telemetry does not answer; figures are 0 s old",
+    ]
 
 
 def test_errors_are_told_by_type() -> None:

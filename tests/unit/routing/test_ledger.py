@@ -92,6 +92,21 @@ def test_the_latest_are_found_first_and_by_tenant(ledger):
     assert [each["request_id"] for each in ledger.find(tenant="them")] == ["theirs"]
 
 
+def test_many_requests_at_once_are_written_each_in_its_place(tmp_path):
+    entries = [
+        LedgerEntry(
+            request_id=f"r{number}", attempts=[Attempt(engine=f"e{number}-{tried}") for tried in range(1 + number % 2)]
+        )
+        for number in range(137)
+    ]
+    with store.reading(tmp_path / "ledger.sqlite") as db:
+        store.write(db, entries, {})
+        shown = store.read_requests(db, "true", (), 1000)[::-1]
+    assert [each["request_id"] for each in shown] == [entry.request_id for entry in entries]
+    tried = [[each["engine"] for each in one["attempts"]] for one in shown]
+    assert tried == [[each.engine for each in entry.attempts] for entry in entries]
+
+
 def test_an_id_used_twice_shows_its_latest_request(ledger):
     run_one(ledger, "same", tokens=1)
     run_one(ledger, "same", tokens=2)

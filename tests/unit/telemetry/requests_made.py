@@ -173,6 +173,7 @@ USER_ROWS = (
             names.RETRIEVAL_DOCUMENTS: '[{"id":"1","score":0.5}]',
         },
     ),
+    span_row("move slot", **{names.TARGET_ENGINE: "engine-1", names.SLOT_TOKENS: 900, names.SLOT_BYTES: 4096}),
     span_row(
         "evaluation",
         **{

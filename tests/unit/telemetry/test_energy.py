@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lltm_ray.telemetry.energy import PATIENCE_S, SETTLE_S, Energy
-from tests.unit.telemetry.rows_made import attempt_row, gpu_row, request_row, server_row
+from tests.unit.telemetry.rows_made import attempt_row, gpu_row, request_row, server_row, slot_row
 
 BASE_S = 1_700_000_000
 
@@ -21,11 +21,12 @@ def ticks(energy: Energy, watts: list[float], *, busy: list[int] | None = None, 
         at = (BASE_S + second) * 10**9
         energy.add_gpus([gpu_row(at_unix_nano=at, energy_j=joules, uuid=uuid)])
         slots = busy[second] if busy else 0
-        energy.add_servers([server_row(at_unix_nano=at, gpu_uuids=uuid, slots_busy=slots)])
+        looks = [slot_row(at_unix_nano=at + 5 * 10**8, slot=each, is_processing=each < slots) for each in range(4)]
+        energy.add_slots(looks)
 
 
 def home(energy: Energy, engine: str = "engine-0", uuids: str = "GPU-1") -> None:
-    energy.add_servers([server_row(at_unix_nano=1, engine=engine, gpu_uuids=uuids, slots_busy=0)])
+    energy.add_servers([server_row(at_unix_nano=1, engine=engine, gpu_uuids=uuids)])
 
 
 def request(energy: Energy, start: float, end: float, *, first: float = math.nan, **changes: object) -> None:
@@ -78,7 +79,7 @@ def test_an_engine_over_two_gpus_pays_for_both(energy: Energy) -> None:
 
 
 def test_an_interval_waits_for_the_requests_of_its_busy_slots(energy: Energy) -> None:
-    ticks(energy, [100.0, 100.0, 100.0], busy=[2, 2, 1, 0])
+    ticks(energy, [100.0, 100.0, 100.0], busy=[2, 1, 1, 0])
     request(energy, 0.0, 1.5, span_id="short", computed_tokens=0, generated_tokens=15)
     assert settle(energy, 3 + SETTLE_S) == {}
     request(energy, 0.0, 3.0, span_id="long", computed_tokens=0, generated_tokens=30)
@@ -88,7 +89,7 @@ def test_an_interval_waits_for_the_requests_of_its_busy_slots(energy: Energy) ->
 
 
 def test_what_never_becomes_known_is_told_as_unattributed(energy: Energy) -> None:
-    ticks(energy, [100.0], busy=[2, 2])
+    ticks(energy, [100.0], busy=[2, 0])
     request(energy, 0.0, 1.0, span_id="a")
     assert settle(energy, 2 + SETTLE_S) == {}
     assert settle(energy, 2 + PATIENCE_S) != {}
@@ -102,6 +103,14 @@ def test_readings_far_apart_and_counters_that_fall_are_not_joined(energy: Energy
         energy.add_gpus([gpu_row(at_unix_nano=(BASE_S + at) * 10**9, energy_j=joules)])
     energy.settle(BASE_S + 200)
     assert energy.balances["GPU-1"].total_j == pytest.approx(20.0)
+
+
+def test_what_ran_while_nobody_read_the_counter_costs_nothing_known(energy: Energy) -> None:
+    request(energy, -2.0, 1.0, span_id="began before the first reading")
+    ticks(energy, [100.0, 100.0])
+    request(energy, 1.0, 2.0, span_id="seen")
+    shares = settle(energy, 2 + SETTLE_S)
+    assert set(shares) == {"seen"}
 
 
 def test_a_device_without_a_counter_has_no_balance(energy: Energy) -> None:

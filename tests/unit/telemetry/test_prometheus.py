@@ -76,6 +76,12 @@ def test_exemplars_name_the_trace(reader: PrometheusReader) -> None:
     assert exemplars["5.12"].labels == {"trace_id": TRACE_ID, "span_id": SPAN_ID}
 
 
+def test_a_second_scraper_finds_the_exemplars_too(reader: PrometheusReader) -> None:
+    first, second = (reader.text(is_open=True) for _ in range(2))
+    assert b"# {" in first
+    assert first.count(b"# {") == second.count(b"# {")
+
+
 def test_each_reading_shows_what_came_since() -> None:
     reader = PrometheusReader()
     instruments = Instruments(Resource({}), next(iter(PROFILES.values())), [reader])

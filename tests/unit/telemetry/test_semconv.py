@@ -24,7 +24,7 @@ from lltm_ray.telemetry.spans import Spans
 from tests.unit.telemetry.requests_made import PLACES, REQUESTS, USER_ROWS, chat, embeddings
 from tests.unit.telemetry.wire import points_of
 
-TABLE = Path(__file__).parent / "attributes.md"
+TABLE = Path(names.__file__).parent / "attributes.md"
 PUBLISHED = {value for name, value in vars(gen_ai_attributes).items() if name.startswith("GEN_AI_")}
 RENAMED = {names.USAGE_CACHE_WRITE, names.RETRIEVAL_TOP_K}
 

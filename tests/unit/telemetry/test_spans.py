@@ -259,7 +259,7 @@ def test_each_profile_calls_an_attribute_by_its_own_name():
 
 
 def test_a_span_of_somebody_elses_is_kept_as_told_in_the_profiles_words():
-    tool, retrieval, _ = made.USER_ROWS
+    tool, retrieval, *_ = made.USER_ROWS
     span = SPANS.of_row(tool)
     assert (span.name, span.kind, span.parent_span_id) == ("execute_tool weather", "internal", SPAN_ID)
     assert span.attributes[names.TOOL_CALL_ARGUMENTS] == '{"place":"Bern"}'
