@@ -25,8 +25,10 @@ class TelemetryConfig:
     keep_unsampled: bool = False
     """Export also what the caller's `traceparent` marks as not sampled."""
     redact: str | None = None
-    """`package.module:function`, which every captured text goes through. Prompts and answers are captured only where
-    `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT` is `span_only` or `span_and_event`."""
+    """`package.module:function`, which every captured text goes through."""
+    capture_content: bool | None = None
+    """Whether prompts and answers are captured. None: where `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT` is
+    `span_only` or `span_and_event` in the environment of who starts the fleet."""
     queue_spans: int = 20_000
     """Spans that may wait for one exporter, a few KiB each; beyond them the oldest are dropped."""
     ring_rows: int = 100_000

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -21,8 +21,7 @@ from lltm_ray.actors.engine_trace import Carrier, EngineTrace
 from lltm_ray.actors.launch import EngineSpec, Launch, adapters_of, plan_launch
 from lltm_ray.actors.orphan import end_this_actor, until_orphaned
 from lltm_ray.actors.remote import is_revived, node_ip
-from lltm_ray.actors.sender import Sender
-from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, watch_fleet
+from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, keep_going, watch_fleet
 from lltm_ray.errors import (
     DeadlineError,
     EngineExitedError,
@@ -35,6 +34,9 @@ from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.llamacpp.process import ServerProcess, ServerSnapshot
 from lltm_ray.llamacpp.slot_folder import OwnedFolder
 from lltm_ray.records import Completion, Embeddings, EngineInfo, EngineState, RerankHit, SlotState, StreamEvent
+
+if TYPE_CHECKING:
+    from lltm_ray.actors.sender import Sender
 
 log = logging.getLogger(__name__)
 
@@ -211,11 +213,11 @@ class EngineActor:
         context = ray.get_runtime_context()
         self._directory = get_directory(spec.fleet.name)
         self._engine = Engine(spec, node_id=context.get_node_id(), address=node_ip(), tell=self._register)
-        telemetry = spec.fleet.telemetry
-        sender = Sender(spec.fleet.name, spec.name) if telemetry is not None and telemetry.enabled else None
+        sender = _make_sender(spec)
         self._trace = self._engine.trace = EngineTrace(self._engine, sender)
         loop = asyncio.get_running_loop()
-        works = (self._live(revived=is_revived()), self._end_with_fleet(), *([sender.run()] if sender else []))
+        works = [self._live(revived=is_revived()), self._end_with_fleet()]
+        works += [keep_going("send telemetry", sender.run)] if sender else []
         self._tasks = [loop.create_task(work) for work in works]
 
     async def ensure_ready(self) -> EngineInfo:
@@ -338,3 +340,13 @@ class EngineActor:
         while True:
             self._register(self._engine.info)
             await asyncio.sleep(HEARTBEAT_S)
+
+
+def _make_sender(spec: EngineSpec) -> Sender | None:
+    if spec.fleet.telemetry is None or not spec.fleet.telemetry.enabled:
+        return None
+    from lltm_ray.actors.sender import Sender  # with telemetry off a process does without pyarrow
+    from lltm_ray.telemetry.batch import forgo_pandas
+
+    forgo_pandas()
+    return Sender(spec.fleet.name, spec.name)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lltm_ray.actors.sender import Sender
 from lltm_ray.errors import LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.records import Completion, Embeddings, StreamEvent, Timings, Usage
+from lltm_ray.routing.ledger.entry import Outcome
 from lltm_ray.telemetry.context import TraceContext, new_span_id, new_trace_id, read_traceparent, write_traceparent
 from lltm_ray.telemetry.logs import at_work
-from lltm_ray.telemetry.parameters import FIELDS
 from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow, SpanRow
+from lltm_ray.telemetry.telling import cut_error, tell_error, tell_parameters
 
 if TYPE_CHECKING:
     from lltm_ray.actors.engine import Engine
+    from lltm_ray.actors.sender import Sender
 
 Carrier = Mapping[str, str]
 """W3C's `traceparent` and `tracestate`, as a call's argument."""
 _NO_PARENT = TraceContext("", "")
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -34,12 +38,20 @@ class Seen:
     """What it gave at last."""
     timings: Timings = field(default_factory=Timings)
     usage: Usage = field(default_factory=Usage)
+    events: int = 0
+    """With generated text: at least as many tokens."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Exact once the answer is whole, before that at least so many."""
+        return max(self.usage.output_tokens, self.events)
 
     def see(self, given: Completion | StreamEvent | Embeddings) -> None:
         """Note an answer, or an event of one."""
         self.last = given
         self.timings = getattr(given, "timings", None) or self.timings
         self.usage = given.usage or self.usage
+        self.events += isinstance(given, StreamEvent) and bool(given.text or given.reasoning)
 
 
 class EngineTrace:
@@ -74,7 +86,7 @@ class EngineTrace:
             is_stream: whether it gets events.
         """
         began, began_unix_nano = time.monotonic(), time.time_ns()
-        sent, error_type, error = NEVER, "", ""
+        sent, failure = NEVER, _WHOLE
         seen, parent = Seen(), _parent(carrier)
         own = parent._replace(trace_id=parent.trace_id or new_trace_id(), span_id=new_span_id())
         at_work.set(own)  # not reset: every call has its own context
@@ -82,19 +94,12 @@ class EngineTrace:
             async with self._engine.slot(timeout_s) as client:
                 sent = time.monotonic() - began
                 yield client, seen
-        except GeneratorExit:
-            error_type = error = "client_gone"
-            raise
         except BaseException as caught:
-            error_type = caught.code if isinstance(caught, LltmRayError) else type(caught).__name__
-            error = str(caught)
+            failure = _ending(caught)
             raise
         finally:
-            if self._sender is not None:
-                told = _Told(
-                    route, params, is_stream, began_unix_nano, sent, time.monotonic() - began, error_type, error
-                )
-                self._note(told, seen, parent, own)
+            told = _Told(route, params, is_stream, began_unix_nano, sent, time.monotonic() - began, failure)
+            self._note(told, seen, parent, own)
 
     def loaded(self, start_unix_nano: int, error: str = "") -> None:
         """The server has been started, or could not be."""
@@ -122,13 +127,43 @@ class EngineTrace:
         self._sender.outbox.add("spans", row)
 
     def _note(self, told: _Told, seen: Seen, parent: TraceContext, own: TraceContext) -> None:
-        assert self._sender is not None  # noqa: S101 - asked before
+        """Tell of a call that is over."""
+        if self._sender is None:
+            return
+        try:
+            self._add(self._sender, told, seen, parent, own)
+        except Exception as error:  # noqa: BLE001 - border: parameters of any shape; the call has had its answer
+            _log.warning("a call could not be told (%s)", type(error).__name__)  # what it says may be of the prompt
+
+    def _add(self, sender: Sender, told: _Told, seen: Seen, parent: TraceContext, own: TraceContext) -> None:
         request = told.request(self._engine.info.model, seen, parent)
         request = request._replace(trace_id=own.trace_id, span_id=own.span_id)
         attempt = told.attempt(self._engine, seen)
         attempt = attempt._replace(trace_id=own.trace_id, request_span_id=own.span_id, span_id=new_span_id())
-        self._sender.outbox.add("attempts", attempt)
-        self._sender.outbox.add("requests", request)
+        sender.outbox.add("attempts", attempt)
+        sender.outbox.add("requests", request)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How a call ended."""
+
+    status: int
+    error_type: str
+    error: str
+    outcome: Outcome
+
+
+_WHOLE = _Ending(200, "", "", Outcome.OK)
+
+
+def _ending(caught: BaseException) -> _Ending:
+    if isinstance(caught, GeneratorExit | asyncio.CancelledError):  # the caller left; a deadline is an error of ours
+        return _Ending(0, "client_gone", "client gone", Outcome.CLIENT_GONE)
+    error = cut_error(tell_error(caught))
+    if isinstance(caught, LltmRayError):
+        return _Ending(caught.http_status, caught.code, error, Outcome.FAILED)
+    return _Ending(500, type(caught).__name__, error, Outcome.FAILED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +176,9 @@ class _Told:
     began_unix_nano: int
     sent_s: float
     ended_s: float
-    error_type: str
-    error: str
+    ending: _Ending
 
     def request(self, model: str, seen: Seen, parent: TraceContext) -> RequestRow:
-        found = {name: value for name, value in self.params.items() if name in FIELDS and name != "prompt"}
         ttft_s = seen.timings.ttft_s
         return RequestRow(
             trace_id="",
@@ -159,16 +192,16 @@ class _Told:
             model=model,
             tenant="",
             conversation="",
-            status=500 if self.error_type else 200,
-            error_type=self.error_type,
-            error=self.error,
+            status=self.ending.status,
+            error_type=self.ending.error_type,
+            error=self.ending.error,
             arrived_unix_nano=self.began_unix_nano,
             ttft_s=NEVER if ttft_s is None else self.sent_s + ttft_s,
             total_s=self.ended_s,
-            delivered_tokens=seen.usage.output_tokens,
+            delivered_tokens=seen.output_tokens,
             bytes_sent=0,
             is_stream=self.is_stream,
-            parameters=json.dumps(found, default=str) if found else "",
+            parameters=tell_parameters(self.params),
             response_id=getattr(seen.last, "id", ""),
             response_model=getattr(seen.last, "model", ""),
             finish_reasons=getattr(seen.last, "finish_reason", "") or "",
@@ -195,14 +228,14 @@ class _Told:
             predicted_cached_tokens=-1,
             cached_tokens=seen.usage.cached_tokens,
             computed_tokens=seen.usage.input_tokens - seen.usage.cached_tokens,
-            generated_tokens=seen.usage.output_tokens,
-            delivered_tokens=seen.usage.output_tokens,
+            generated_tokens=seen.output_tokens,
+            delivered_tokens=seen.output_tokens,
             prompt_ms=timings.prompt_ms,
             predicted_ms=timings.predicted_ms,
             draft_tokens=timings.draft_n,
             accepted_tokens=timings.draft_n_accepted,
-            outcome="failed" if self.error_type else "ok",
-            is_estimate=bool(self.error_type),
+            outcome=str(self.ending.outcome),
+            is_estimate=self.ending is not _WHOLE,
             is_continued=False,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from lltm_ray.config import FleetConfig, GatewayConfig, ModelConfig
 from lltm_ray.errors import EngineStartError, FleetError, PlacementError
 from lltm_ray.gpu.shares import SharePlan
 from lltm_ray.records import EngineState, FleetStatus
+from lltm_ray.telemetry.content import settle_content
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +129,10 @@ def start_fleet(
     Raises:
         FleetError: a fleet of this name runs already.
         PlacementError: the cluster has no room.
+        ConfigError: a wrong word in the environment's choice of captured content.
         LltmRayError: what kept an engine or the gateway from starting. Whatever was started is ended again.
     """
+    config = replace(config, telemetry=settle_content(config.telemetry, os.environ))
     models, plans = _plan(config)
     fleet = _claim_name(config, plans, detached=detached)
     try:

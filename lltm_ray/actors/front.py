@@ -11,14 +11,14 @@ import logging
 import os
 import sqlite3
 import time
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from lltm_ray.actors import names
 from lltm_ray.actors.remote import find
-from lltm_ray.actors.sender import Sender
 from lltm_ray.actors.telemetry import RemoteTelemetry
 from lltm_ray.actors.transfer import RayFiles
 from lltm_ray.actors.watch import HEARTBEAT_S, keep_going, reach_directory, watch_fleet
@@ -32,8 +32,11 @@ from lltm_ray.routing.ledger import Drift, Ledger
 from lltm_ray.routing.replay.recorder import TraceRecorder
 from lltm_ray.routing.router import Router
 from lltm_ray.routing.served import SlotShare
-from lltm_ray.telemetry.content import read_capture
+from lltm_ray.telemetry.content import make_capture, settle_content
 from lltm_ray.telemetry.rows import QueueRow
+
+if TYPE_CHECKING:
+    from lltm_ray.actors.sender import Sender
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ class Front:
     def __init__(self, config: GatewayConfig, fleet: str, name: str, telemetry: TelemetryConfig | None = None) -> None:
         self._fleet, self._name = fleet, name
         is_on = telemetry is not None and telemetry.enabled
-        self._sender = Sender(fleet, name) if is_on else None
+        self._sender = _make_sender(fleet, name) if is_on else None
         self._status = FleetStatus(name="")
         self._recorder = _open_trace(config, name)
         self._router = Router(
@@ -183,7 +186,7 @@ class Front:
                     waiting=each.waiting,
                     running=each.running,
                     rejected=each.rejected,
-                    predicted_wait_s=each.predicted_wait_s,
+                    predicted_wait_s=each.predicted_wait_s if isfinite(each.predicted_wait_s) else None,
                 )
                 self._sender.outbox.add("queues", row)
             await asyncio.sleep(HEARTBEAT_S)
@@ -243,10 +246,17 @@ class Front:
             self._drift[told.engine] = drift
 
 
+def _make_sender(fleet: str, name: str) -> Sender:
+    from lltm_ray.actors.sender import Sender  # with telemetry off a process does without pyarrow
+
+    return Sender(fleet, name)
+
+
 def _tracing(sender: Sender | None, config: TelemetryConfig | None) -> Tracing | None:
     if sender is None or config is None:
         return None
-    return Tracing(sender.outbox.add, read_capture(os.environ, config.redact))
+    settled = settle_content(config, os.environ)  # a fleet's start has done so; a front alone asks here
+    return Tracing(sender.outbox.add, make_capture(config.redact) if settled and settled.capture_content else None)
 
 
 def _open_trace(config: GatewayConfig, name: str) -> TraceRecorder | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from lltm_ray.actors.sampler import Gpus, Servers, counters_of, gpu_rows, read_node
-from lltm_ray.actors.sender import Sender
 from lltm_ray.actors.watch import keep_going, reach_directory, watch_fleet
 from lltm_ray.records import ServerCounters
+
+if TYPE_CHECKING:
+    from lltm_ray.actors.sender import Sender
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +37,9 @@ class NodeActor:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._servers = Servers(self._node_id)
         self._gpus = Gpus()
-        self._sender = Sender(fleet, f"node-{self._node_id[:8]}")
+        self._sender = _make_sender(fleet, f"node-{self._node_id[:8]}") if sends else None
         works = {"follow the directory": self._follow, "read slots": self._read_slots, "read meters": self._read_meters}
-        works |= {"send telemetry": self._sender.run} if sends else {}
-        self._sends = sends
+        works |= {"send telemetry": self._sender.run} if self._sender is not None else {}
         self._tasks = [asyncio.create_task(keep_going(what, work)) for what, work in works.items()]
 
     async def _follow(self) -> None:
@@ -57,7 +58,7 @@ class NodeActor:
         while True:
             told = await self._servers.read_counters()
             await self._tell(counters=counters_of(self._servers.engines, told))
-            if self._sends:
+            if self._sender is not None:
                 samples = await asyncio.to_thread(self._gpus.read)
                 self._note("gpus", gpu_rows(samples, self._node_id))
                 self._note("servers", self._servers.rows(told, samples))
@@ -65,7 +66,7 @@ class NodeActor:
             await asyncio.sleep(METERS_EVERY_S)
 
     def _note(self, kind: str, rows: list[Any]) -> None:
-        if self._sends:
+        if self._sender is not None:
             for row in rows:
                 self._sender.outbox.add(kind, row)
 
@@ -79,3 +80,11 @@ class NodeActor:
             directory.report_busy.remote(busy)
         if counters:
             directory.report_counters.remote(counters)
+
+
+def _make_sender(fleet: str, name: str) -> Sender:
+    from lltm_ray.actors.sender import Sender  # with telemetry off a process does without pyarrow
+    from lltm_ray.telemetry.batch import forgo_pandas
+
+    forgo_pandas()
+    return Sender(fleet, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from typing import Any
 
 import ray
@@ -33,7 +34,7 @@ class Sender:
 
     def __init__(self, fleet: str, name: str) -> None:
         self.outbox = Outbox()
-        self._fleet, self._name = fleet, name
+        self._fleet, self._name = fleet, f"{name}/{secrets.token_hex(4)}"
         self._logs = LogHandler(self.outbox.add, name)
         self._actor: Any | None = None
         self._in_flight: set[asyncio.Task[None]] = set()
@@ -41,25 +42,26 @@ class Sender:
     async def run(self) -> None:
         """Send, for ever; on cancellation what is left is sent once more."""
         with self._logs.installed():
-            await asyncio.to_thread(pack, "slots", [])  # pyarrow's first array imports pandas, which may take seconds
+            # pyarrow's first array imports pandas, which may take seconds, unless `forgo_pandas` came before
+            await asyncio.to_thread(pack, "slots", [])
             try:
                 while True:
                     await asyncio.sleep(EVERY_S)
                     await self._flush()
             finally:
-                self._send_some()
+                await self._send_some()
 
     async def _flush(self) -> None:
         if len(self.outbox) and self._actor is None:
             self._actor = await self._reach()
-        self._send_some()
+        await self._send_some()
 
     async def _reach(self) -> Any | None:
         """The actor if it answers; until then rows wait here, for Ray gives up what is sent to one that restarts."""
-        actor = await asyncio.to_thread(find, names.telemetry(self._fleet))
-        if actor is None:
-            return None
         try:
+            actor = await asyncio.to_thread(find, names.telemetry(self._fleet))
+            if actor is None:
+                return None
             async with asyncio.timeout(_ANSWER_S):
                 await actor.put.remote(self._name, {}, dict(self.outbox.dropped))
         except (ray.exceptions.RayError, TimeoutError) as error:
@@ -67,7 +69,8 @@ class Sender:
             return None
         return actor
 
-    def _send_some(self) -> None:
+    async def _send_some(self) -> None:
+        """At most one batch in a step of the event loop: each is milliseconds of packing."""
         while self._actor is not None and len(self._in_flight) < MOST_IN_FLIGHT:
             batch = self.outbox.take()
             if not batch:
@@ -75,6 +78,7 @@ class Sender:
             task = asyncio.ensure_future(self._send(self._actor, batch))
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
+            await asyncio.sleep(0)
 
     async def _send(self, actor: Any, batch: Batch) -> None:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import ray
@@ -22,12 +22,12 @@ from lltm_ray.config import FleetConfig, TelemetryConfig, read_environment
 from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.dashboard.feed import TelemetryUnavailableError
 from lltm_ray.records import EngineInfo
-from lltm_ray.telemetry.batch import Sealed, unseal
 from lltm_ray.telemetry.logs import LogHandler
-from lltm_ray.telemetry.outbox import Outbox
-from lltm_ray.telemetry.service import TelemetryService
 from lltm_ray.telemetry.spans import Place
-from lltm_ray.telemetry.store import Page
+
+if TYPE_CHECKING:  # who only starts or asks the actor does without pyarrow and OpenTelemetry's SDK
+    from lltm_ray.telemetry.batch import Sealed
+    from lltm_ray.telemetry.store import Page
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,14 @@ class TelemetryActor:
     """Named `lltm:<fleet>:telemetry`. All work is done in one thread, so that the event loop always answers."""
 
     def __init__(self, fleet: str, config: TelemetryConfig, environ: Mapping[str, str]) -> None:
+        from lltm_ray.telemetry.batch import forgo_pandas
+        from lltm_ray.telemetry.service import TelemetryService
+
         self._fleet = fleet
         os.environ.update(environ)  # OpenTelemetry's exporters read theirs there
         default = read_environment().cache_dir / "telemetry" / fleet
         folder = Path(config.segment_dir) if config.segment_dir else default
+        forgo_pandas()
         self._refusal: ConfigError | None = None
         try:
             self._service = TelemetryService(config, folder, {"lltm.fleet": fleet})
@@ -65,6 +69,8 @@ class TelemetryActor:
 
     async def put(self, sender: str, sealed: Sealed, dropped: Mapping[str, int]) -> None:
         """Rows of one process, by `batch.seal`; see `TelemetryService.put`."""
+        from lltm_ray.telemetry.batch import unseal
+
         await self._do(lambda: self._service.put(sender, unseal(sealed), dropped))
 
     async def look(self) -> dict[str, Any]:
@@ -91,9 +97,11 @@ class TelemetryActor:
 
     async def _follow(self) -> None:
         async for status in watch_fleet(self._fleet):
-            self._service.place({engine.name: _place(engine) for engine in status.engines})
+            await self._do(self._service.place, {engine.name: _place(engine) for engine in status.engines})
 
     async def _keep_log(self) -> None:
+        from lltm_ray.telemetry.outbox import Outbox
+
         outbox = Outbox()
         with LogHandler(outbox.add, "telemetry").installed():
             while True:

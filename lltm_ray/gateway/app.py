@@ -41,6 +41,7 @@ from lltm_ray.records import FleetStatus
 from lltm_ray.routing.ledger import Ledger, LedgerEntry
 from lltm_ray.routing.router import Router
 from lltm_ray.telemetry.logs import at_work
+from lltm_ray.telemetry.telling import tell_error
 
 GENERATING = (
     *("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions"),
@@ -256,10 +257,10 @@ class GatewayApp:
 
     async def _refuse(self, request: Request, error: LltmRayError) -> None:
         if request.is_started:
-            request.record.error = "; ".join(filter(None, (request.record.error, error.message)))
+            request.record.error = "; ".join(filter(None, (request.record.error, tell_error(error))))
             _log.warning("request %s: answer broken off: %s", request.id, request.record.error)
             raise error  # the host must break the connection: an end would look like success
-        request.record.error = error.message
+        request.record.error = tell_error(error)
         request.record.status = error.http_status
         if request.trace is not None:
             request.trace.refuse(error)

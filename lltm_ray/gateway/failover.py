@@ -29,6 +29,7 @@ from lltm_ray.gateway.timeline import RequestTrace
 from lltm_ray.gateway.told import DivergedError, Mark
 from lltm_ray.gateway.upstream import Headers, UpstreamBrokenError
 from lltm_ray.records import EngineInfo
+from lltm_ray.telemetry.telling import known_type
 
 _ANSWER_BYTES = 64 * 2**20
 _NOT_RESUMED = frozenset(
@@ -47,6 +48,11 @@ def cannot_continue(engine: str, why: str) -> EngineExitedError:
     error.args = (f"the engine died and its reply cannot be continued on engine {engine}: {why}",)
     error.__dict__["why"] = why
     return error
+
+
+def _type_of(error: Any) -> str:
+    """All that is told of an engine's error: its message may quote the prompt."""
+    return known_type(error.get("type")) if isinstance(error, dict) else ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -215,7 +221,7 @@ class Continuation:
             if found is None:
                 continue
             if "error" in found:
-                raise UpstreamBrokenError(f"the engine answered {found['error']!r:.200}")
+                raise UpstreamBrokenError(f"the engine answered {_type_of(found['error']) or 'an error'}")
             if found["stop"]:
                 self.attempts[-1].id_slot = found["id_slot"]
                 self._count(found["timings"])
@@ -279,7 +285,8 @@ class Continuation:
     @staticmethod
     def _check(engine: EngineInfo, status: int, answer: bytes) -> None:
         if 400 <= status < 500:
-            raise cannot_continue(engine.name, f"it answered {status}: {answer[:200].decode('utf-8', 'replace')}")
+            told = parse_event(b"data:" + answer) or {}
+            raise cannot_continue(engine.name, f"it answered {status} {_type_of(told.get('error'))}".rstrip())
         if status != 200:
             raise UpstreamBrokenError(f"the engine answered {status}")
 

@@ -23,6 +23,10 @@ _TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 _OPEN_METRICS = b"application/openmetrics-text"
 _OPEN_TYPE = _OPEN_METRICS + b"; version=1.0.0; charset=utf-8"
 _EOF = b"# EOF\n"
+_UP = (
+    b"# HELP lltm_telemetry_up Whether the fleet's telemetry answers; without it only the gateway's own are here.\n"
+    b"# TYPE lltm_telemetry_up gauge\nlltm_telemetry_up %d\n"
+)
 _LOADING = b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}'
 
 
@@ -91,8 +95,10 @@ class FleetRoutes:
         is_open = _OPEN_METRICS in (find(request.headers, b"accept") or b"")
         try:
             text = await self._telemetry.metrics(is_open=is_open)
-        except TelemetryUnavailableError as error:
-            text = b"# %b\n" % str(error).encode()
+            own += _UP % 1
+        except TelemetryUnavailableError:
+            text = b""
+            own += _UP % 0
         if is_open:
             text = text.removesuffix(_EOF) + as_open_metrics(own) + _EOF
         await request.reply(200, text if is_open else text + own, content_type=_OPEN_TYPE if is_open else _TEXT)

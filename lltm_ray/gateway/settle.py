@@ -6,6 +6,7 @@ from lltm_ray.gateway.guard import Cause
 from lltm_ray.gateway.request import Request
 from lltm_ray.routing.ledger import LedgerEntry
 from lltm_ray.routing.ledger.entry import Outcome
+from lltm_ray.telemetry.telling import cut_error
 
 _MODEL_CHARS = 96
 
@@ -25,7 +26,7 @@ def settle(request: Request, policy: str) -> LedgerEntry:
         entry.model = ((ask.model if ask else request.model) or "")[:_MODEL_CHARS]
     entry.affinity = ask.affinity if ask else ""
     entry.wait_s, entry.ttft_s, entry.total_s = record.queue_s, record.ttft_s, record.total_s
-    entry.status, entry.error = record.status, record.error
+    entry.status, entry.error = record.status, cut_error(record.error)
     entry.delivered_tokens = record.delivered_tokens
     if request.choice is not None:
         entry.why = request.choice.why

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import isnan
 
-from lltm_ray.errors import ConfigError, LltmRayError
+from lltm_ray.errors import LltmRayError
 from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.upstream import Headers
 from lltm_ray.records import Timings
@@ -20,6 +20,7 @@ from lltm_ray.telemetry.context import (
     write_traceparent,
 )
 from lltm_ray.telemetry.rows import NEVER
+from lltm_ray.telemetry.telling import tell_error
 
 _MOST_STATE_BYTES = 512
 """Of `tracestate`: what the standard wants passed on at least. It waits in every row; a longer one is dropped."""
@@ -87,9 +88,7 @@ class RequestTrace:
     def refuse(self, error: LltmRayError) -> None:
         """The gateway itself says no. A wrong field's value is left out: it may be the prompt."""
         self.error_type = error.code
-        self.error = error.message
-        if isinstance(error, ConfigError):
-            self.error = f"{error.field}: {error.__dict__['why']}"
+        self.error = tell_error(error)
 
     def headers(self) -> Headers:
         """What makes the engine's own spans, once it has some, children of the attempt under way."""

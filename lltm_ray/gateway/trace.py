@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -21,24 +20,12 @@ from lltm_ray.records import Timings
 from lltm_ray.routing.ledger import Attempt
 from lltm_ray.telemetry.content import Capture
 from lltm_ray.telemetry.logs import sendable
-from lltm_ray.telemetry.parameters import FIELDS
 from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow
+from lltm_ray.telemetry.telling import cut_error, known_type, tell_parameters
 
-_SCHEMAS = frozenset(("response_format", "text", "json_schema"))
 _CONVERSATION_HEADERS = (b"x-conversation-id", b"x-session-id")
 _CONVERSATION_FIELDS = ("conversation", "session_id")
-_MOST_CHARS, _MOST_ERROR_CHARS, _MOST_PARAMETER_CHARS = 256, 1024, 4096
-_ERROR_TYPES = frozenset(
-    (
-        *("invalid_request_error", "authentication_error", "server_error", "not_found_error", "permission_error"),
-        *("unavailable_error", "not_supported_error", "exceed_context_size_error"),
-    )
-)
-"""llama-server's own (`error_type` of tools/server)."""
-_encode = json.JSONEncoder(separators=(",", ":")).encode
-_encoded: dict[str, str] = {}
-"""Parameters, as Python writes them -> as JSON, of late requests: clients ask for the same again and again."""
-_MOST_ENCODED = 1024
+_MOST_CHARS = 256
 _log = logging.getLogger(__name__)
 
 
@@ -112,14 +99,14 @@ def request_row(request: Request, trace: RequestTrace, *, content: str = "") -> 
         conversation=sendable(_conversation(request.headers, body)),
         status=record.status,
         error_type=trace.error_type or _error_type(record.status, record.error, ends),
-        error=sendable((trace.error or record.error)[:_MOST_ERROR_CHARS]),
+        error=cut_error(trace.error or record.error),
         arrived_unix_nano=entry.arrived_unix_nano,
         ttft_s=NEVER if record.ttft_s is None else record.ttft_s,
         total_s=record.total_s,
         delivered_tokens=record.delivered_tokens,
         bytes_sent=record.bytes_sent,
         is_stream=request.is_stream,
-        parameters=_parameters(body),
+        parameters=tell_parameters(body),
         response_id=_string(ends, b'"id":"'),
         response_model=_string(ends, b'"model":"'),
         finish_reasons=_finish_reasons(ends, are_several=is_several(fields)),
@@ -170,36 +157,6 @@ _REFUSED: Any = Attempt(engine="", predicted_cached_tokens=-1, outcome="refused"
 _UNTOLD = Timings(prompt_ms=math.nan, predicted_ms=math.nan)
 
 
-def _parameters(body: dict[str, Any]) -> str:
-    found = {name: value for name, value in body.items() if name in FIELDS}
-    if not isinstance(found.get("prompt", {}), dict):
-        del found["prompt"]
-    for name in () if _SCHEMAS.isdisjoint(found) else found.keys() & _SCHEMAS:
-        found[name] = _without_schema(found[name])
-    if not found:
-        return ""
-    key = repr(found)
-    return _encoded.get(key) or _encode_anew(key, found)
-
-
-def _encode_anew(key: str, found: dict[str, Any]) -> str:
-    text = _encode(found)
-    if len(text) > _MOST_PARAMETER_CHARS:
-        return ""
-    if len(_encoded) >= _MOST_ENCODED:
-        _encoded.clear()
-    _encoded[key] = text
-    return text
-
-
-def _without_schema(shape: Any) -> Any:
-    """What an answer shall look like, in a word: its schema may be long, and is the client's own."""
-    if not isinstance(shape, dict):
-        return bool(shape)
-    inner = shape.get("format", shape)
-    return {"type": inner.get("type") if isinstance(inner, dict) else None}
-
-
 def _conversation(headers: Headers, body: dict[str, Any]) -> str:
     for name in _CONVERSATION_HEADERS:
         given = find(headers, name)
@@ -218,8 +175,7 @@ def _error_type(status: int, error: str, ends: bytes) -> str:
         return "client_gone"
     if status < 400:
         return "stream_broken" if error else ""
-    told = _string(ends, b'"type":"')
-    return told if told in _ERROR_TYPES else str(status)
+    return known_type(_string(ends, b'"type":"')) or str(status)
 
 
 def _string(ends: bytes, key: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ from ray.serve import Application
 from lltm_ray.config import FleetConfig, GatewayConfig, build
 from lltm_ray.errors import ConfigError
 from lltm_ray.serve.deployments import FleetHolder, Ingress
+from lltm_ray.telemetry.content import settle_content
 
 
 def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Application:
@@ -25,7 +27,8 @@ def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Applicat
     Each ingress replica owns its part of every engine's slots, as gateways do.
 
     Raises:
-        ConfigError: an unknown or wrong setting, or an address, which Serve binds.
+        ConfigError: an unknown or wrong setting, an address, which Serve binds, or a wrong word in the environment's
+            choice of captured content.
     """
     fleet = config if isinstance(config, FleetConfig) else build(FleetConfig, _nested(config or {}))
     gateway = fleet.gateway or GatewayConfig()
@@ -34,6 +37,7 @@ def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Applicat
             raise ConfigError(
                 f"gateway.{name}", getattr(gateway, name), "Serve binds the address: use its http options"
             )
+    fleet = replace(fleet, telemetry=settle_content(fleet.telemetry, os.environ))
     holder = FleetHolder.bind(replace(fleet, gateway=None))
     app: Application = Ingress.bind(gateway, holder, fleet.telemetry)
     return app

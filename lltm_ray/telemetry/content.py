@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from lltm_ray._optional import load
+from lltm_ray.config import TelemetryConfig
 from lltm_ray.errors import ConfigError
 
 VARIABLE: Final = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
@@ -105,11 +107,30 @@ def read_capture(environ: Mapping[str, str], redact: str | None) -> Capture | No
     Raises:
         ConfigError: a word that is none of these, or a function that cannot be loaded.
     """
+    return make_capture(redact) if wants_content(environ) else None
+
+
+def wants_content(environ: Mapping[str, str]) -> bool:
+    """Whether the environment asks for content; raises ConfigError as `read_capture`."""
     word = environ.get(VARIABLE, "").strip().lower()
     if word not in _WORDS:
         raise ConfigError(VARIABLE, word, f"must be one of {', '.join(filter(None, _WORDS))}")
-    if not _WORDS[word]:
-        return None
+    return _WORDS[word]
+
+
+def settle_content(config: TelemetryConfig | None, environ: Mapping[str, str]) -> TelemetryConfig | None:
+    """`capture_content` as who starts the fleet wants it, so that its processes' own environments have no say.
+
+    Raises:
+        ConfigError: as `read_capture`, where the settings leave it to the environment.
+    """
+    if config is None or not config.enabled or config.capture_content is not None:
+        return config
+    return replace(config, capture_content=wants_content(environ))
+
+
+def make_capture(redact: str | None) -> Capture:
+    """With the function that `redact` names; see `read_capture`."""
     if redact is None:
         return Capture()
     try:

@@ -8,6 +8,7 @@ Names: `otlp` (as the environment says), `otlp-grpc`, `otlp-http`, `console`, or
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -35,6 +36,7 @@ from lltm_ray.telemetry.spans import Span
 
 GROUP = "lltm_ray.exporters"
 BUILT_IN = ("otlp", "otlp-grpc", "otlp-http", "console")
+_ADDRESS = re.compile(r"(\w+://)?(?:[^/?#@\s]*@)?((?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)(?=[/?#]|\Z)")
 
 
 class Console:
@@ -157,15 +159,21 @@ class Exporters:
             return
         inner = otlp.build_exporter(protocol, signal, endpoint)
         translator = otlp.Translator(*self._translator)
-        name = f"{protocol} {signal}"
-        if name in self.counts():
-            name += f" {endpoint}"
+        name = self._name(f"{protocol} {signal}", endpoint)
         if signal == "traces":
             self._pumps.append(Pump(name, _sending(inner, translator.spans), self._capacity, inner.shutdown))
         elif signal == "logs":
             self._log_pumps.append(Pump(name, _sending(inner, translator.logs), self._capacity, inner.shutdown))
         else:
             self._metrics.append(_Metrics(name, inner))
+
+    def _name(self, name: str, endpoint: str) -> str:
+        """Another one each; no more of an endpoint than host and port, for the rest may hold credentials."""
+        taken = self.counts()
+        if name in taken and (address := _ADDRESS.match(endpoint)):
+            name += f" {address[1] or ''}{address[2]}"
+        numbered = (f"{name} {number}" for number in range(2, len(taken) + 3))
+        return name if name not in taken else next(each for each in numbered if each not in taken)
 
 
 def _sending(inner: Any, translate: Callable[[Any], Any]) -> Callable[[Any], bool]:

@@ -181,7 +181,7 @@ def _observe(
 
 
 def _totals(samples: Samples, field: str, _: object) -> Iterator[Observation]:
-    for engine, row in list(samples.servers.items()):
+    for engine, row in samples.servers.copy().items():
         value = samples.total(engine, field)
         if value is not None:
             yield Observation(value, _server_labels(row))

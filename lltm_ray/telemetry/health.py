@@ -34,7 +34,7 @@ class Health:
         self.rows: Counter[str] = Counter()
         """Rows that came, by kind."""
         self.lost: Counter[tuple[str, str]] = Counter()
-        """Rows that senders lost, by sender and kind."""
+        """Rows that senders lost, by sender's name and kind."""
         self.requests: Counter[str] = Counter()
         """Requests by what was decided on them: `Sampler.decide`'s words, `no` for none."""
         self.faults = 0
@@ -47,15 +47,17 @@ class Health:
         """Note a batch.
 
         Args:
-            sender: its process.
+            sender: its process as `name/start`, where `start` is another whenever it starts again.
             counts: rows in it, by kind.
-            dropped: rows the sender has lost since it started, by kind; fewer than last time: it started again.
+            dropped: rows the sender has lost since that start, by kind; fewer than before: the batch was overtaken.
         """
         self.rows.update(counts)
+        name = sender.partition("/")[0]
         for kind, lost in dropped.items():
             before = self._told.get((sender, kind), 0)
-            self.lost[sender, kind] += lost - before if lost >= before else lost
-            self._told[sender, kind] = lost
+            if lost > before:
+                self.lost[name, kind] += lost - before
+                self._told[sender, kind] = lost
 
     def as_dict(self) -> dict[str, Any]:
         """For the status page."""

@@ -148,7 +148,7 @@ class Instruments:
     def _make(self, metric: Metric) -> None:
         if metric.kind == "counter":
             sums = self._sums[metric.name] = {}
-            self.observe(*metric[:4], lambda _: [Observation(sum_, dict(key)) for key, sum_ in list(sums.items())])
+            self.observe(*metric[:4], lambda _: [Observation(sum_, dict(key)) for key, sum_ in sums.copy().items()])
             return
         self._histograms[metric.name] = self._meter.create_histogram(
             metric.name, metric.unit, metric.description, explicit_bucket_boundaries_advisory=list(metric.bounds)
@@ -181,8 +181,11 @@ class Instruments:
 
     def _record_speed(self, subject: _Subject, last: AttemptRow, phases: Phases, labels: Labels) -> None:
         """Times to and per token, of answers without an error as the conventions have it."""
-        if not isnan(subject.request.ttft_s):
-            self._take(subject, "gen_ai.server.time_to_first_token", subject.request.ttft_s, labels)
+        if phases.decode is None:  # a whole answer that told no times: its first byte is its last
+            return
+        first_s = phases.decode[0] if isnan(last.first_s) else subject.request.ttft_s
+        if not isnan(first_s):
+            self._take(subject, "gen_ai.server.time_to_first_token", first_s, labels)
         if last.generated_tokens > 1:
             decode_s = last.predicted_ms / 1e3 if last.predicted_ms > 0 else seconds(phases.decode)
             per_token_s = decode_s / (last.generated_tokens - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -15,10 +15,11 @@ from lltm_ray.telemetry.energy import Energy
 from lltm_ray.telemetry.health import Meter
 
 _MOST_REQUESTS = 5000
+_MOST_SUMS = 10_000
 
 
 class Joules:
-    """Sums of what `Energy` settles; for one thread.
+    """Sums of what `Energy` settles; for one thread, but metrics are read from any.
 
     Args:
         energy: fed by the owner.
@@ -28,7 +29,7 @@ class Joules:
 
     def __init__(self, energy: Energy, meter: Meter, clock: Callable[[], float] = time.time) -> None:
         self._energy, self._clock = energy, clock
-        self._sums: defaultdict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._sums: dict[tuple[str, str], tuple[float, int]] = {}
         self._requests: OrderedDict[str, float] = OrderedDict()
         served = "Energy of requests, a GPU's counter shared by their tokens"
         meter.observe("lltm.energy.requests", "counter", "J", served, lambda _: self._observe(0))
@@ -38,14 +39,17 @@ class Joules:
         meter.observe("lltm.energy.gpu", "counter", "J", text, self._observe_gpus)
 
     def settle(self) -> None:
-        """Take what has become known."""
-        for share in self._energy.settle(self._clock()):
-            sums = self._sums[share.engine, share.model]
-            sums[0] += share.joules
-            sums[1] += share.tokens
+        """Take what has become known, and forget who is gone."""
+        now_s = self._clock()
+        for share in self._energy.settle(now_s):
+            joules, tokens = self._sums.get((share.engine, share.model), (0.0, 0))
+            self._sums[share.engine, share.model] = joules + share.joules, tokens + share.tokens
             self._requests[share.request_span_id] = self._requests.get(share.request_span_id, 0.0) + share.joules
+        self._energy.forget(now_s)
         while len(self._requests) > _MOST_REQUESTS:
             self._requests.popitem(last=False)
+        while len(self._sums) > _MOST_SUMS:
+            del self._sums[next(iter(self._sums))]
 
     def of_request(self, span_id: str) -> float | None:
         """Joules of a request by its SERVER span; None: not known yet, or not any more, or of no GPU."""
@@ -60,11 +64,11 @@ class Joules:
         return {"engines": engines, "gpus": {uuid: asdict(each) for uuid, each in self._energy.balances.items()}}
 
     def _observe(self, place: int) -> Iterator[Observation]:
-        for (engine, model), sums in list(self._sums.items()):
+        for (engine, model), sums in self._sums.copy().items():
             yield Observation(sums[place], {names.ENGINE: engine, names.REQUEST_MODEL: model})
 
     def _observe_gpus(self, _: object) -> Iterator[Observation]:
-        for uuid, balance in list(self._energy.balances.items()):
+        for uuid, balance in self._energy.balances.items():
             kinds = {"requests": balance.attributed_j, "idle": balance.idle_j, "unknown": balance.unattributed_j}
             for kind, joules in kinds.items():
                 yield Observation(joules, {"hw.id": uuid, "kind": kind})

@@ -71,7 +71,7 @@ class Live:
     def look(self) -> dict[str, Any]:
         """Everything, as JSON: `totals`, `rates`, `latency_s`, `ttft_s`, `queue_s`, `engines`, `gpus`, ..."""
         now, samples = self._clock(), self._samples
-        self._forget(now)
+        self.forget(now)
         rows = [each for each in self._requests if each[0] >= now - WINDOW_S]
         prompts, cached = sum(each[2] for each in rows), sum(each[3] for each in rows)
         return {
@@ -92,10 +92,11 @@ class Live:
             "recent": list(reversed(self._recent.values())),
         }
 
-    def _forget(self, now: float) -> None:
-        self._samples.forget(now)
+    def forget(self, now_s: float) -> None:
+        """Drop what is over or was not seen lately, samples too; `now_s` in Unix seconds."""
+        self._samples.forget(now_s)
         self._holders = {key: each for key, each in self._holders.items() if key[0] in self._samples.servers}
-        while self._requests and self._requests[0][0] < now - WINDOW_S:
+        while self._requests and self._requests[0][0] < now_s - WINDOW_S:
             self._requests.popleft()
 
     def _second(self, second: int) -> Counter[str]:

@@ -92,6 +92,10 @@ TOLD: Final = (
     *(names.PROMPT_NAME, names.PROMPT_VERSION, names.WORKFLOW_NAME),
 )
 """What only the client can know; it tells them in the request's `metadata`, under these very names."""
+METADATA: Final = frozenset((*TOLD, names.CONVERSATION_COMPACTED))
+"""Members of `metadata` that are read."""
+STORED_PROMPT: Final = frozenset(("id", "version"))
+"""Members of a `prompt` that is an object; its `variables` are the prompt's own words."""
 FIELDS: Final = frozenset((*_READ, "metadata", "prompt"))
 """Fields of a request that are read here; of `prompt` only an object, which is a stored prompt's name and version."""
 

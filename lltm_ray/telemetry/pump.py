@@ -24,7 +24,8 @@ _TRIES = 8
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 4.0
 _QUIET_S = 60.0
 """Between two log lines of one destination."""
-_CREDENTIALS = re.compile(r"//[^/@\s]+@")
+_CREDENTIALS = re.compile(r"(?<=//)[^/@\s]+(?=@)|(?<=\?)[^\s'\")]+")
+"""In a URL: before its host, and in its query."""
 _speaker: contextvars.ContextVar[Reporter | None] = contextvars.ContextVar("lltm_exporter", default=None)
 
 
@@ -73,7 +74,7 @@ class Reporter:
 
     def hear(self, line: str) -> None:
         """What the exporter would have logged. Its first line has the cause, the last one what it came to."""
-        self._heard = [*self._heard[:1], _CREDENTIALS.sub("//***@", line)]
+        self._heard = [*self._heard[:1], _CREDENTIALS.sub("***", line)]
 
     def _conclude(self, is_sent: bool) -> None:
         self.error = "" if is_sent else "; ".join(dict.fromkeys(self._heard)) or "refused without a reason"

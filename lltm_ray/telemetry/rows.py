@@ -216,8 +216,8 @@ class QueueRow(NamedTuple):
     running: int
     rejected: int
     """Refused for want of a slot since the gateway started."""
-    predicted_wait_s: float
-    """Of the request that would join the queue now."""
+    predicted_wait_s: float | None
+    """Of the request that would join the queue now; None: nobody can say."""
 
 
 class LogRow(NamedTuple):

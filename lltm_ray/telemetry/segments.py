@@ -12,8 +12,10 @@ import os
 import re
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -29,6 +31,10 @@ _QUIET_S = 60.0
 """Between two log lines about a disk that refuses."""
 _OPEN_S = 900.0
 """Longest a segment stays open: what it holds is written again with each flush."""
+_SEGMENT_BYTES = 64 * 2**20
+"""In memory; as much of each kind may wait for a flush, and as much for a disk that refuses."""
+_MOST_NEW_ROWS = 100_000
+"""Of each kind that wait for a flush, which a disk may hold up."""
 
 
 class Segments:
@@ -39,11 +45,13 @@ class Segments:
         self._max_bytes, self._max_age_s = max_bytes, max_age_s
         self._lock = threading.Lock()
         self._writing = threading.Lock()
-        self._new: dict[str, list[pa.RecordBatch]] = defaultdict(list)
+        self._new: dict[str, deque[pa.RecordBatch]] = defaultdict(deque)
+        self._new_rows: Counter[str] = Counter()
+        self._new_bytes: Counter[str] = Counter()
         self._open: dict[str, pa.Table] = {}
         self._opened: dict[str, float] = {}
         self._waiting: Counter[str] = Counter()
-        self._is_refused = False
+        self._refused: set[str] = set()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self.rows_written = self.write_errors = self.rows_lost = 0
@@ -71,29 +79,59 @@ class Segments:
         with self._lock:
             if not self._stop.is_set():
                 self._new[kind].append(rows)
+                self._new_rows[kind] += len(rows)
+                self._new_bytes[kind] += rows.nbytes
+                self._shrink(kind)
+
+    def _shrink(self, kind: str) -> None:
+        new = self._new[kind]
+        while len(new) > 1 and (self._new_rows[kind] > _MOST_NEW_ROWS or self._new_bytes[kind] > _SEGMENT_BYTES):
+            oldest = new.popleft()
+            self._new_rows[kind] -= len(oldest)
+            self._new_bytes[kind] -= oldest.nbytes
+            self.rows_lost += len(oldest)
 
     def flush(self) -> None:
         """Write what is new, then delete what is too old or too much. A disk that refuses is tried again next time."""
         with self._writing:
-            try:
-                self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                for kind in SCHEMAS:
-                    self._flush(kind)
-                self._retain()
-            except (OSError, pa.ArrowException) as error:
-                self._complain(error)
+            self._attempt(self._prepare)
+            for kind in SCHEMAS:
+                self._take_in(kind)
+                if self._attempt(partial(self._flush, kind)):
+                    self._refused.discard(kind)
+                else:
+                    self._refused.add(kind)
+            self._attempt(self._retain)
 
-    def _flush(self, kind: str) -> None:
+    def _attempt(self, work: Callable[[], None]) -> bool:
+        """Each on its own: what the disk refuses of one kind must not keep the others in memory."""
+        try:
+            work()
+        except (OSError, pa.ArrowException) as error:
+            self._complain(error)
+            return False
+        return True
+
+    def _prepare(self) -> None:
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if self._refused:  # it may be full
+            self._retain()
+
+    def _take_in(self, kind: str) -> None:
         with self._lock:
-            new = self._new.pop(kind, [])
+            new = self._new.pop(kind, ())
+            self._new_rows[kind] = self._new_bytes[kind] = 0
         if new:
             old = self._open[kind].to_batches() if kind in self._open else []
             # combined by a copy: small batches, and shared memory that they came in, are let go
             self._open[kind] = pa.Table.from_batches([*old, *new]).combine_chunks()
             self._waiting[kind] += sum(map(len, new))
             self._opened.setdefault(kind, time.monotonic())
-        if self._waiting[kind]:
+        if kind in self._refused:
             self._bound(kind)
+
+    def _flush(self, kind: str) -> None:
+        if self._waiting[kind]:
             self._write(kind, self._open[kind])
             self.rows_written += self._waiting.pop(kind)
         if kind in self._open and self._is_full(kind):
@@ -102,13 +140,15 @@ class Segments:
     def _bound(self, kind: str) -> None:
         """Keep only so much of what a refusing disk has not taken; what it has taken is in a segment of its own."""
         rows, waiting = self._open[kind], self._waiting[kind]
-        if self._is_refused and len(rows) > 2 * self._segment_rows:
-            kept = min(waiting, self._segment_rows)
+        if len(rows) > 2 * self._segment_rows or rows.nbytes > 2 * _SEGMENT_BYTES:
+            kept = min(waiting, self._segment_rows, len(rows) * _SEGMENT_BYTES // rows.nbytes)
             self._open[kind], self._waiting[kind] = rows.slice(len(rows) - kept), kept
-            self.rows_lost += waiting - kept
+            with self._lock:
+                self.rows_lost += waiting - kept
 
     def _is_full(self, kind: str) -> bool:
-        return len(self._open[kind]) >= self._segment_rows or time.monotonic() - self._opened[kind] > _OPEN_S
+        rows, open_s = self._open[kind], time.monotonic() - self._opened[kind]
+        return len(rows) >= self._segment_rows or rows.nbytes >= _SEGMENT_BYTES or open_s > _OPEN_S
 
     def _path(self, kind: str, rows: pa.Table) -> Path:
         return self._folder / f"{kind}-{rows.column(SEQUENCE)[0].as_py():020d}.parquet"
@@ -117,14 +157,15 @@ class Segments:
         path = self._path(kind, rows)
         draft = path.with_suffix(".draft")
         draft.unlink(missing_ok=True)
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            pq.write_table(rows, file, compression="zstd")
-        draft.replace(path)
-        self._is_refused = False
+        try:
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                pq.write_table(rows, file, compression="zstd")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)  # half of one on a full disk
 
     def _complain(self, error: Exception) -> None:
         self.write_errors += 1
-        self._is_refused = True
         if time.monotonic() - self._said_at >= _QUIET_S:
             self._said_at = time.monotonic()
             _log.warning("telemetry cannot write to %s: %s", self._folder, error)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,9 @@ from lltm_ray.telemetry.store import Page
 
 _SAMPLES = ("servers", "slots", "gpus", "nodes", "queues")
 _MOST_TIMELINES = 5000
+_MOST_SPANS = 256
+"""Of one trace beside its requests' own: clients choose trace ids, and need not change them."""
+_TIDY_S = 1.0
 
 
 class TelemetryService:
@@ -35,21 +39,28 @@ class TelemetryService:
         config: the settings.
         folder: of segments; None: memory only.
         attributes: of the resource, such as the fleet's name.
+        clock: Unix seconds.
 
     Raises:
         ConfigError: a setting, or a variable of the environment, that cannot be used.
     """
 
     def __init__(
-        self, config: TelemetryConfig, folder: Path | None, attributes: Mapping[str, str | int] | None = None
+        self,
+        config: TelemetryConfig,
+        folder: Path | None,
+        attributes: Mapping[str, str | int] | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self._clock, self._tidied_s = clock, 0.0
         self._prometheus = PrometheusReader()
         self._hub = build_hub(config, folder, attributes, [self._prometheus])
         self._samples = Samples()
-        self._live = Live(self._samples)
+        self._live = Live(self._samples, clock)
         self._spans = Spans(read_profile(os.environ))
         self._requests: OrderedDict[str, tuple[RequestRow, Sequence[AttemptRow]]] = OrderedDict()
-        self._others: OrderedDict[str, list[SpanRow]] = OrderedDict()
+        self._others: OrderedDict[str, deque[SpanRow]] = OrderedDict()
         self._hub.on_request += [self._live.add_request, self._keep]
         self._hub.on_rows["spans"].append(self._keep_spans)
         for kind in _SAMPLES:
@@ -57,7 +68,7 @@ class TelemetryService:
         self._hub.on_rows["servers"].append(self._place_gpus)
         observe_samples(self._hub.instruments, self._samples)
         self._energy = Energy()
-        self._joules = Joules(self._energy, self._hub.instruments)
+        self._joules = Joules(self._energy, self._hub.instruments, clock)
         self._hub.on_request.append(self._energy.add_request)
         self._hub.on_rows["servers"].append(self._energy.add_servers)
         self._hub.on_rows["slots"].append(self._energy.add_slots)
@@ -66,12 +77,20 @@ class TelemetryService:
     def put(self, sender: str, batch: Batch, dropped: Mapping[str, int]) -> Receipt:
         """As `Hub.put`."""
         receipt = self._hub.put(sender, batch, dropped)
-        self._joules.settle()
+        if not 0 <= self._clock() - self._tidied_s < _TIDY_S:
+            self._tidy()
         return receipt
 
     def place(self, places: Mapping[str, Place]) -> None:
         """Where the fleet's engines are now, by name."""
-        self._hub.places = places
+        homes = {name: (place.node, place.gpu_uuids) for name, place in self._hub.places.items()}
+        self._hub.places = {name: _with_gpus(place, *homes.get(name, ("", ()))) for name, place in places.items()}
+
+    def _tidy(self) -> None:
+        """Let go of what is gone, and share the joules that can be shared."""
+        self._tidied_s = self._clock()
+        self._live.forget(self._tidied_s)
+        self._joules.settle()
 
     def _place_gpus(self, rows: Sequence[ServerRow]) -> None:
         """Samplers know which devices an engine's share is."""
@@ -101,6 +120,7 @@ class TelemetryService:
 
     def metrics(self, *, is_open: bool = False) -> bytes:
         """All metrics as text; see `PrometheusReader.text`."""
+        self._tidy()
         return self._prometheus.text(is_open=is_open)
 
     def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
@@ -117,13 +137,15 @@ class TelemetryService:
             self._requests.popitem(last=False)
 
     def _keep_spans(self, rows: Sequence[SpanRow]) -> None:
-        by_trace: defaultdict[str, list[SpanRow]] = defaultdict(list)
         for row in rows:
-            by_trace[row.trace_id].append(row)
-        for trace_id, some in by_trace.items():
-            self._others.setdefault(trace_id, []).extend(some)
+            self._others.setdefault(row.trace_id, deque(maxlen=_MOST_SPANS)).append(row)
         while len(self._others) > _MOST_TIMELINES:
             self._others.popitem(last=False)
+
+
+def _with_gpus(place: Place, node: str, gpu_uuids: tuple[str, ...]) -> Place:
+    """With the devices that were known on its node; the fleet's directory does not tell them."""
+    return place if place.gpu_uuids or place.node != node else place._replace(gpu_uuids=gpu_uuids)
 
 
 def _shown(span: Span, arrived_unix_nano: int) -> dict[str, Any]:

@@ -396,6 +396,23 @@ async def test_an_engine_that_refuses_or_is_not_up_is_told_apart(pool: UpstreamP
     assert [attempt.wasted_tokens for attempt in continuation.attempts] == [0, 0, 1]
 
 
+@pytest.mark.parametrize(("kind", "told"), [("server_error", "server_error"), ("hello", "an error")])
+async def test_an_error_event_of_a_survivor_is_told_by_its_type_and_quotes_nothing(
+    pool: UpstreamPool, pair: tuple[Engine, ...], kind: str, told: str
+) -> None:
+    async def quote(_request: bytes, writer: asyncio.StreamWriter) -> None:
+        error = {"code": 500, "type": kind, "message": "failed to decode hello"}
+        writer.write(STREAM_HEAD + event(json.dumps({"error": error}).encode()))
+
+    body = request(NATIVE, 8)
+    tap = StreamTap(NATIVE, body)
+    tap.feed(b"".join((await events_of(pool, pair[0].info, NATIVE, body, details=True))[:5]))
+    async with FakeEngine(quote) as fake:
+        with pytest.raises(UpstreamBrokenError) as caught:
+            await anext(aiter(Continuation(NATIVE, body, tap, pool).on(engine_info("x", fake.url))))
+    assert str(caught.value) == f"the engine answered {told}"
+
+
 async def test_a_reply_with_reasoning_is_refused_in_words(pool: UpstreamPool, pair: tuple[Engine, ...]) -> None:
     body = request(CHAT, 8)
     tap = StreamTap(CHAT, body)

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from lltm_ray.config import TelemetryConfig
 from lltm_ray.gateway.trace import Tracing
 from lltm_ray.llamacpp.metrics import read_metrics
 from lltm_ray.records import EngineInfo
+from lltm_ray.routing.ledger import Ledger
 from lltm_ray.telemetry.content import Capture
 from lltm_ray.telemetry.logs import LogHandler
 from lltm_ray.telemetry.outbox import Outbox
@@ -453,6 +454,51 @@ async def test_no_row_has_a_word_of_prompt_or_answer_nor_a_key(pair, rows):
     assert {row.tenant for row in rows.requests} == {rows.requests[0].tenant}
     batch = rows.outbox.take()  # every row can travel, whatever its client said
     assert (batch["requests"].num_rows, rows.outbox.dropped) == (len(SAID) + 1, {})
+
+
+QUOTED = b'{"error":{"code":400,"type":"invalid_request_error","message":"cannot parse the-heron-at-dusk"}}'
+
+
+async def refuse_with_a_quote(_request: bytes, writer: asyncio.StreamWriter) -> None:
+    """As a survivor may that cannot read what it is to go on with."""
+    writer.write(whole(QUOTED, status=400))
+
+
+async def test_a_survivors_error_is_told_by_status_and_type_and_quotes_nothing(rows, tmp_path):
+    handler = LogHandler(rows.add, "gateway")
+    parts = itertools.chain((break_off,), itertools.repeat(refuse_with_a_quote))
+
+    async def script(request: bytes, writer: asyncio.StreamWriter) -> None:
+        await next(parts)(request, writer)
+
+    async with FakeEngine(script) as one, FakeEngine(script) as two:
+        engines = engine_info("e0", one.url), engine_info("e1", two.url)
+        with closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+            async with gateway(*engines, tracing=Tracing(rows.add), ledger=ledger) as gate:
+                with handler.installed():
+                    _, id_, answer = await post(gate, "/completion", LONG | {"prompt": SECRET_PROMPT})
+                await gate.idle()
+                (record,) = gate.app.records
+                entry = ledger.explain(id_)
+    assert answer.endswith(b"<broken>")
+    assert "it answered 400 invalid_request_error" in record.error
+    assert rows.requests[0].error == record.error == entry["error"]
+    assert SECRET_PROMPT not in repr((rows.told, record, entry))
+    assert rows.logs
+
+
+async def test_the_account_has_no_word_of_the_prompt(rows, tmp_path):
+    with closing(Ledger(tmp_path / "ledger.sqlite")) as ledger:
+        async with gateway(engine_info("e0", "http://127.0.0.1:9"), tracing=Tracing(rows.add), ledger=ledger) as gate:
+            for body in (b'{"prompt": "' + SECRET_PROMPT.encode(), json.dumps({"model": [SECRET_PROMPT]}).encode()):
+                async with gate.http.post(gate.url + PATH, data=body) as reply:
+                    assert reply.status == 400
+                    assert SECRET_PROMPT in await reply.text()  # its own client may read it
+                    id_ = reply.headers["x-request-id"]
+                await gate.idle()
+                entry = ledger.explain(id_)
+                assert entry["error"] == rows.requests[-1].error != ""
+                assert SECRET_PROMPT not in repr((entry, gate.app.records, rows.told))
 
 
 async def test_captured_content_is_there_on_both_ends_and_redacted(pair, rows):

@@ -44,7 +44,7 @@ def known() -> set[str]:
         service.put("g", {kind: pack(kind, rows) for kind, rows in batch.items()}, {"slots": 3})
     names = {sample.name for family in parse(service.metrics().decode()) for sample in family.samples}
     service.close()
-    return names | {"lltm_ledger_drift_tokens"}
+    return names | {"lltm_ledger_drift_tokens", "lltm_telemetry_up"}
 
 
 def asked_for(expression: str) -> set[str]:

@@ -7,10 +7,12 @@ import gzip
 import importlib.resources
 from contextlib import aclosing
 from functools import cache
+from typing import Any
 
 from lltm_ray.gateway.dashboard.feed import Feed, Telemetry, TelemetryUnavailableError
 from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.request import Handler, Request
+from lltm_ray.telemetry.semconv import CONTENT
 
 PATH = "/dashboard"
 TIMELINE_PATH = PATH + "/requests"
@@ -62,7 +64,8 @@ class DashboardRoutes:
         if found is None:
             await _refuse(request, 404, f"no request {id_!r} is known to telemetry (any more)")
             return
-        await request.reply_json(found)
+        is_own = found["request"]["tenant"] == request.tenant
+        await request.reply_json(found if is_own else _without_content(found))
 
     async def _events(self, request: Request) -> None:
         if self._feed is None:
@@ -85,6 +88,15 @@ class DashboardRoutes:
 
 _OFF = "this fleet runs without telemetry; start it with telemetry.enabled = true"
 _TYPES = {404: "not_found_error", 501: "not_supported_error", 503: "unavailable_error"}
+
+
+def _without_content(timeline: dict[str, Any]) -> dict[str, Any]:
+    """Another tenant's request: its figures, for operators share the page, and nothing that was said."""
+    shown = [
+        span | {"attributes": {name: value for name, value in span["attributes"].items() if name not in CONTENT}}
+        for span in timeline["spans"]
+    ]
+    return timeline | {"request": timeline["request"] | {"content": ""}, "spans": shown}
 
 
 async def _refuse(request: Request, status: int, message: str) -> None:

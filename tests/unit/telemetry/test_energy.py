@@ -2,12 +2,18 @@
 
 import math
 import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lltm_ray.telemetry.energy import PATIENCE_S, SETTLE_S, Energy
+from lltm_ray.telemetry.joules import Joules
 from tests.unit.telemetry.rows_made import attempt_row, gpu_row, request_row, server_row, slot_row
 
 BASE_S = 1_700_000_000
@@ -125,6 +131,140 @@ def test_an_engine_on_no_gpu_costs_no_joules(energy: Energy) -> None:
     request(energy, 0.0, 1.0, span_id="a", engine="cpu")
     assert settle(energy, 1 + SETTLE_S) == {}
     assert energy.balances["GPU-1"].attributed_j == 0
+
+
+def look(energy: Energy, second: float, busy: int, engine: str = "engine-0") -> None:
+    at = int((BASE_S + second) * 1e9)
+    energy.add_slots(
+        [slot_row(at_unix_nano=at, slot=each, is_processing=each < busy, engine=engine) for each in (0, 1)]
+    )
+
+
+def read(energy: Energy, seconds: range, watts: float = 100.0, uuid: str = "GPU-1") -> None:
+    energy.add_gpus([gpu_row(at_unix_nano=(BASE_S + at) * 10**9, energy_j=watts * at, uuid=uuid) for at in seconds])
+
+
+def test_a_whole_answer_works_from_when_it_was_sent_though_its_headers_come_last(energy: Energy) -> None:
+    ticks(energy, [100.0] * 4, busy=[0, 1, 1, 0, 0])
+    request(energy, 1.0, 3.0, span_id="whole", headers_s=1.995)
+    assert settle(energy, 5 + SETTLE_S) == pytest.approx({"whole": 200.0})
+    assert energy.balances["GPU-1"].idle_j == pytest.approx(200.0)
+
+
+def test_a_request_after_a_pause_gets_its_joules_though_idle_slots_are_seldom_looked_at(energy: Energy) -> None:
+    looks = {-1.9: 0, 0.0: 0, 2.0: 1} | {2.0 + half / 2: 1 for half in range(1, 37)} | {20.5: 0, 22.5: 0, 24.5: 0}
+    told: dict[str, float] = {}
+    for second in range(30):
+        read(energy, range(second, second + 1))
+        for at in [at for at in looks if second - 1 < at <= second]:
+            look(energy, at, looks[at])
+        if second == 21:
+            request(energy, 0.1, 20.1, first=1.0, span_id="long")
+        told |= settle(energy, second)
+    assert told == pytest.approx({"long": 2000.0})
+
+
+def test_an_interval_waits_for_a_look_at_its_slots_unless_nobody_looks_any_more(energy: Energy) -> None:
+    read(energy, range(3))
+    look(energy, -0.5, 0)
+    assert settle(energy, 2 + SETTLE_S) == {}
+    assert energy.balances["GPU-1"].total_j == 0
+    settle(energy, 20)
+    assert energy.balances["GPU-1"].idle_j == pytest.approx(200.0)
+
+
+def test_ten_minutes_of_one_busy_slot_and_20000_users_settle_in_two_seconds_of_cpu(energy: Energy) -> None:
+    read(energy, range(601))
+    for half in range(1202):
+        look(energy, half / 2, 2 if half < 1200 else 0)
+    for number in range(20_000):
+        start = number * 598 / 20_000
+        request(energy, start, start + 2.0, span_id=f"{number}", request_span_id=f"{number}")
+    request(energy, 0.0, 600.0, span_id="long")
+    begun = time.process_time()
+    told: dict[str, float] = {}
+    for second in range(10):
+        told |= settle(energy, 602 + second)
+    assert time.process_time() - begun < 2.0
+    assert len(told) == 20_001
+    assert sum(told.values()) == pytest.approx(60_000.0)
+
+
+def test_a_settle_that_has_to_wait_costs_the_same_however_much_waits(energy: Energy) -> None:
+    read(energy, range(500))
+    look(energy, 0.5, 2)
+    look(energy, 499.5, 2)
+    for number in range(15_000):
+        request(energy, 1 + number / 40, 2 + number / 40, span_id=f"{number}")
+    begun = time.process_time()
+    for _ in range(200):
+        assert settle(energy, 500) == {}
+    assert time.process_time() - begun < 1.0
+
+
+def test_what_waits_is_bounded_and_the_oldest_is_settled_with_what_is_known(energy: Energy) -> None:
+    read(energy, range(600))
+    for half in range(1200):
+        look(energy, half / 2, 2)
+    for number in range(25_000):
+        request(energy, 500 + number / 300, 500.01 + number / 300, span_id=f"{number}")
+    for _ in range(5):
+        settle(energy, 599 + SETTLE_S)
+    assert energy.balances["GPU-1"].unattributed_j == pytest.approx(50_000.0, rel=0.01)
+    assert len(energy._gpus["GPU-1"].coming) <= 20_000
+
+
+def test_users_of_a_gpu_whose_counter_is_never_read_are_dropped(energy: Energy) -> None:
+    request(energy, 0.0, 1.0, span_id="a")
+    settle(energy, 5)
+    assert energy._gpus["GPU-1"].coming
+    settle(energy, 60)
+    energy.forget(BASE_S + 60)
+    assert energy._gpus == {}
+
+
+def test_engines_that_are_gone_are_forgotten(energy: Energy) -> None:
+    for number in range(100):
+        energy.add_servers([server_row(at_unix_nano=BASE_S * 10**9, engine=f"e{number}", gpu_uuids="GPU-1")])
+        look(energy, 0.0, 1, f"e{number}")
+    energy.forget(BASE_S + 10)
+    assert len(energy._looks) == 100
+    energy.forget(BASE_S + 2 * PATIENCE_S)
+    assert (energy._homes, dict(energy._looks)) == ({}, {})
+
+
+class Readers:
+    """Of metrics, as OpenTelemetry's reader calls them."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[None], Iterable[object]]] = []
+
+    def observe(self, name: str, kind: str, unit: str, text: str, read: Callable[[Any], Iterable[Any]]) -> None:
+        self.callbacks.append(read)
+
+
+def test_metrics_are_read_while_gpus_come(energy: Energy) -> None:
+    readers, over = Readers(), threading.Event()
+    errors: list[Exception] = []
+    Joules(energy, readers)
+
+    def scrape() -> None:
+        while not over.is_set():
+            try:
+                for callback in readers.callbacks:
+                    list(callback(None))
+            except Exception as error:
+                errors.append(error)
+
+    thread, interval_s = threading.Thread(target=scrape), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    for number in range(2000):
+        energy.add_gpus([gpu_row(uuid=f"GPU-{number}", energy_j=1.0)])
+    over.set()
+    thread.join()
+    sys.setswitchinterval(interval_s)
+    assert errors == []
 
 
 @settings(max_examples=50, deadline=None)

@@ -172,6 +172,20 @@ def test_an_exporter_that_is_not_there_is_named_with_those_that_are(make):
         make("console", "zipkin")
 
 
+@pytest.mark.parametrize("protocol", ["otlp-grpc", "otlp-http"])
+def test_no_credentials_of_an_endpoint_are_in_a_name(make, protocol):
+    urls = ("http://u:secret@127.0.0.1:9/secret?t=secret", "http://v:secret@127.0.0.1:9", "http://[::1]:9", "//secret")
+    names = make(*(f"{protocol}={url}" for url in ("http://127.0.0.1:1", *urls))).counts()
+    assert not [name for name in names if "secret" in name]
+    assert {name for name in names if "traces" in name} == {
+        f"{protocol} traces",
+        f"{protocol} traces http://127.0.0.1:9",
+        f"{protocol} traces http://127.0.0.1:9 2",
+        f"{protocol} traces http://[::1]:9",
+        f"{protocol} traces 2",
+    }
+
+
 def test_an_entry_point_adds_an_exporter(make, entry_point):
     entry_point(
         "class Mine:\n"

@@ -142,9 +142,11 @@ def test_a_batch_of_strange_columns_is_refused_and_the_rest_taken(make):
 
 def test_its_health_is_told_as_status_and_as_metrics(make, reader):
     hub = make("console")
-    hub.put("gateway-0", batch(request(), request()), {"requests": 3})
-    hub.put("gateway-0", batch(request()), {"requests": 5})
-    hub.put("gateway-0", {}, {"requests": 1})  # it started again
+    hub.put("gateway-0/a", batch(request(), request()), {"requests": 3})
+    hub.put("gateway-0/a", batch(request()), {"requests": 5})
+    hub.put("gateway-0/b", {}, {"requests": 1})  # it started again
+    hub.put("gateway-0/a", {}, {"requests": 4})  # overtaken by the one before
+    hub.put("gateway-0/a", {}, {"requests": 5})
     hub.put("node-0", {"logs": pack("logs", [LogRow(time.time_ns(), "", "", "INFO", "x", "hello", "")])})
     status = json.loads(json.dumps(hub.status()))
     assert status["rows"] == {"requests": 3, "attempts": 3, "logs": 1}

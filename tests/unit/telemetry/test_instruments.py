@@ -170,6 +170,19 @@ def test_rejections_errors_and_failovers_are_counted_with_their_reasons(make_met
     assert told == [("engine-0", "engine_not_ready_error"), ("engine-0", "continued"), ("engine-1", None)]
 
 
+def test_a_whole_answer_has_the_times_that_its_server_told_or_none(make_meter):
+    never = float("nan")
+    whole = {"first_s": never, "headers_s": 20.0, "ended_s": 20.0}
+    row = request_row(is_stream=False, ttft_s=20.0, total_s=20.0)
+    untold = attempt_row(**whole, prompt_ms=never, predicted_ms=never)
+    points = make_meter().record(lambda: (row, [untold])).points()
+    assert not {"gen_ai.server.time_to_first_token", "gen_ai.server.time_per_output_token"} & set(points)
+    timed = attempt_row(**whole, prompt_ms=100.0, predicted_ms=900.0)
+    points = make_meter().record(lambda: (row, [timed])).points()
+    assert points["gen_ai.server.time_to_first_token"][0]["sum"] == pytest.approx(19.1)
+    assert points["gen_ai.server.time_per_output_token"][0]["sum"] == pytest.approx(0.1)
+
+
 def test_times_per_token_are_of_good_answers_only(make_meter):
     points = make_meter().record(made.cancelled, made.failed, made.embeddings).points()
     assert not {"gen_ai.server.time_to_first_token", "gen_ai.server.time_per_output_token"} & set(points)

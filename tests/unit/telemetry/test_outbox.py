@@ -1,6 +1,7 @@
 """Rows wait, travel as columns, and are counted when they are lost."""
 
 import pyarrow as pa
+import pytest
 
 from lltm_ray.telemetry.batch import SCHEMAS, unpack
 from lltm_ray.telemetry.outbox import BATCH_ROWS, Outbox
@@ -41,6 +42,32 @@ def test_without_room_the_oldest_go_and_are_counted() -> None:
         outbox.add("slots", slot_row(slot))
     assert [row.slot for row in unpack("slots", outbox.take()["slots"])] == [7, 8, 9]
     assert outbox.dropped == {"slots": 7}
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "\u5b57" * 5_000])
+def test_rows_with_long_texts_are_bounded_by_bytes_and_the_oldest_go(text: str) -> None:
+    outbox = Outbox(limit_bytes=100_000)
+    outbox.add("spans", ("t", "s", "", "load", "internal", 1, 2, "", "", "e", "{}"))
+    for number in range(50):
+        outbox.add("logs", LogRow(number, "", "", "INFO", "a", text, "{}"))
+    batch = outbox.take()
+    kept = [row.at_unix_nano for row in unpack("logs", batch["logs"])]
+    assert 7 <= len(kept) <= 9
+    assert kept == list(range(50 - len(kept), 50))
+    assert outbox.dropped == {"logs": 50 - len(kept)}
+    assert batch["spans"].num_rows == 1
+
+
+def test_a_batch_is_bounded_by_bytes_too_and_nothing_is_left_behind() -> None:
+    outbox = Outbox()
+    for number in range(1000):
+        outbox.add("logs", LogRow(number, "", "", "INFO", "a", "x" * 16_000, "{}"))
+    batches = []
+    while batch := outbox.take():
+        batches.append(batch["logs"])
+    assert max(columns.nbytes for columns in batches) < 2**21
+    assert [row.at_unix_nano for columns in batches for row in unpack("logs", columns)] == list(range(1000))
+    assert not outbox.dropped
 
 
 def test_one_bad_row_does_not_take_the_others_with_it() -> None:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lltm_ray.telemetry import pump as pumps
-from lltm_ray.telemetry.pump import Pump, overhear
+from lltm_ray.telemetry.pump import Pump, Reporter, overhear
 
 
 class Destination:
@@ -123,6 +123,16 @@ def test_a_batch_that_is_too_large_is_sent_in_parts(make):
     assert pump.flush(20)
     assert narrow.items == list(range(900))
     assert pump.counts()[:3] == (0, 900, 0)
+
+
+def test_credentials_in_a_failures_url_are_not_told(make, destination):
+    reporter = Reporter("x")
+
+    def fail():
+        raise OSError("cannot reach http://u:secret@h:1/v1?token=secret (is it up?)")
+
+    assert not reporter.attempt(fail)
+    assert reporter.error == "OSError: cannot reach http://***@h:1/v1?*** (is it up?)"
 
 
 def test_shutdown_flushes_and_closes_once(make, destination):

@@ -53,3 +53,43 @@ def test_a_total_is_kept_for_an_engine_that_comes_back(samples: Samples) -> None
     assert samples.servers == {}
     look(samples, 61, 2.0, 42)
     assert samples.total("engine-0", "predicted_tokens") == 12.0
+
+
+def test_a_total_goes_on_though_the_old_server_told_nothing_at_its_end(samples: Samples) -> None:
+    look(samples, 1, 200.0)
+    gone = dict.fromkeys(("prompt_tokens", "prompt_tokens_cached", "prompt_seconds", "predicted_seconds", "decodes"))
+    samples.add("servers", [server_row(at_unix_nano=2 * SECOND, predicted_tokens=None, server_pid=41, **gone)])
+    assert samples.total("engine-0", "predicted_tokens") is None
+    look(samples, 3, 5.0, 42)
+    assert samples.total("engine-0", "predicted_tokens") == 205.0
+
+
+def test_a_server_that_was_silent_for_a_moment_is_not_counted_twice(samples: Samples) -> None:
+    look(samples, 1, 200.0)
+    gone = dict.fromkeys(("prompt_tokens", "prompt_tokens_cached", "prompt_seconds", "predicted_seconds", "decodes"))
+    samples.add("servers", [server_row(at_unix_nano=2 * SECOND, predicted_tokens=None, server_pid=0, **gone)])
+    look(samples, 3, 210.0)
+    assert samples.total("engine-0", "predicted_tokens") == 210.0
+
+
+def test_a_total_goes_on_over_a_restart_that_takes_long(samples: Samples) -> None:
+    look(samples, 1, 200.0)
+    samples.forget(100.0)
+    assert samples.total("engine-0", "predicted_tokens") is None
+    look(samples, 120, 5.0, 42)
+    assert samples.total("engine-0", "predicted_tokens") == 205.0
+
+
+def test_counters_of_engines_that_never_come_back_are_dropped(samples: Samples) -> None:
+    look(samples, 1, 200.0)
+    samples.forget(7200.0)
+    look(samples, 7200, 5.0, 42)
+    assert samples.total("engine-0", "predicted_tokens") == 5.0
+    samples.add("servers", [server_row(at_unix_nano=7201 * SECOND, engine=f"e{each}") for each in range(10_050)])
+    samples.forget(7201.0)
+    assert len(samples._counters) == 10_000
+
+
+def test_what_is_asked_of_an_engine_that_is_gone_is_none(samples: Samples) -> None:
+    assert samples.total("nobody", "predicted_tokens") is None
+    assert samples.rate("nobody", "predicted_tokens") is None

@@ -15,9 +15,23 @@ from lltm_ray.telemetry.spans import Place
 from tests.unit.telemetry.rows_made import TRACE_ID, attempt_row, gpu_row, node_row, queue_row, request_row, server_row
 
 
+class Clock:
+    """The present, and what a test adds."""
+
+    ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead_s
+
+
 @pytest.fixture
-def service() -> Iterator[TelemetryService]:
-    service = TelemetryService(TelemetryConfig(exporters=()), None, {"lltm.fleet": "f"})
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def service(clock: Clock) -> Iterator[TelemetryService]:
+    service = TelemetryService(TelemetryConfig(exporters=()), None, {"lltm.fleet": "f"}, clock=clock)
     service.place({"engine-0": Place("127.0.0.1", 8081, (), "n1", "tiny")})
     yield service
     service.close()
@@ -72,7 +86,7 @@ def test_a_timeline_shows_what_others_said_of_its_trace(service: TelemetryServic
     assert "slot save" in {each["name"] for each in found["spans"]}
 
 
-def test_joules_reach_the_request_and_the_metrics(service: TelemetryService) -> None:
+def test_joules_reach_the_request_and_the_metrics(service: TelemetryService, clock: Clock) -> None:
     now = time.time_ns()
     home = [server_row(at_unix_nano=now - 8 * 10**9, gpu_uuids="GPU-1", slots_busy=0)]
     meters = [gpu_row(at_unix_nano=now - (8 - tick) * 10**9, energy_j=100.0 * tick) for tick in range(4)]
@@ -80,6 +94,7 @@ def test_joules_reach_the_request_and_the_metrics(service: TelemetryService) -> 
     attempt = attempt_row(asked_s=0.0, sent_s=0.0, headers_s=0.0, first_s=0.5, ended_s=1.0)
     service.put("node", {"servers": pack("servers", home)}, {})
     service.put("gateway", {"requests": pack("requests", [row]), "attempts": pack("attempts", [attempt])}, {})
+    clock.ahead_s = 1.5
     service.put("node", {"gpus": pack("gpus", meters)}, {})
     found = service.timeline("r-1")
     assert found is not None
@@ -87,3 +102,50 @@ def test_joules_reach_the_request_and_the_metrics(service: TelemetryService) -> 
     families = {family.name: family for family in parse(service.metrics().decode())}
     gpu = {sample.labels["kind"]: sample.value for sample in families["lltm_energy_gpu_joules"].samples}
     assert gpu == pytest.approx({"requests": 100.0, "idle": 200.0, "unknown": 0.0}, abs=1e-6)
+
+
+def test_what_is_gone_leaves_the_metrics_whether_or_not_others_send(service: TelemetryService, clock: Clock) -> None:
+    service.put("node", batch(), {})
+    assert b'lltm_engine="engine-0"' in service.metrics()
+    assert service._live._holders
+    clock.ahead_s = 60.0
+    families = {family.name for family in parse(service.metrics().decode())}
+    assert not families & {"hw_power_watts", "lltm_slots_busy", "lltm_queue_waiting"}
+    assert service._live._holders == {}
+
+
+def test_what_is_gone_leaves_while_others_send(service: TelemetryService, clock: Clock) -> None:
+    service.put("node", batch(), {})
+    clock.ahead_s = 60.0
+    service.put("node", {}, {})
+    samples = service._samples
+    assert (samples.servers, samples.gpus, samples.queues, service._live._holders) == ({}, {}, {}, {})
+
+
+def test_puts_settle_at_most_once_a_second(
+    service: TelemetryService, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled: list[float] = []
+    monkeypatch.setattr(service._joules, "settle", lambda: settled.append(clock()))
+    for tick in range(50):
+        clock.ahead_s = tick / 10
+        service.put("node", {}, {})
+    assert 4 <= len(settled) <= 6
+
+
+def test_one_trace_does_not_keep_spans_without_end(service: TelemetryService) -> None:
+    spans = [SpanRow(TRACE_ID, f"{each:016x}", "", "own", "internal", 1, 2, "", "", "", "{}") for each in range(1000)]
+    service.put("gateway-0", batch() | {"spans": pack("spans", spans)}, {})
+    found = service.timeline("r-1")
+    assert found is not None
+    own = [span["span_id"] for span in found["spans"] if span["name"] == "own"]
+    assert own == [f"{each:016x}" for each in range(744, 1000)]
+
+
+def test_a_place_keeps_its_known_gpus_until_it_moves(service: TelemetryService) -> None:
+    service.put("node", batch(), {})
+    place = Place("127.0.0.1", 8081, (), "n1", "tiny")
+    service.place({"engine-0": place})
+    kept = service._hub.places["engine-0"].gpu_uuids
+    service.place({"engine-0": place._replace(node="n2")})
+    assert (kept, service._hub.places["engine-0"].gpu_uuids) == (("GPU-1",), ())

@@ -227,6 +227,7 @@ def test_a_disk_that_refuses_costs_rows_on_disk_only_and_one_line(make_store, tm
         store.flush()
     counts = store.counts()
     assert counts["write_errors"] >= 30
+    assert counts["lost"] >= 15  # already now: memory is bounded while it refuses
     assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
     folder.unlink()
     store.flush()
@@ -236,6 +237,50 @@ def test_a_disk_that_refuses_costs_rows_on_disk_only_and_one_line(make_store, tm
     assert counts["written"] + counts["lost"] == 30
     assert len(written) <= 10
     assert ids(store.read_since()) == [str(number) for number in range(30)]
+
+
+def test_a_kind_that_the_disk_refuses_does_not_hold_up_the_others(make_store, tmp_path):
+    store = make_store(tmp_path / "t", segment_rows=5)
+    store.flush()
+    in_the_way = []
+    for number in range(30):
+        in_the_way.append(tmp_path / "t" / f"requests-{store.read_since().cursor:020d}.draft")
+        in_the_way[-1].mkdir()
+        store.add({"requests": requests(number)})
+        store.add({"slots": slots(number)})
+        store.flush()
+    written = [path for path in segments(tmp_path / "t") if path.name.startswith("slots")]
+    assert sum(len(pq.read_table(path)) for path in written) == 30
+    counts = store.counts()
+    assert counts["written"] == 30
+    assert counts["lost"] >= 15
+    for path in in_the_way:
+        path.rmdir()
+    store.flush()
+    assert store.counts()["written"] + store.counts()["lost"] == 60
+
+
+def test_rows_that_wait_for_a_flush_are_bounded_by_rows_and_by_bytes(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("lltm_ray.telemetry.segments._MOST_NEW_ROWS", 10)
+    store = make_store(tmp_path / "t")
+    for number in range(25):
+        store.add({"requests": requests(number)})
+    assert store.counts()["lost"] == 15
+    store.flush()
+    assert [*pq.read_table(segments(tmp_path / "t")[0])["request_id"].to_pylist()] == [str(n) for n in range(15, 25)]
+    monkeypatch.setattr("lltm_ray.telemetry.segments._SEGMENT_BYTES", 3 * requests(1).nbytes)
+    for number in range(25):
+        store.add({"requests": requests(number)})
+    assert store.counts()["lost"] > 15 + 20
+
+
+def test_a_segment_is_closed_by_its_bytes_too(make_store, tmp_path, monkeypatch):
+    monkeypatch.setattr("lltm_ray.telemetry.segments._SEGMENT_BYTES", 2 * requests(1).nbytes)
+    store = make_store(tmp_path / "t")
+    for number in range(6):
+        store.add({"requests": requests(number)})
+        store.flush()
+    assert len(segments(tmp_path / "t")) >= 3
 
 
 def test_many_threads_lose_nothing(make_store, tmp_path):
