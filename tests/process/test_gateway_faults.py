@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -255,6 +256,12 @@ async def test_a_deadline_before_the_first_byte_is_a_504():
             assert (await post(gate))[0] == 200
 
 
+def _sockets_bytes():
+    """What the kernel lets two connections hold that nobody reads from: up to 38 MB each on an ordinary Linux."""
+    largest = (int(Path(f"/proc/sys/net/ipv4/tcp_{each}mem").read_text().split()[2]) for each in "rw")
+    return 2 * sum(largest)
+
+
 async def test_a_client_that_does_not_read_makes_the_engine_wait():
     sent_bytes = 0
 
@@ -274,8 +281,8 @@ async def test_a_client_that_does_not_read_makes_the_engine_wait():
             while sent_bytes != before or not sent_bytes:
                 before = sent_bytes
                 await asyncio.sleep(0.3)
-        assert sent_bytes < 64 * 2**20, "only socket and gateway buffers were filled"
         writer.transport.abort()
+        assert sent_bytes < _sockets_bytes() + 16 * 2**20, "only socket and gateway buffers were filled"
         await gate.idle()
 
 
