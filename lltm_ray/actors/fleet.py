@@ -29,7 +29,7 @@ from lltm_ray.actors.placement import (
     reserve,
     resolve_models,
 )
-from lltm_ray.actors.remote import actor, find, options
+from lltm_ray.actors.remote import actor, find, near, options
 from lltm_ray.actors.telemetry import make_telemetry
 from lltm_ray.config import FleetConfig, GatewayConfig, ModelConfig
 from lltm_ray.errors import EngineStartError, FleetError, PlacementError
@@ -149,18 +149,13 @@ def start_fleet(
 def _claim_name(config: FleetConfig, plans: tuple[SharePlan, ...], *, detached: bool) -> Fleet:
     """The directory comes first: its name is the lock that keeps two starts of one fleet apart."""
     run_id = secrets.token_hex(4)
-    own = options(detached=detached) | {"name": names.directory(config.name), "scheduling_strategy": _near()}
+    own = options(detached=detached) | {"name": names.directory(config.name)} | near()
     try:
         directory = actor(Directory).options(**own).remote(config, run_id, tuple(plan.engine for plan in plans))
     except ValueError:
         why = f"fleet {config.name!r} runs already: stop it (lltm-ray down), or choose another --name"
         raise FleetError(why) from None
     return Fleet(config=config, run_id=run_id, directory=directory)
-
-
-def _near() -> NodeAffinitySchedulingStrategy:
-    """On the node of whoever starts the fleet, as long as it lives."""
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 def _plan(config: FleetConfig) -> tuple[tuple[ModelConfig, ...], tuple[SharePlan, ...]]:
@@ -232,7 +227,7 @@ def _populate(
     if config.gateway is not None:
         fleet.gateways = _make_gateways(config, config.gateway, here, detached=detached)
     if config.is_elastic:
-        own = options(detached=detached) | {"name": names.controller(config.name), "scheduling_strategy": _near()}
+        own = options(detached=detached) | {"name": names.controller(config.name)} | near()
         fleet.controller = actor(ControllerActor).options(**own).remote(ControllerSpec(crew=crew, models=models))
 
 

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lltm_ray.actors import names
-from lltm_ray.actors.remote import actor, options
+from lltm_ray.actors.remote import actor, near, options
 from lltm_ray.actors.watch import keep_going, watch_fleet
 from lltm_ray.config import FleetConfig, TelemetryConfig, read_environment
 from lltm_ray.errors import ConfigError
@@ -122,8 +121,7 @@ def make_telemetry(config: FleetConfig, *, detached: bool) -> Any | None:
     if settings is None or not settings.enabled:
         return None
     environ = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
-    near = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    own = options(detached=detached) | {"name": names.telemetry(config.name), "scheduling_strategy": near}
+    own = options(detached=detached) | {"name": names.telemetry(config.name)} | near()
     return actor(TelemetryActor).options(**own).remote(config.name, settings, environ)
 
 

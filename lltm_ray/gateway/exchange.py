@@ -193,7 +193,7 @@ class Exchange:
         """Everything up to the last part, which is returned."""
         link, send, cell = self._request.link, self._request.send, self._request.entry.cell
         push = link.pusher(connection.unblock) if link is not None else None
-        if push is None:
+        if link is None or push is None:
             part = self._told(await connection.read())
             while not connection.is_drained:
                 if part:
@@ -203,6 +203,8 @@ class Exchange:
             return part
 
         def sink(data: bytes) -> bool:
+            if link.is_gone:
+                return False
             part = self._told(data)
             cell.delivered(self._position)
             return push(part) if part else True

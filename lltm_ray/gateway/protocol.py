@@ -82,7 +82,8 @@ class GatewayProtocol(HttpToolsProtocol):
     _is_in_trailer = False
     """Perhaps: a chunk's size came and no bytes of it yet; the last chunk has none, and trailers follow it."""
     _is_upgrade = False
-    _is_lost = False
+    is_gone = False
+    """The client left: what is written from now on reaches nobody."""
     _gone: Callable[[], None] | None = None
     _on_writable: Callable[[], None] | None = None
     _timer: asyncio.TimerHandle | None = None
@@ -119,7 +120,7 @@ class GatewayProtocol(HttpToolsProtocol):
         """Call this when the client's socket is lost; None takes it back."""
         self._gone = call
         self._on_writable = None
-        if call is not None and self._is_lost:
+        if call is not None and self.is_gone:
             self.loop.call_soon(call)
 
     # --- asyncio.Protocol
@@ -139,11 +140,19 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._is_lost = True
         self._expect_nothing()
         super().connection_lost(exc)
-        if self._gone is not None:
-            self._gone()
+        self._lose()
+
+    def eof_received(self) -> None:
+        """See `asyncio.Protocol`; the transport closes itself."""
+        self._lose()
+
+    def _lose(self) -> None:
+        if not self.is_gone:
+            self.is_gone = True
+            if self._gone is not None:
+                self._gone()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""

@@ -19,6 +19,9 @@ Send = Callable[[Message], Awaitable[None]]
 class ClientLink(Protocol):
     """What our own ASGI host offers beyond ASGI; other hosts have none of it and cost more."""
 
+    is_gone: bool
+    """The client left: what is written from now on reaches nobody."""
+
     def cork(self) -> None:
         """Hold the answer's head until its first body bytes, which must follow at once."""
 

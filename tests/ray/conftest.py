@@ -19,6 +19,13 @@ from ray.cluster_utils import Cluster as RayCluster
 import lltm_ray
 from lltm_ray.actors import names
 
+_QUICK_TO_BURY = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 500,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 4,
+}
+"""Ray takes near a minute to call a silent node dead; its tests need not wait for that."""
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -39,7 +46,8 @@ def ray_cluster(cache):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
         quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
-        cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 2, **quiet})
+        head = {"num_cpus": 4, "num_gpus": 2, "_system_config": _QUICK_TO_BURY, **quiet}
+        cluster = RayCluster(initialize_head=True, head_node_args=head)
         ray.init(address=cluster.address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
         yield cluster
         ray.shutdown()

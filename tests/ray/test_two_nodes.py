@@ -9,6 +9,7 @@ import ray
 from ray.util import placement_group_table
 
 import lltm_ray
+from lltm_ray.actors.remote import actor, near
 from lltm_ray.actors.transfer import RayFiles
 from lltm_ray.errors import PlacementError
 from lltm_ray.llamacpp.slot_folder import CHUNK_BYTES, SlotFolder, new_name
@@ -36,6 +37,11 @@ def second_node(ray_cluster):
         ray_cluster.remove_node(node)
 
 
+class Probe:
+    def node_id(self):
+        return ray.get_runtime_context().get_node_id()
+
+
 @pytest.fixture
 def ends(second_node, tmp_path):
     """An engine on each of two nodes."""
@@ -46,6 +52,14 @@ def ends(second_node, tmp_path):
         folder = str(tmp_path / name)
         made.append(EngineInfo(name=name, model="tiny", state=EngineState.READY, node_id=node_id, slot_folder=folder))
     return made
+
+
+def test_an_actor_of_the_fleet_stays_on_its_makers_node(ray_cluster, second_node):
+    here = ray.get_runtime_context().get_node_id()
+    probes = [actor(Probe).options(**near()).remote() for _ in range(4)]
+    assert ray.get([probe.node_id.remote() for probe in probes]) == [here] * len(probes)
+    for probe in probes:
+        ray.kill(probe)
 
 
 async def test_a_file_goes_from_node_to_node_or_not_at_all(ends):
