@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from lltm_ray.telemetry import rows
 
-_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+_TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "bytes": pa.binary()}
 _CODEC = "lz4_raw"
 
 

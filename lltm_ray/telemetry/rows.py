@@ -52,6 +52,10 @@ class RequestRow(NamedTuple):
     """One sentence: why it was routed so."""
     content: str
     """JSON object of `input`, `output`, `system`; empty unless content is captured."""
+    prompt_bytes: int = 0
+    """Of the prompt as the router compares it."""
+    prefix: bytes = b""
+    """Salted hashes of its beginnings; see `lltm_ray._prefix`."""
 
 
 class AttemptRow(NamedTuple):
