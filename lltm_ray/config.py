@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+from lltm_ray._analytics_config import ANALYTICS_ENGINES, AnalyticsConfig
 from lltm_ray._engine_config import (
     CACHE_TYPES,
     LLAMA_CPP_SIMILARITY_RATIO,
@@ -34,11 +35,13 @@ from lltm_ray._telemetry_config import TelemetryConfig
 from lltm_ray.errors import ConfigError
 
 __all__ = [
+    "ANALYTICS_ENGINES",
     "CACHE_TYPES",
     "LLAMA_CPP_SIMILARITY_RATIO",
     "POOLING",
     "SIMILARITY_RATIO",
     "SPLIT_MODES",
+    "AnalyticsConfig",
     "EngineConfig",
     "Environment",
     "FleetConfig",
@@ -239,6 +242,7 @@ class FleetConfig:
     """None: no HTTP front, the driver API only."""
     telemetry: TelemetryConfig | None = field(default_factory=TelemetryConfig)
     """None: as one that is not `enabled`."""
+    analytics: AnalyticsConfig = field(default_factory=AnalyticsConfig)
 
     def __post_init__(self) -> None:
         _check(bool(_NAME.match(self.name)), "name", self.name, "letters, digits, '.', '_', '-'; at most 63")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lltm_ray._optional import load
+from lltm_ray.config import ANALYTICS_ENGINES
 from lltm_ray.errors import ConfigError, MissingExtraError
 
 Frame = Any
@@ -22,7 +23,6 @@ Series = Any
 """A column of one."""
 Array = Any
 """A `numpy.ndarray`, or a `cupy.ndarray` beside cuDF."""
-ENGINES = ("auto", "cudf", "pandas")
 _log = logging.getLogger(__name__)
 
 
@@ -87,15 +87,15 @@ def choose_engine(prefer: str = "auto", *, memory_bytes: int | None = None) -> E
     """The engine for this process; cuDF is tried on a few rows, for what is installed need not be usable.
 
     Args:
-        prefer: one of `ENGINES`; `auto` takes pandas where cuDF is not usable, and says why.
+        prefer: one of `ANALYTICS_ENGINES`; `auto` takes pandas where cuDF is not usable, and says why.
         memory_bytes: of the GPU, at most; None: all of it. cuDF only.
 
     Raises:
         ConfigError: no such engine; or `cudf`, and it is not usable.
         MissingExtraError: pandas or NetworkX is not installed.
     """
-    if prefer not in ENGINES:
-        raise ConfigError("engine", prefer, f"must be one of {', '.join(ENGINES)}")
+    if prefer not in ANALYTICS_ENGINES:
+        raise ConfigError("engine", prefer, f"must be one of {', '.join(ANALYTICS_ENGINES)}")
     if prefer == "pandas":
         return _pandas("asked for")
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, Self
 
 import requests
 import typer
@@ -154,9 +156,11 @@ class Conversation:
         last = StreamEvent()
         stopped = False
         try:
-            for last in self.endpoint.stream(sent):
-                _show(last)
-                parts.append(last.text)
+            with _Interrupts() as interrupts:
+                for last in self.endpoint.stream(sent):
+                    _show(last)
+                    parts.append(last.text)
+                    interrupts.check()
         except KeyboardInterrupt:
             stopped = True
         finally:
@@ -170,6 +174,29 @@ class Conversation:
     def reset(self) -> None:
         """Forget all but the system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
+
+
+class _Interrupts:
+    """Remembers Ctrl-C: Python drops the exception where it is raised within a destructor or a callback of C code."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _take(self, _number: int, _frame: FrameType | None) -> None:
+        self._seen = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise what was dropped."""
+        if self._seen:
+            raise KeyboardInterrupt
 
 
 def converse(talk: Conversation) -> None:

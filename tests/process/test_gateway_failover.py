@@ -31,7 +31,7 @@ async def test_an_engine_that_is_killed_in_the_middle_of_a_batch_costs_no_client
     async with gateway(*(engine.info for engine in pack.engines.values()), ledger=ledger) as gate:
         tally = await run(gate, pack, ledger, batches=3, size=25, say=said.append)
     assert tally.is_clean, "\n".join(said)
-    assert tally.untouched <= 1, "\n".join(said)
+    assert tally.untouched + tally.ties <= 1, "\n".join(said)
     assert (tally.kills, tally.streams >= 70, tally.continued >= 6) == (3, True, True), tally
     counters = ledger.counters
     assert (counters["unbalanced"], counters["dropped"], counters["unprotected"], counters["in_flight"]) == (0, 0, 0, 0)
