@@ -1,8 +1,9 @@
 """Salted hashes of a prompt's beginnings: what analytics may see of prompts.
 
 Two prompts of one fleet share the hash at a length exactly if they share all bytes before it. The salt is the fleet's,
-and is kept nowhere: nobody can test what a prompt was. Lengths grow with the prompt, so that a prompt of a megabyte has
-72 hashes: every 256 bytes up to 2 KiB, every 512 up to 8, every 2 KiB up to 32, then 8 up to 128, 32 up to 1 MiB.
+and is in memory only: who reads the hashes cannot test what a prompt was. Lengths grow with the prompt, so that one
+of a megabyte has 72 hashes: every 256 bytes up to 2 KiB, every 512 up to 8, every 2 KiB up to 32, then 8 up to 128,
+32 up to 1 MiB.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from hashlib import blake2b
 
 HASH_BYTES = 8
+SALT_BYTES = 32
 END_BYTES = (
     *range(256, 2048, 256),
     *range(2048, 8192, 512),

@@ -20,7 +20,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import ray
 
@@ -28,13 +28,17 @@ from lltm_ray.actors import names
 from lltm_ray.actors.calls import Messages
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, OnProgress, find_fleet, start_fleet
-from lltm_ray.actors.observe import FleetTelemetry, WatchedCalls
+from lltm_ray.actors.observe import FleetAnalytics, FleetTelemetry, WatchedCalls
 from lltm_ray.actors.precheck import check_here
 from lltm_ray.actors.remote import take_auth_mode
 from lltm_ray.actors.runstate import RunState
 from lltm_ray.config import FleetConfig, build, read_environment
 from lltm_ray.errors import ConfigError, FleetError, LltmRayError
 from lltm_ray.records import Completion, Embeddings, FleetStatus, RerankHit, StreamEvent
+
+if TYPE_CHECKING:
+    from lltm_ray.analytics.compare import Comparison
+    from lltm_ray.analytics.report import Report
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -145,6 +149,36 @@ class Cluster:
     def telemetry(self) -> FleetTelemetry:
         """What the fleet did and does: summaries, requests, timelines, metrics, rows."""
         return FleetTelemetry(self._fleet)
+
+    def report(self, window_s: float | None = None, *, until_unix_s: float | None = None) -> Report:
+        """What an operator should know of the last `window_s` seconds: findings, the worst first, and all analyses.
+
+        `lltm_ray.analytics.text.to_text` and `lltm_ray.analytics.html.to_html` make a page of it. The first one starts
+        the fleet's analytics, which takes a few seconds; see `AnalyticsConfig`.
+
+        Args:
+            window_s: None: all that analytics, or else telemetry, has in memory.
+            until_unix_s: the window's end; None: now.
+
+        Raises:
+            ConfigError: a window that is not positive, or an engine that is not usable.
+            FleetError: the fleet runs without telemetry, or analytics does not answer.
+            MissingExtraError: pandas or NetworkX is not installed.
+            PlacementError: no GPU is free for it.
+        """
+        return FleetAnalytics(self._fleet).report(window_s, until_unix_s)
+
+    def compare(self, before: tuple[float, float], after: tuple[float, float]) -> Comparison:
+        """Two windows, as before and after a change: differences with confidence intervals.
+
+        Args:
+            before: start and end, seconds since the epoch.
+            after: likewise.
+
+        Raises:
+            ConfigError: no request ended in one of them; else as `report`.
+        """
+        return FleetAnalytics(self._fleet).compare(before, after)
 
     # calls ------------------------------------------------------------------------------------------------------
 

@@ -321,6 +321,47 @@ class GpuInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixFamily:
+    """A beginning that several prompts share, and who has it cached."""
+
+    end_bytes: int
+    """One of `_prefix.END_BYTES`."""
+    hash: bytes
+    """Of the prompt up to there, salted; see `_prefix`."""
+    engines: tuple[tuple[str, int], ...]
+    """Engines and how many tokens of it each has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hints:
+    """What analytics tells routers; nothing of it need be followed."""
+
+    made_unix_nano: int = 0
+    """0: there are none."""
+    valid_s: float = 0.0
+    """From when a router gets them."""
+    slow: Mapping[str, float] = field(default_factory=dict)
+    """Engines to be spared: how many times slower each is than its peers."""
+    families: tuple[PrefixFamily, ...] = ()
+    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tenants whose long prompts hold others up: the engines they should keep to."""
+
+    def __bool__(self) -> bool:
+        """Whether anything is told."""
+        return bool(self.slow or self.families or self.apart)
+
+    def public(self) -> dict[str, Any]:
+        """As JSON; of families only how many there are."""
+        slow, apart = dict(self.slow), {tenant: list(engines) for tenant, engines in self.apart.items()}
+        return {
+            "made_unix_nano": self.made_unix_nano,
+            "slow": slow,
+            "families": len(self.families),
+            "apart": apart,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FleetStatus:
     """One look at a fleet."""
 
@@ -330,14 +371,18 @@ class FleetStatus:
     models: tuple[ModelInfo, ...] = ()
     """Every served model, in the order of the settings."""
     version: int = 0
+    salt: bytes = field(default=b"", repr=False)
+    """What its gateways hash prompts with (see `_prefix`); a secret, made by whoever started the fleet."""
+    hints: Hints = field(default_factory=Hints)
 
     def public(self) -> dict[str, Any]:
-        """As JSON: `{"name", "models": [...], "engines": [...], "gateways": [...]}`, without keys."""
+        """As JSON: `{"name", "models": [...], "engines": [...], "gateways": [...], "hints"}`, without keys."""
         return {
             "name": self.name,
             "models": [asdict(model) for model in self.models],
             "engines": [engine.public() for engine in self.engines],
             "gateways": [asdict(gateway) for gateway in self.gateways],
+            "hints": self.hints.public(),
         }
 
 

@@ -15,7 +15,7 @@ from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, get_engine
 from lltm_ray.actors.watch import watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
-from lltm_ray.records import Completion, StreamEvent, Timings
+from lltm_ray.records import Completion, FleetStatus, StreamEvent, Timings
 from lltm_ray.routing.adapters import choose
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.prompt import prompt_key, reply_key
@@ -37,7 +37,7 @@ class Calls:
     async def open(self) -> None:
         """Learn the fleet's table and keep it true from here on."""
         status = await self._fleet.directory.status.remote()
-        self._router.update(status.engines, status.models)
+        self._learn(status)
         self._watch = asyncio.get_running_loop().create_task(self._follow())
 
     async def close(self) -> None:
@@ -49,7 +49,11 @@ class Calls:
 
     async def _follow(self) -> None:
         async for status in watch_fleet(self._fleet.config.name):
-            self._router.update(status.engines, status.models)
+            self._learn(status)
+
+    def _learn(self, status: FleetStatus) -> None:
+        self._router.update(status.engines, status.models)
+        self._router.hint(status.hints, status.salt)
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
         """One method of the chosen engine's actor."""

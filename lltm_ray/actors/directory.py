@@ -33,6 +33,7 @@ from lltm_ray.records import (
     EngineState,
     FleetStatus,
     GatewayInfo,
+    Hints,
     ModelDemand,
     ModelInfo,
     ModelState,
@@ -56,8 +57,10 @@ LATE = "no heartbeat"
 class Table:
     """Latest word of every engine and gateway, with a version that grows with every change that matters to routers."""
 
-    def __init__(self, fleet: str, path: Path, models: tuple[ModelInfo, ...] = ()) -> None:
+    def __init__(self, fleet: str, path: Path, models: tuple[ModelInfo, ...] = (), salt: bytes = b"") -> None:
         self._fleet = fleet
+        self._salt = salt
+        self._hints = Hints()
         self._models = {model.name: model for model in models}
         self._notes: dict[str, tuple[ModelState, str]] = {}
         self._woken: dict[str, int] = {}
@@ -161,6 +164,11 @@ class Table:
         self.version += 1
         return True
 
+    def hint(self, hints: Hints) -> None:
+        """What analytics tells routers; always news, for hints end unless they are renewed."""
+        self._hints = hints
+        self.version += 1
+
     def note_models(self, notes: dict[str, tuple[ModelState, str]]) -> bool:
         """What the controller knows of models beyond their engines: why one does not start, or waits."""
         if notes == self._notes:
@@ -186,7 +194,15 @@ class Table:
         engines = tuple(self._engines[name] for name in sorted(self._engines))
         gateways = tuple(self._gateways[name] for name in sorted(self._gateways))
         models = tuple(self._model(model) for model in self._models.values())
-        return FleetStatus(name=self._fleet, engines=engines, gateways=gateways, models=models, version=self.version)
+        return FleetStatus(
+            name=self._fleet,
+            engines=engines,
+            gateways=gateways,
+            models=models,
+            version=self.version,
+            salt=self._salt,
+            hints=self._hints,
+        )
 
     def _changed(self, old: Any, new: Any) -> bool:
         if _lasting(old) == _lasting(new):
@@ -264,10 +280,10 @@ def models_of(config: FleetConfig) -> tuple[ModelInfo, ...]:
 class Directory:
     """One per fleet, named `lltm:<fleet>:directory`."""
 
-    def __init__(self, config: FleetConfig, run_id: str, engines: tuple[str, ...]) -> None:
+    def __init__(self, config: FleetConfig, run_id: str, engines: tuple[str, ...], salt: bytes) -> None:
         self._plan = (config, run_id, engines)
         self._run_dir = read_environment().run_dir(config.name, run_id)
-        self._table = Table(config.name, self._run_dir / "directory.json", models_of(config))
+        self._table = Table(config.name, self._run_dir / "directory.json", models_of(config), salt)
         self._news = asyncio.Condition()
         self._samplers: dict[str, Any] = {}
         self._counters: dict[str, ServerCounters] = {}
@@ -316,6 +332,11 @@ class Directory:
     async def note_models(self, notes: dict[str, tuple[ModelState, str]]) -> None:
         """The controller's words on models that do not start, or wait for room."""
         await self._tell(self._table.note_models(notes))
+
+    async def hint(self, hints: Hints) -> None:
+        """What analytics tells routers."""
+        self._table.hint(hints)
+        await self._tell(True)
 
     async def describe(self) -> tuple[FleetConfig, str, tuple[str, ...]]:
         """Settings, run id and engine names, for those who find the fleet by its name."""

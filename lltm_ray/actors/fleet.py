@@ -14,7 +14,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lltm_ray._prefix import SALT_BYTES
 from lltm_ray.actors import names
+from lltm_ray.actors.analytics import find_analytics, make_analytics, wait_for_analytics
 from lltm_ray.actors.controller import ControllerActor, ControllerSpec
 from lltm_ray.actors.crew import Crew, cause_of, end_engine, end_leftovers, find_engines
 from lltm_ray.actors.directory import Directory
@@ -58,6 +60,8 @@ class Fleet:
     """Of an elastic fleet."""
     telemetry: Any | None = None
     """None: the fleet runs without."""
+    analytics: Any | None = None
+    """None: made when somebody asks for a report."""
 
     def status(self) -> FleetStatus:
         """The directory's table now; waits while Ray restarts the directory.
@@ -83,7 +87,7 @@ class Fleet:
         try:
             self._drain()
         finally:
-            for handle in (*self.gateways.values(), self.directory, self.telemetry):
+            for handle in (*self.gateways.values(), self.directory, self.telemetry, self.analytics):
                 if handle is not None:
                     ray.kill(handle)
             for name in self.engines:
@@ -151,7 +155,8 @@ def _claim_name(config: FleetConfig, plans: tuple[SharePlan, ...], *, detached: 
     run_id = secrets.token_hex(4)
     own = options(detached=detached) | {"name": names.directory(config.name)} | near()
     try:
-        directory = actor(Directory).options(**own).remote(config, run_id, tuple(plan.engine for plan in plans))
+        engines = tuple(plan.engine for plan in plans)
+        directory = actor(Directory).options(**own).remote(config, run_id, engines, secrets.token_bytes(SALT_BYTES))
     except ValueError:
         why = f"fleet {config.name!r} runs already: stop it (lltm-ray down), or choose another --name"
         raise FleetError(why) from None
@@ -194,6 +199,7 @@ def find_fleet(name: str) -> Fleet:
         gateways={each: handle for each, handle in gateways.items() if handle is not None},
         controller=find(names.controller(name)),
         telemetry=find(names.telemetry(name)),
+        analytics=find_analytics(name),
     )
 
 
@@ -230,6 +236,9 @@ def _populate(
         own = options(detached=detached) | {"name": names.controller(config.name)} | near()
         fleet.controller = actor(ControllerActor).options(**own).remote(ControllerSpec(crew=crew, models=models))
 
+    if config.analytics.enabled:
+        fleet.analytics = make_analytics(config, detached=detached)
+
 
 def _make_gateways(config: FleetConfig, gateway: GatewayConfig, node_id: str, *, detached: bool) -> dict[str, Any]:
     """One or several on a node. The first alone may look for a free port; the others share it."""
@@ -248,6 +257,8 @@ def _wait_ready(fleet: Fleet, on_progress: OnProgress | None) -> None:
     pending = [engine.ensure_ready.remote() for engine in fleet.engines.values()]
     pending += [gateway.ready.remote() for gateway in fleet.gateways.values()]
     pending += [fleet.telemetry.ready.remote()] if fleet.telemetry is not None else []
+    if fleet.analytics is not None:
+        wait_for_analytics(fleet.analytics, fleet.config.analytics)
     while pending:
         done, pending = ray.wait(pending, num_returns=len(pending), timeout=0.2)
         for result in done:

@@ -106,6 +106,7 @@ class Front:
         self._drift: dict[str, Drift] = {}
         self._wakes: dict[str, asyncio.Task[None]] = {}
         self._others = OtherGateways(fleet, name)
+        self._tracing = _tracing(self._sender, telemetry)
         self.app = GatewayApp(
             router=self._router,
             config=config,
@@ -115,7 +116,7 @@ class Front:
             files=RayFiles(ray.get_runtime_context().get_node_id()),
             account=self.account,
             peers=self._others,
-            tracing=_tracing(self._sender, telemetry),
+            tracing=self._tracing,
             telemetry=RemoteTelemetry(fleet) if is_on else None,
         )
 
@@ -153,8 +154,11 @@ class Front:
     async def _follow(self) -> None:
         async for status in watch_fleet(self._fleet):
             self._status = status
+            if self._tracing is not None and status.salt:
+                self._tracing.salt = status.salt
             self._others.names = tuple(each.name for each in status.gateways)
             self._router.update(status.engines, status.models, self._share(status))
+            self._router.hint(status.hints, status.salt)
 
     async def serve_unseen(self) -> None:
         """`follow`, and be known to the directory, where nobody else tells it of us."""

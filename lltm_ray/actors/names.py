@@ -38,3 +38,8 @@ def node(fleet: str, node_id: str) -> str:
 def telemetry(fleet: str) -> str:
     """The fleet's telemetry."""
     return f"lltm:{fleet}:telemetry"
+
+
+def analytics(fleet: str) -> str:
+    """The fleet's analytics."""
+    return f"lltm:{fleet}:analytics"

@@ -5,21 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 
 from lltm_ray._optional import load
 from lltm_ray._watch import Watch, watch
+from lltm_ray.actors.analytics import find_analytics, make_analytics, wait_for_analytics
 from lltm_ray.actors.calls import Calls, Messages
+from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.fleet import Fleet
 from lltm_ray.errors import FleetError
 from lltm_ray.records import StreamEvent
 from lltm_ray.telemetry.store import Page
 from lltm_ray.telemetry.summary import summarize
 
+if TYPE_CHECKING:
+    from lltm_ray.analytics.compare import Comparison
+    from lltm_ray.analytics.report import Report
+
 _ANSWER_S = 30.0
+_REPORT_S = 300.0
+"""Ten million spans on a CPU take minutes."""
 _PAGE_ROWS = 50_000
 _ROUTES = {
     "chat": "/v1/chat/completions",
@@ -85,10 +93,10 @@ class FleetTelemetry:
             MissingExtraError: pandas is not installed.
         """
         until_unix_s = None if window_s is None else time.time()
-        return summarize(self._tables("requests", "attempts"), by=by, window_s=window_s, until_unix_s=until_unix_s)
+        return summarize(self.tables("requests", "attempts"), by=by, window_s=window_s, until_unix_s=until_unix_s)
 
-    def _tables(self, *kinds: str) -> dict[str, pa.Table]:
-        """All that is kept."""
+    def tables(self, *kinds: str) -> dict[str, pa.Table]:
+        """All rows of these kinds that are in memory, in the order they came."""
         pages = [self.read_since(0, kinds, _PAGE_ROWS)]
         while any(table.num_rows for table in pages[-1].tables.values()):
             pages.append(self.read_since(pages[-1].cursor, kinds, _PAGE_ROWS))
@@ -102,6 +110,43 @@ class FleetTelemetry:
             return ray.get(getattr(actor, method).remote(*args, **options), timeout=_ANSWER_S)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
             raise FleetError(f"telemetry of fleet {name!r} does not answer: {type(error).__name__}") from None
+
+
+class FleetAnalytics:
+    """`Cluster.report` and `Cluster.compare`: asks the fleet's analytics, which is made where there is none.
+
+    Args:
+        fleet: whose.
+    """
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def report(self, window_s: float | None, until_unix_s: float | None) -> Report:
+        """As `Cluster.report`."""
+        found: Report = self._ask("report", window_s, until_unix_s)
+        return found
+
+    def compare(self, before: tuple[float, float], after: tuple[float, float]) -> Comparison:
+        """As `Cluster.compare`."""
+        found: Comparison = self._ask("compare", before, after)
+        return found
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        fleet = self._fleet
+        name = fleet.config.name
+        if fleet.telemetry is None:
+            raise FleetError(f"telemetry of fleet {name!r} is off: start it with telemetry.enabled = true")
+        if fleet.analytics is None:
+            fleet.analytics = find_analytics(name) or make_analytics(fleet.config, detached=False)
+            wait_for_analytics(fleet.analytics, fleet.config.analytics)
+        try:
+            return ray.get(getattr(fleet.analytics, method).remote(*args), timeout=_REPORT_S)
+        except ray.exceptions.RayTaskError as error:
+            raise cause_of(error) from None
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            fleet.analytics = None
+            raise FleetError(f"analytics of fleet {name!r} does not answer: {type(error).__name__}") from None
 
 
 class WatchedCalls(Calls):

@@ -37,6 +37,12 @@ def seconds(column: Any, zero_unix_nano: int) -> Floats:
     return found
 
 
+def request_ends(rows: pa.Table) -> Ints:
+    """When requests ended, in nanoseconds since the epoch; one without a duration ended as it arrived."""
+    total = np.nan_to_num(floats(rows["total_s"]))
+    return ints(rows["arrived_unix_nano"]) + np.rint(total * 1e9).astype(np.int64)
+
+
 def encode(columns: Iterable[Any], known: Sequence[str] = ()) -> tuple[tuple[str, ...], list[Ints]]:
     """Names of several columns as codes of one list.
 
@@ -58,7 +64,7 @@ def span_ids(column: Any) -> Ints:
     """Span ids of 16 hex digits as integers; 0 for one that is none."""
     if not len(column):
         return np.empty(0, np.int64)
-    is_id = pc.fill_null(pc.equal(pc.utf8_length(column), _ID_DIGITS), False)
+    is_id = pc.fill_null(pc.equal(pc.binary_length(column), _ID_DIGITS), False)
     chunks = pc.if_else(is_id, column, "0" * _ID_DIGITS)
     array = chunks.combine_chunks() if isinstance(chunks, pa.ChunkedArray) else chunks
     text = pc.cast(array, pa.binary(_ID_DIGITS)).buffers()[1]

@@ -83,12 +83,13 @@ class Engine(Protocol):
         """Whether an analysis failed for want of the engine's memory."""
 
 
-def choose_engine(prefer: str = "auto", *, memory_bytes: int | None = None) -> Engine:
+def choose_engine(prefer: str = "auto", *, memory_bytes: int | None = None, reason: str = "asked for") -> Engine:
     """The engine for this process; cuDF is tried on a few rows, for what is installed need not be usable.
 
     Args:
         prefer: one of `ANALYTICS_ENGINES`; `auto` takes pandas where cuDF is not usable, and says why.
         memory_bytes: of the GPU, at most; None: all of it. cuDF only.
+        reason: why `pandas` was asked for.
 
     Raises:
         ConfigError: no such engine; or `cudf`, and it is not usable.
@@ -97,7 +98,7 @@ def choose_engine(prefer: str = "auto", *, memory_bytes: int | None = None) -> E
     if prefer not in ANALYTICS_ENGINES:
         raise ConfigError("engine", prefer, f"must be one of {', '.join(ANALYTICS_ENGINES)}")
     if prefer == "pandas":
-        return _pandas("asked for")
+        return _pandas(reason)
     try:
         make = load("lltm_ray.analytics._cudf:CudfEngine", extra="rapids", feature="analytics on a GPU")
         engine: Engine = make(memory_bytes=memory_bytes)

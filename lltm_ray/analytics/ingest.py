@@ -45,8 +45,8 @@ def build_trace(
     Args:
         tables: kind -> rows, as the telemetry actor gives them.
         engine: where the frames shall be.
-        start_unix_nano: the window's begin; None: the first arrival, or else sample.
-        end_unix_nano: the window's end, exclusive; None: the last end, or else sample.
+        start_unix_nano: the window's begin; None: the first arrival or sample.
+        end_unix_nano: the window's end, exclusive; None: the last end or sample.
     """
     return _Ingest(tables, engine, start_unix_nano, end_unix_nano).trace()
 
@@ -57,12 +57,14 @@ class _Ingest:
     def __init__(self, tables: Mapping[str, pa.Table], engine: Engine, start: int | None, end: int | None) -> None:
         self._engine = engine
         self._tables = dict(tables)
-        arrived, total = ints(self._of("requests", "arrived_unix_nano", pa.int64())), None
-        total = floats(self._of("requests", "total_s", pa.float64()))
+        arrived = ints(self._of("requests", "arrived_unix_nano", pa.int64()))
+        total = np.nan_to_num(floats(self._of("requests", "total_s", pa.float64())))
         ended = arrived + np.rint(total * 1e9).astype(np.int64)
-        moments = [ints(self._of(kind, "at_unix_nano", pa.int64())) for kind in ("gpus", "servers", "queues")]
+        moments = [ints(self._of(kind, "at_unix_nano", pa.int64())) for kind in ("gpus", "servers", "slots", "queues")]
+        began, over = (ints(self._of("spans", f"{name}_unix_nano", pa.int64())) for name in ("start", "end"))
         starts = [each.min() for each in (arrived, *moments) if len(each)]
-        ends = [each.max() for each in (ended, *moments) if len(each)]
+        starts += [began.min()] if len(began) and not starts else []
+        ends = [each.max() for each in (ended, over, *moments) if len(each)]
         self._start = int(start if start is not None else min(starts, default=0))
         self._end = int(end if end is not None else max(ends, default=self._start) + 1)
         self._keep_window(ended)
@@ -77,7 +79,7 @@ class _Ingest:
             *((kind, "at_unix_nano") for kind in ("gpus", "servers", "slots", "queues")),
         ):
             if kind in self._tables:
-                at = self._tables[kind][column]
+                at = self._of(kind, column, pa.int64())
                 within = pc.and_(pc.greater_equal(at, self._start), pc.less(at, self._end))
                 self._tables[kind] = self._tables[kind].filter(within)
 
@@ -128,8 +130,8 @@ class _Ingest:
         spans, (self._span_codes,) = encode([of("spans", "name")], PHASES)
         self._trace_names, found = encode([of("requests", "trace_id"), of("spans", "trace_id")])
         self._trace_codes = dict(zip(("requests", "spans"), found, strict=True))
-        first_gpu = pc.list_element(pc.split_pattern(pc.fill_null(of("servers", "gpu_uuids"), ""), ","), 0)
-        gpus, (self._gpu_codes, self._server_gpus) = encode([of("gpus", "uuid"), first_gpu])
+        of_servers = pc.list_flatten(pc.split_pattern(pc.unique(pc.fill_null(of("servers", "gpu_uuids"), "")), ","))
+        gpus, (self._gpu_codes, _) = encode([of("gpus", "uuid"), of_servers])
         nodes, found = encode([of(kind, "node") for kind in ("gpus", "servers")])
         self._node_codes = dict(zip(("gpus", "servers"), found, strict=True))
         singles = {}
@@ -199,7 +201,7 @@ class _Ingest:
         for name in ("predicted_cached", "cached", "computed", "generated", "delivered", "draft", "accepted"):
             columns[name] = np.maximum(ints(of("attempts", f"{name}_tokens", pa.int64()))[keep], 0)
         for name in ("is_continued", "is_estimate"):
-            columns[name] = ints(of("attempts", name, pa.bool_()))[keep]
+            columns[name] = np.maximum(ints(of("attempts", name, pa.bool_()))[keep], 0)
         is_generating = self._is_generating()[owner]
         columns |= phases.attempt_phases(offsets, columns, arrived[owner], total[owner], is_generating)
         return columns
@@ -226,7 +228,7 @@ class _Ingest:
             **{name: self._codes[name] for name in ("tenant", "route", "conversation", "policy")},
             "error": self._error_codes["requests"],
             "is_generating": self._is_generating(),
-            "is_stream": ints(of("requests", "is_stream", pa.bool_())),
+            "is_stream": np.maximum(ints(of("requests", "is_stream", pa.bool_())), 0),
             "status": ints(of("requests", "status", pa.int64())),
             "arrived_s": arrived,
             "ended_s": arrived + total,

@@ -66,17 +66,16 @@ def sum_up(attempts: Mapping[str, Any], requests: int) -> dict[str, Any]:
     count = np.bincount(r, minlength=requests).astype(np.int64)
     has = count > 0
     last = np.cumsum(count) - 1
-    starts = np.where(attempts["is_continued"] > 0, NONE, np.arange(len(r)))
-    start = np.full(requests, NONE, np.int64)
-    np.maximum.at(start, r, starts)
+    start = np.cumsum(count) - count
+    anew = np.flatnonzero(attempts["is_continued"] <= 0)
+    np.maximum.at(start, r[anew], anew)
 
     def of(name: str, row: Ints, missing: Any) -> Any:
         values = attempts[name]
         return np.where(has, values[np.where(has, row, 0)], missing) if len(values) else np.full(requests, missing)
 
     told = {"engine": of("engine", last, NONE), "slot": of("slot", last, NONE), "gpu": of("gpu", last, NONE)}
-    first = np.where(start >= 0, start, last)
-    first = np.where(of("cached", first, 0) + of("computed", first, 0) > 0, first, last)
+    first = np.where(of("cached", start, 0) + of("computed", start, 0) > 0, start, last)
     cached, computed = of("cached", first, 0), of("computed", first, 0)
     is_before = (np.arange(len(r)) >= start[r]) & (np.arange(len(r)) < last[r])
     before = np.bincount(r[is_before], attempts["delivered"][is_before], minlength=requests)
@@ -99,13 +98,12 @@ def build_spans(requests: Mapping[str, Any], attempts: Mapping[str, Any], own: M
     sent, ended = attempts["sent_s"], attempts["ended_s"]
     has_client = ~np.isnan(sent)
     client = np.where(has_client, n + np.cumsum(has_client) - 1, NONE)
-    slot_at = sent + attempts["queue_s"]
-    first_at = slot_at + attempts["prefill_s"]
+    slot_at, first_at = attempts["headers_s"], attempts["first_s"]
     below: list[tuple[int, Ints, Floats, Floats]] = [
         (ATTEMPT, r, sent, ended),
         (ROUTE, r, attempts["asked_s"], attempts["asked_s"] + attempts["route_s"]),
-        (QUEUE, client, sent, slot_at),
-        (PREFILL, client, slot_at, first_at),
+        (QUEUE, client, sent, sent + attempts["queue_s"]),
+        (PREFILL, client, slot_at, slot_at + attempts["prefill_s"]),
         (DECODE, client, first_at, ended),
     ]
     parts = [_of_requests(requests, np.full(n, NONE, np.int64))]
@@ -118,7 +116,7 @@ def build_spans(requests: Mapping[str, Any], attempts: Mapping[str, Any], own: M
     ids = np.concatenate([requests["span"], attempts["span"], own["span"]])
     rows = np.concatenate([np.arange(n), client, made + np.arange(k)])
     parts[0]["parent"] = _rows(rows, find(ids, requests["parent"]))
-    parent = _rows(rows, find(ids, own["parent"]))
+    parent = _rows(rows, find(ids, np.where(own["parent"] == own["span"], 0, own["parent"])))
     parts.append(
         {name: own[name] for name in ("trace", "name", "start_s", "end_s", "error", "engine")}
         | {"parent": parent, **{name: np.full(k, NONE, np.int64) for name in ("r", "a", "slot")}}

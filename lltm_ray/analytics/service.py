@@ -8,18 +8,22 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from lltm_ray.analytics.frames import Engine
+from lltm_ray.analytics.hints import make_hints
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.report import Report, make_report
 from lltm_ray.analytics.trace import Trace
 from lltm_ray.analytics.window import Window
 from lltm_ray.config import AnalyticsConfig
 from lltm_ray.errors import ConfigError
+from lltm_ray.records import Hints
 
 if TYPE_CHECKING:
     from lltm_ray.analytics.compare import Comparison
 
 KINDS = ("requests", "attempts", "spans", "gpus", "servers", "slots", "queues")
 """Kinds of rows it asks telemetry for."""
+HINTS_VALID = 3
+"""Hints end when so many later ones have not come."""
 
 
 class AnalyticsService:
@@ -33,9 +37,11 @@ class AnalyticsService:
 
     def __init__(self, config: AnalyticsConfig, engine: Engine, fleet: str = "") -> None:
         self._window = Window(config.window_s, config.max_rows)
+        self._config = config
         self._engine = engine
         self._fleet = fleet
         self._missed_rows = 0
+        self._hints = Hints()
 
     def add(self, tables: Mapping[str, pa.Table], missed_rows: int = 0) -> None:
         """Rows as telemetry gives them, and how many it had dropped before."""
@@ -72,6 +78,13 @@ class AnalyticsService:
         from lltm_ray.analytics.compare import compare
 
         return compare(*(self.trace(end - start, end) for start, end in (before, after)))
+
+    def hints(self, now_unix_nano: int) -> Hints:
+        """What routers should know, by the last `hints_window_s` and by what they were told before."""
+        trace = self.trace(self._config.hints_window_s, now_unix_nano / 1e9)
+        valid_s = HINTS_VALID * self._config.hints_every_s
+        self._hints = make_hints(trace, self._hints, now_unix_nano=now_unix_nano, valid_s=valid_s)
+        return self._hints
 
     def status(self) -> dict[str, object]:
         """For people: plain values."""

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-_ENDS = {"requests": "arrived_unix_nano", "spans": "end_unix_nano"}
+from lltm_ray.analytics.columns import request_ends
+
 _SLACK_NANO = 60 * 10**9
 """Rows of one moment come in different batches; and a request is told when it has ended, its samples at once."""
 
@@ -77,8 +78,11 @@ def _span_of(tables: Mapping[str, pa.Table], default: int) -> tuple[int, int]:
     """First and last moment of rows. Attempts have none of their own: they come with their requests."""
     found: list[int] = []
     for kind, rows in tables.items():
-        column = _ENDS.get(kind, "at_unix_nano")
-        if rows.num_rows and column in rows.column_names:
-            ends = pc.min_max(rows[column]).as_py()
-            found += ends["min"], ends["max"]
+        column = "end_unix_nano" if kind == "spans" else "at_unix_nano"
+        if kind == "requests" and rows.num_rows:
+            ends = request_ends(rows)
+            found += int(ends.min()), int(ends.max())
+        elif rows.num_rows and column in rows.column_names:
+            seen = pc.min_max(rows[column]).as_py()
+            found += seen["min"], seen["max"]
     return min(found, default=default), max(found, default=default)

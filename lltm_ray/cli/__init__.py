@@ -20,6 +20,8 @@ COMMANDS = {
     "chat": "chat:chat",
     "bench": "bench:bench",
     "explain": "explain:explain",
+    "report": "report:report",
+    "query": "query:query",
     "replay": "replay:replay",
     "models": "models:app",
     "doctor": "doctor:doctor",

@@ -31,9 +31,11 @@ def demo(
     engines: Annotated[int, typer.Option(help="How many llama-servers.")] = 2,
     model: Annotated[str, typer.Option(help="tiny needs no network; its words mean nothing.")] = "tiny",
     report: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("demo-report.json"),
+    page: Annotated[Path, typer.Option("--html", help="Where the report goes.")] = Path("demo-report.html"),
 ) -> None:
-    """Start a fleet, talk to it with the openai client, put it under load, write the figures, drain."""
+    """Start a fleet, talk to it with the openai client, put it under load, write figures and report, drain."""
     openai = _optional.load("openai", extra="demo", feature="the demo's client")
+    to_html = _optional.load("lltm_ray.analytics.html:to_html", extra="demo", feature="the demo's report")
     began = time.perf_counter()
     ERR.print(f"starting Ray and {engines} engines of {model} …")
     with Cluster.start(FleetConfig(model=model, engines=engines, gateway=GatewayConfig(port=0))) as cluster:
@@ -45,11 +47,14 @@ def demo(
         chats = [_chat(client, status.engines[0].model, question) for question in CHATS]
         client.close()
         load = _load(str(cluster.endpoint), status.engines[0].model)
-        seen = cluster.status()
+        seen, found = cluster.status(), cluster.report()
     _check_gone(seen)
     figures = {"start_s": start_s, "engines": [engine.public() for engine in seen.engines], "chats": chats}
     report.write_text(json.dumps(figures | {"load": load}, indent=2), encoding="utf-8")
-    OUT.print(f"drained; no server is left. Figures: {report}")
+    page.write_text(to_html(found), encoding="utf-8")
+    OUT.print("")
+    OUT.print(_optional.load("lltm_ray.analytics.text:to_text", extra="demo")(found), markup=False)
+    OUT.print(f"drained; no server is left. Figures: {report}, report: {page}")
 
 
 def _say_if_noise(model: str) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+from lltm_ray._prefix import SALT_BYTES, hash_prefixes
 from lltm_ray.gateway.accounting import is_several
 from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.request import Request
@@ -37,16 +39,21 @@ class Tracing:
     """Takes a kind and a row; quick."""
     capture: Capture | None = None
     """Makes a request's content; None: prompts and answers stay here."""
+    salt: bytes = field(default=b"", repr=False)
+    """What prompts are hashed with: the fleet's; empty: one that only this process knows."""
     faults: int = 0
     """What could not be told, or not whole."""
+
+    def __post_init__(self) -> None:
+        self.salt = self.salt or secrets.token_bytes(SALT_BYTES)
 
     def note(self, request: Request, trace: RequestTrace) -> None:
         """Tell of a request that is over."""
         try:
-            content = self._content(request)
+            prompt = self._prompt(request)
             for row in attempt_rows(request, trace):
                 self.add("attempts", row)
-            self.add("requests", request_row(request, trace, content=content))
+            self.add("requests", request_row(request, trace, prompt))
         except Exception as error:  # noqa: BLE001 - border: the answer is the client's, whatever becomes of its trace
             self._fault("a request", error)
 
@@ -56,6 +63,15 @@ class Tracing:
             self.add("spans", work.row(time.time_ns()))
         except Exception as error:  # noqa: BLE001 - border, as above
             self._fault(work.name, error)
+
+    def _prompt(self, request: Request) -> dict[str, Any]:
+        """As columns: its length and hashes, and text only if the operator asked for it."""
+        key = request.ask.key if request.ask is not None else b""
+        return {
+            "content": self._content(request),
+            "prompt_bytes": len(key),
+            "prefix": hash_prefixes(key, self.salt),
+        }
 
     def _content(self, request: Request) -> str:
         if self.capture is None or not isinstance(request.body_json, dict):
@@ -74,13 +90,13 @@ class Tracing:
             _log.warning("%s could not be told (%s); such there were: %d", what, type(error).__name__, self.faults)
 
 
-def request_row(request: Request, trace: RequestTrace, *, content: str = "") -> RequestRow:
+def request_row(request: Request, trace: RequestTrace, prompt: Mapping[str, Any]) -> RequestRow:
     """The request as a row; it must be over.
 
     Args:
         request: with its record and its line in the account complete.
         trace: its own.
-        content: what was captured of prompt and answer, as JSON; empty unless the operator asked for it.
+        prompt: what is told of it and the answer: the columns `content`, `prompt_bytes` and `prefix`.
     """
     record, entry, fields = request.record, request.entry, request.body_json
     body = fields if isinstance(fields, dict) else {}
@@ -112,7 +128,7 @@ def request_row(request: Request, trace: RequestTrace, *, content: str = "") -> 
         finish_reasons=_finish_reasons(ends, are_several=is_several(fields)),
         policy=entry.policy,
         why=entry.why,
-        content=content,
+        **prompt,
     )
 
 

@@ -15,10 +15,11 @@ from functools import partial
 from typing import Any
 
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
-from lltm_ray.records import Adapter, EngineInfo, EngineState, ModelDemand, ModelInfo, ModelState
+from lltm_ray.records import Adapter, EngineInfo, EngineState, Hints, ModelDemand, ModelInfo, ModelState
 from lltm_ray.routing.adapters import check_name, split_model
 from lltm_ray.routing.admission import Overload
 from lltm_ray.routing.admission.waiting import Waiter, WaitingRoom
+from lltm_ray.routing.hints import Counsel
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.residency import Held
 from lltm_ray.routing.rows import Lease, Row, Served, describe, identity, is_hopeless
@@ -63,6 +64,7 @@ class Router:
         self._names: tuple[str, ...] = ()
         self._engines: dict[str, Row] = {}
         self._share = SlotShare()
+        self._counsel = Counsel()
 
     # --- the table
 
@@ -101,10 +103,19 @@ class Router:
 
     def _served(self, name: str) -> ServedModel:
         if name not in self._models:
-            served = self._models[name] = ServedModel(name, self._policy, self._queue_limit)
+            served = self._models[name] = ServedModel(name, self._policy, self._queue_limit, counsel=self._counsel)
             wake = partial(self._wake, name) if self._wake is not None else None
             self._rooms[name] = WaitingRoom(served, self._clock, self._refusal, wake)
         return self._models[name]
+
+    def hint(self, hints: Hints, salt: bytes) -> None:
+        """Follow analytics' hints until newer ones come, or until they are no longer valid.
+
+        Args:
+            hints: as the directory tells them.
+            salt: the fleet's, with which beginnings of prompts are hashed.
+        """
+        self._counsel.take(hints, salt)
 
     def suspect(self, engine: EngineInfo | str) -> None:
         """A connection to this engine failed: skip it for `SUSPECT_S`, or until its server is another one.
@@ -223,17 +234,7 @@ class Router:
         return {
             "waiting": waiting,
             "rejected": sum(served.counts.rejected for served in self._models.values()),
-            "engines": {
-                row.name: {
-                    "model": row.model,
-                    "state": str(row.info.state),
-                    "slots_busy": row.busy,
-                    "slots_total": row.slots_total,
-                    "is_suspect": row.suspicions > 0,
-                    "is_closed": row.closed,
-                }
-                for row in self._engines.values()
-            },
+            "engines": {row.name: row.snapshot() for row in self._engines.values()},
             "models": {name: served.snapshot() for name, served in self._models.items()},
         }
 

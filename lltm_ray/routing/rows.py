@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from lltm_ray.records import EngineInfo, EngineState, Timings
 from lltm_ray.routing.adapters import Lora, lora_field
@@ -44,6 +45,17 @@ class Row(EngineView):
     def is_promised(self, lora: Lora | None) -> bool:
         """Whether requests with other adapters wait there: who came after them would go before them, for ever."""
         return bool(self.coming) and any(other != lora for other in self.coming)
+
+    def snapshot(self) -> dict[str, Any]:
+        """As JSON, for `/lltm/status`."""
+        return {
+            "model": self.model,
+            "state": str(self.info.state),
+            "slots_busy": self.busy,
+            "slots_total": self.slots_total,
+            "is_suspect": self.suspicions > 0,
+            "is_closed": self.closed,
+        }
 
 
 @dataclass(slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from lltm_ray.records import EngineInfo, ModelInfo
 from lltm_ray.routing.admission import Admission, Capacity
+from lltm_ray.routing.hints import Counsel
 from lltm_ray.routing.policy import Ask, Choice, make_policy
 from lltm_ray.routing.rates import Rates
 from lltm_ray.routing.residency import Held, Match, Residency
@@ -69,9 +70,18 @@ class ServedModel:
         policy: name of the routing policy.
         queue_limit: requests that may wait for it.
         residency_bytes: room for the index of what its engines have cached.
+        counsel: what analytics tells the router.
     """
 
-    def __init__(self, name: str, policy: str, queue_limit: int, residency_bytes: int = 64 * 2**20) -> None:
+    def __init__(
+        self,
+        name: str,
+        policy: str,
+        queue_limit: int,
+        residency_bytes: int = 64 * 2**20,
+        *,
+        counsel: Counsel | None = None,
+    ) -> None:
         self.name = name
         self.info: ModelInfo | None = None
         self.table: Table[Row] = Table()
@@ -82,6 +92,7 @@ class ServedModel:
         self.admission: Admission[Any] = Admission(queue_limit)
         self.rows: dict[str, Row] = {}
         self.counts = Counts()
+        self._counsel = counsel or Counsel()
         self._pins = policy == "residency"
 
     # --- engines
@@ -181,7 +192,13 @@ class ServedModel:
     def choose(self, ask: Ask, match: Match, exclude: Collection[str]) -> Choice | None:
         """Which engine should take a request; None: no slot is free for it."""
         self.settle()
-        choice = self.policy.choose(ask, self.table, self.rates, match.engines, frozenset(exclude))
+        engines, avoid = match.engines, frozenset(exclude)
+        advice = self._counsel.advice
+        if advice is not None:
+            engines = advice.widen(ask, engines)
+            uncached = ask.prompt_tokens - (engines[0][1] if engines else 0)
+            avoid |= advice.avoid(ask, self.table.names, uncached)
+        choice = self.policy.choose(ask, self.table, self.rates, engines, avoid)
         return None if choice is None or self.rows[choice.engine].is_promised(ask.lora) else choice
 
     def _look_at_spare(self, row: Row) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -21,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lltm_ray.errors import ConfigError
 from lltm_ray.telemetry.batch import SCHEMAS
 
 _log = logging.getLogger(__name__)
@@ -35,6 +37,22 @@ _SEGMENT_BYTES = 64 * 2**20
 """In memory; as much of each kind may wait for a flush, and as much for a disk that refuses."""
 _MOST_NEW_ROWS = 100_000
 """Of each kind that wait for a flush, which a disk may hold up."""
+
+
+def read_folder(folder: Path) -> dict[str, pa.Table]:
+    """All rows of a folder of segments, in order; for analysis, also while telemetry writes there.
+
+    Args:
+        folder: what `telemetry.segment_dir` names.
+
+    Raises:
+        ConfigError: it is no folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError("segments", str(folder), "is no folder; by default it is <cache>/telemetry/<fleet>")
+    segments = Segments(folder, 0, 0.0, 1)
+    found = segments.read_newest(sys.maxsize, is_ours=False)
+    return {kind: pa.Table.from_batches(batches).drop_columns([SEQUENCE]) for kind, batches in found.items() if batches}
 
 
 class Segments:
@@ -188,11 +206,16 @@ class Segments:
                     found.append((path, path.stat()))
         return found
 
-    def read_newest(self, max_rows: int) -> dict[str, list[pa.RecordBatch]]:
-        """What an earlier process wrote: of each kind the newest segments that make up `max_rows`, in order."""
+    def read_newest(self, max_rows: int, *, is_ours: bool = True) -> dict[str, list[pa.RecordBatch]]:
+        """What an earlier process wrote: of each kind the newest segments that make up `max_rows`, in order.
+
+        Args:
+            max_rows: of each kind.
+            is_ours: nobody else writes there, so a draft is what a kill left.
+        """
         try:
             for draft in self._folder.glob("*.draft"):
-                if _NAME.match(draft.with_suffix(".parquet").name):
+                if is_ours and _NAME.match(draft.with_suffix(".parquet").name):
                     draft.unlink()
             names = sorted((path.name for path, _ in self._files()), reverse=True)
         except OSError as error:

@@ -93,13 +93,13 @@ class Fleet:
         return sum(server.counters().get(name, 0.0) for server in self.servers)
 
 
-def model() -> Path:
+def model(shape: TinyShape = SHAPE) -> Path:
     """The model's file, made on first use."""
-    path = install.CACHE / f"bench-{SHAPE.n_embd}-{SHAPE.n_layer}-{SHAPE.n_ff}-{SOFTENING}.gguf"
+    path = install.CACHE / f"bench-{shape.n_embd}-{shape.n_head}-{shape.n_layer}-{shape.n_ff}-{SOFTENING}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".part")
-        write_tiny(scratch, SHAPE)
+        write_tiny(scratch, shape)
         _soften(scratch)
         scratch.replace(path)
     return path
@@ -116,25 +116,33 @@ def _soften(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def servers(folder: Path, count: int = ENGINES, **changes: Any) -> Iterator[tuple[Server, ...]]:
+def servers(
+    folder: Path, count: int = ENGINES, *, shape: TinyShape = SHAPE, **changes: Any
+) -> Iterator[tuple[Server, ...]]:
     """Fresh servers without a key.
 
     Raises:
         StartError: one did not start.
     """
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(_server(folder / f"engine-{i}.log", changes)) for i in range(count)]
+        started = [stack.enter_context(_server(folder / f"engine-{i}.log", shape, changes)) for i in range(count)]
         for process, server in started:
             _until_healthy(process, server)
         yield tuple(server for _, server in started)
 
 
 @contextlib.contextmanager
-def _server(log: Path, changes: dict[str, Any]) -> Iterator[tuple[Running, Server]]:
+def _server(log: Path, shape: TinyShape, changes: dict[str, Any]) -> Iterator[tuple[Running, Server]]:
     port = free_port()
     config = EngineConfig(**SETTINGS | changes)
     args = build_args(
-        config, model_path=str(model()), host="127.0.0.1", port=port, alias="bench", api_key_file=None, n_gpu_layers=0
+        config,
+        model_path=str(model(shape)),
+        host="127.0.0.1",
+        port=port,
+        alias="bench",
+        api_key_file=None,
+        n_gpu_layers=0,
     )
     with running([sys.executable, "-m", "lltm_ray.llamacpp.embedded", *args], log) as process:
         yield process, Server(f"http://127.0.0.1:{port}", process.pid)

@@ -30,6 +30,7 @@ from gateway_harness import (
     whole,
 )
 
+from lltm_ray._prefix import hash_prefixes
 from lltm_ray.config import TelemetryConfig
 from lltm_ray.gateway.trace import Tracing
 from lltm_ray.llamacpp.metrics import read_metrics
@@ -499,6 +500,28 @@ async def test_the_account_has_no_word_of_the_prompt(rows, tmp_path):
                 entry = ledger.explain(id_)
                 assert entry["error"] == rows.requests[-1].error != ""
                 assert SECRET_PROMPT not in repr((entry, gate.app.records, rows.told))
+
+
+async def test_prompts_that_begin_alike_share_salted_hashes_and_none_of_them_is_told(pair, rows):
+    start = f"{SECRET_PROMPT} " * 40  # 720 bytes
+    prompts = [f"{start}one" * 2, f"{start}two" * 2, f"another {start}"]
+    salt = b"of this fleet".ljust(32)
+    async with gateway(*infos(pair), tracing=Tracing(rows.add, salt=salt)) as gate:
+        for prompt in prompts:
+            status, _, answer = await post(gate, "/completion", NATIVE | {"prompt": prompt})
+            assert status == 200, answer
+        await post(gate, "/v1/embeddings", {"model": MODEL, "input": SECRET_PROMPT * 40})
+    one, two, other, embedding = rows.requests
+    assert [row.prompt_bytes for row in rows.requests[:3]] == [len(prompt) for prompt in prompts]
+    assert [one.prefix, two.prefix] == [hash_prefixes(prompt.encode(), salt) for prompt in prompts[:2]]
+    same = [one.prefix[at : at + 8] == two.prefix[at : at + 8] for at in range(0, len(one.prefix), 8)]
+    assert same == [True, True, False, False, False]
+    assert other.prefix
+    assert other.prefix[:8] not in (one.prefix[:8], two.prefix[:8])
+    assert (embedding.prompt_bytes, embedding.prefix) == (0, b"")
+    assert SECRET_PROMPT not in repr(rows.told)
+    assert salt.hex() not in repr(rows.told)
+    assert "of this fleet" not in repr((rows.told, Tracing(rows.add, salt=salt)))
 
 
 async def test_captured_content_is_there_on_both_ends_and_redacted(pair, rows):

@@ -140,3 +140,14 @@ def test_what_a_gateway_closed_survives_a_restart(tmp_path):
     first = Table("f", tmp_path / "t.json")
     first.register_gateway(GatewayInfo(name="g", url="u", state="ready", closed=("engine-0",)), NOW)
     assert Table("f", tmp_path / "t.json").status().gateways[0].closed == ("engine-0",)
+
+
+def test_gateways_get_the_salt_and_nobody_sees_it(tmp_path):
+    salt = b"a secret of this fleet".ljust(32)
+    table = Table("f", tmp_path / "t.json", salt=salt)
+    table.register(engine(), NOW)
+    seen = table.status()
+    assert seen.salt == salt
+    shown = f"{seen!r} {seen.public()} {(tmp_path / 't.json').read_text()}"
+    assert "a secret of this fleet" not in shown
+    assert salt.hex() not in shown

@@ -1,0 +1,144 @@
+"""Slots that attempts held, and what servers told of their requests meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lltm_ray.analytics.answer import rows
+from lltm_ray.analytics.fit import fit_groups
+from lltm_ray.analytics.frames import Array
+from lltm_ray.analytics.overlaps import Timeline, count_overlaps
+from lltm_ray.analytics.readings import GAP_S, sums
+from lltm_ray.analytics.trace import Trace
+
+_LONG = 0.99
+"""Quantile of the time in the system: so long before the window's end its requests are known, for they have ended."""
+_PREFILL_PART = 0.05
+"""Seconds of a computed token over those of a generated one, about: only how much a long prompt counts in a fit."""
+_FIT_ROWS = 10_000
+"""Attempts that a line is fitted to, taken evenly; more would not move it."""
+EDGE, EDGE_S = 0.05, 10.0
+"""Samples may lack so much of the window, or so many seconds, at its ends."""
+
+
+class Held(NamedTuple):
+    """Attempts that an engine had, each as long as its array."""
+
+    engine: Array
+    model: Array
+    sent: Array
+    slot: Array
+    """When its slot began; before, it waited in llama-server."""
+    ended: Array
+    wait: Array
+    """Seconds without a slot, there and in the gateway."""
+    computed: Array
+    """Prompt tokens."""
+    generated: Array
+    failed: Array
+    """0 or 1."""
+
+
+def read_held(trace: Trace) -> Held:
+    """Attempts that were sent to an engine, whatever became of them."""
+    xp, frame = trace.engine.xp, trace.attempts
+    frame = frame[(frame["engine"] >= 0) & frame["sent_s"].notna() & frame["ended_s"].notna()]
+    names = ("engine", "model", "sent_s", "ended_s", "queue_s", "route_s", "error")
+    engine, model, sent, ended, queue, route, error = (trace.engine.array(frame[name]) for name in names)
+    ended, queue = xp.maximum(ended, sent), xp.nan_to_num(queue)
+    slot = xp.minimum(sent + queue, ended)
+    computed, generated = (trace.engine.array(frame[name]) for name in ("computed", "generated"))
+    wait = queue + xp.nan_to_num(route)
+    return Held(engine, model, sent, slot, ended, wait, computed, generated, (error >= 0) * 1.0)
+
+
+def within(xp: Any, start: Array, end: Array, length_s: float) -> Array:
+    """Seconds of each interval that are inside the window."""
+    return xp.maximum(xp.minimum(end, length_s) - xp.maximum(start, 0.0), 0.0)
+
+
+class Engines(NamedTuple):
+    """By engine's code, on the host."""
+
+    slots: list[int]
+    model: list[int]
+    there_s: list[float]
+    """Seconds of the window in which an engine was there."""
+
+
+def read_engines(trace: Trace) -> Engines:
+    """An engine was there from its first sample or attempt to its last; without samples, it has the slots that it used.
+
+    Within `EDGE` or `EDGE_S` of the whole window, it was there all the time.
+    """
+    length, found = trace.length_s, len(trace.names.engine)
+    engines = Engines([0] * found, [-1] * found, [length] * found)
+    used = trace.attempts[(trace.attempts["engine"] >= 0) & trace.attempts["sent_s"].notna()]
+    used = used.assign(at_s=used["sent_s"], last_s=used["ended_s"], slots=used["slot"] + 1)
+    told = trace.servers[trace.servers["engine"] >= 0]
+    told = told.assign(last_s=told["at_s"], slots=told["slots_total"])
+    by_engine: dict[int, list[Any]] = {}
+    for frame in (used, told):
+        most = {"slots": "max", "model": "max", "at_s": "min", "last_s": "max"}
+        for row in rows(trace.engine.host(frame.groupby("engine", sort=True).agg(most).reset_index())):
+            by_engine.setdefault(int(row.engine), []).append(row)
+    for code, each in by_engine.items():
+        seen = min(max(row.last_s for row in each), length) - max(min(row.at_s for row in each), 0.0)
+        engines.slots[code] = next(int(row.slots) for row in reversed(each) if row.slots > 0 or row is each[0])
+        engines.model[code] = next(int(row.model) for row in reversed(each) if row.model >= 0 or row is each[0])
+        engines.there_s[code] = length if seen + max(EDGE_S, EDGE * length) >= length else max(seen, 1e-9)
+    return engines
+
+
+def in_system(trace: Trace, held: Held) -> Mapping[str, Array]:
+    """What servers told of their number of requests against what attempts make of it, over the same time.
+
+    Up to the `_LONG` quantile of the attempts' time before the window's end: of later ones, not all are known yet.
+
+    Returns:
+        By engine: known_s: seconds between samples; told_s, counted_s: integrals over them; told, counted: sums over
+        the samples; samples.
+    """
+    xp, found = trace.engine.xp, len(trace.names.engine)
+    end = trace.length_s - (float(xp.percentile(held.ended - held.sent, 100 * _LONG)) if len(held.sent) else 0.0)
+    frame = trace.servers
+    frame = frame[(frame["engine"] >= 0) & frame["processing"].notna() & (frame["at_s"] <= end)]
+    frame = frame.sort_values(["engine", "at_s"]).reset_index(drop=True)
+    engine, at = trace.engine.array(frame["engine"]), trace.engine.array(frame["at_s"])
+    told = trace.engine.array(frame["processing"] + frame["deferred"].fillna(0.0))
+    is_joined = (engine[1:] == engine[:-1]) & (at[1:] - at[:-1] <= GAP_S)
+    until = xp.where(is_joined, at[1:], at[:-1])
+    between = (engine[:-1], at[:-1], until)
+    line = Timeline(xp, {"system": (held.engine, held.sent, held.ended), "samples": between})
+    counted_s = line.within(line.level("system"), *between)
+    counted = count_overlaps(xp, (engine, at, at), (held.engine, held.sent, held.ended))
+    by_interval = {"known_s": until - at[:-1], "counted_s": counted_s}
+    by_interval["told_s"] = (told[1:] + told[:-1]) / 2 * (until - at[:-1])
+    by_sample = {"told": told, "counted": counted * 1.0, "samples": told * 0.0 + 1.0}
+    return {name: sums(xp, engine[:-1], each, found) for name, each in by_interval.items()} | {
+        name: sums(xp, engine, each, found) for name, each in by_sample.items()
+    }
+
+
+def at_full_load(trace: Trace, held: Held, engines: Engines) -> tuple[Array, Array]:
+    """Seconds for which attempts held their slots, by a straight line: as it was, and were all slots held meanwhile.
+
+    Slots slow each other down. Seconds are fitted, by model, to computed and generated tokens, each alone and times the
+    mean number of other slots that were held. The fuller the fleet was, the less is extrapolated.
+    """
+    xp, models = trace.engine.xp, len(trace.names.model) + 1
+    took, model = held.ended - held.slot, xp.where(held.model >= 0, held.model, models - 1)
+    line = Timeline(xp, {"slots": (held.engine, held.slot, held.ended)})
+    beside = line.within(line.level("slots"), held.engine, held.slot, held.ended) / xp.maximum(took, 1e-9) - 1.0
+    beside = xp.maximum(beside, 0.0)
+    others = xp.maximum(xp.asarray([*engines.slots, 1])[held.engine] - 1.0, beside)
+    one, computed, generated = took * 0.0 + 1.0, held.computed * 1.0, held.generated * 1.0
+    columns = (one, computed, generated, computed * beside, generated * beside)
+    scale = 1.0 / (generated + _PREFILL_PART * computed + 1.0)
+    some = slice(None, None, max(len(took) // _FIT_ROWS, 1))
+    fit = fit_groups(xp, model[some], models, [each[some] for each in columns], took[some], scale[some])
+    terms = xp.maximum(fit.terms, 0.0)[model]
+    alone = terms[:, 0] + terms[:, 1] * computed + terms[:, 2] * generated
+    slower = terms[:, 3] * computed + terms[:, 4] * generated
+    return alone + slower * beside, alone + slower * others

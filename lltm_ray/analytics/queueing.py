@@ -1,0 +1,315 @@
+"""How full the fleet is: arrivals against what slots can serve, the knee, and whether telemetry sees all requests.
+
+An engine is seen as a queue with as many servers as it has slots, a model as one with the slots of all its engines, for
+its requests wait in one queue. Expected waits are those of M/M/c: Poisson arrivals, exponential service, first come
+first served. Real service is less random and real arrivals more; so they are a yardstick, and the knee keeps away from
+where it bends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
+from lltm_ray.analytics.erlang import expected_wait, knee, slots_for
+from lltm_ray.analytics.occupancy import (
+    EDGE,
+    EDGE_S,
+    Engines,
+    Held,
+    at_full_load,
+    in_system,
+    read_engines,
+    read_held,
+    within,
+)
+from lltm_ray.analytics.readings import sums
+from lltm_ray.analytics.trace import Trace
+from lltm_ray.analytics.units import count, digits, percent, seconds
+
+NAME = "queueing"
+_TOO_MANY = 429
+TARGET_HEADROOM = 0.3
+"""What is advised: 30 % more may come before requests wait for each other, or about one engine of four may fail."""
+
+LEAST_REQUESTS = 100
+WAIT_RATIO = 0.1
+"""Mean wait over the service time from which people notice it."""
+LEAST_WAIT_S = 0.25
+"""Of the 95th percentile."""
+LITTLE_ERROR = 0.1
+"""Above it are requests that take no sampling and no delay to explain."""
+LEAST_LOST = 0.25
+"""Requests in hand that must be missing: servers free a slot a moment late."""
+LEAST_SAMPLES = 100
+LEAST_SERVICES = 20
+"""Service times that fit into the compared time, so that the number in the system has come and gone that often."""
+
+_ENGINES = (
+    *("engine", "model", "slots", "arrivals_per_s", "service_s", "utilization", "in_system", "little_in_system"),
+    *("little_error", "sampled_error", "wait_s", "expected_wait_s", "attempts", "failed_ratio", "samples", "known_s"),
+)
+_MODELS = (
+    *("model", "engines", "slots", "arrivals_per_s", "service_s", "capacity_per_s", "utilization", "knee_per_s"),
+    *("headroom_ratio", "wait_s", "expected_wait_s", "wait_p95_s", "waiting", "requests", "rejected", "evidence"),
+)
+
+
+def analyze(trace: Trace) -> Answer:
+    """Tables `engines`, `models`; no figures.
+
+    Engines: `service_s` is how long an attempt held its slot, `utilization` the share of slot-seconds that were held,
+    `in_system` the mean of the server's own processing + deferred, `little_in_system` arrivals times time in the system
+    (J. D. C. Little, 1961) of the attempts that telemetry knows over the same time, `little_error` (in_system -
+    little_in_system) over the larger; `sampled_error` the same at the moments of the samples alone, without the chance
+    of when they were taken. `expected_wait_s`: see `expected_wait`.
+
+    Models: `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; `headroom_ratio`
+    knee_per_s / arrivals_per_s - 1; `waiting` requests on average; waits are from a request's arrival to its slots.
+    """
+    held, engines = read_held(trace), read_engines(trace)
+    return Answer(
+        {"engines": _table_of_engines(trace, held, engines), "models": _table_of_models(trace, held, engines)}
+    )
+
+
+# --- tables
+
+
+def _table_of_engines(trace: Trace, held: Held, engines: Engines) -> Any:
+    xp, length, found = trace.engine.xp, trace.length_s, len(trace.names.engine)
+    columns = {"one": held.slot * 0.0 + 1.0, "begun": ((held.sent >= 0) & (held.sent < length)) * 1.0}
+    columns |= {"held_s": held.ended - held.slot, "wait_s": held.wait, "failed": held.failed}
+    columns["busy_s"] = within(xp, held.slot, held.ended, length)
+    by_engine = {name: sums(xp, held.engine, values, found) for name, values in columns.items()}
+    by_engine |= in_system(trace, held)
+    told: dict[str, list[Any]] = {name: [] for name in _ENGINES}
+    for code, row in enumerate(rows(trace.engine.host(trace.engine.frame(by_engine)))):
+        if not row.one and engines.slots[code] == 0:
+            continue
+        slots, there = engines.slots[code], engines.there_s[code]
+        arrivals, service = row.begun / there if there else math.nan, _ratio(row.held_s, row.one)
+        system, little = _ratio(row.told_s, row.known_s), _ratio(row.counted_s, row.known_s)
+        one = {
+            "engine": trace.names.of("engine", code),
+            "model": trace.names.of("model", engines.model[code]),
+            "slots": slots,
+            "arrivals_per_s": arrivals,
+            "service_s": service,
+            "utilization": _ratio(row.busy_s, slots * there),
+            "in_system": system,
+            "little_in_system": little,
+            "little_error": _apart(system, little),
+            "sampled_error": _apart(row.told, row.counted),
+            "wait_s": _ratio(row.wait_s, row.one),
+            "expected_wait_s": expected_wait(arrivals, service, slots),
+            "attempts": int(row.one),
+            "failed_ratio": _ratio(row.failed, row.one),
+            "samples": int(row.samples),
+            "known_s": row.known_s,
+        }
+        for name in _ENGINES:
+            told[name].append(one[name])
+    return table(told)
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def _apart(one: float, other: float) -> float:
+    return _ratio(one - other, max(one, other))
+
+
+def _table_of_models(trace: Trace, held: Held, engines: Engines) -> Any:
+    queues, waits = _queues(trace), _waits(trace)
+    told: dict[str, list[Any]] = {name: [] for name in _MODELS}
+    for code, row in enumerate(rows(_load(trace, held, engines, queues))):
+        if not row.requests and code not in engines.model:
+            continue
+        queue, wait = queues.get(code, _NO_QUEUE), waits.get(code, _Wait())
+        one = _flow(row, queue, trace.length_s, engines, code) | {
+            "model": trace.names.of("model", code),
+            "engines": engines.model.count(code),
+            "wait_s": wait.mean_s,
+            "wait_p95_s": wait.p95_s,
+            "evidence": wait.evidence,
+            "waiting": queue.waiting,
+            "requests": int(row.requests),
+            "rejected": int(max(queue.rejected, row.refused)),
+        }
+        for name in _MODELS:
+            told[name].append(one[name])
+    return table(told)
+
+
+def _flow(row: Any, queue: _Queue, length_s: float, engines: Engines, model: int) -> dict[str, Any]:
+    """What comes to a model against what its slots can take."""
+    mine = (each for each, served in enumerate(engines.model) if served == model)
+    slots = _ratio(sum(engines.slots[each] * engines.there_s[each] for each in mine), length_s)
+    servers = max(round(slots), 1) if slots > 0 else 0
+    mean = _ratio(row.held_s, row.one)
+    slower = min(max(_ratio(row.full_s, row.now_s), 1.0), servers) if row.now_s else 1.0
+    service = mean * slower * max(_ratio(row.one, row.served), 1.0)
+    arrivals = _ratio(row.arrived + max(queue.in_hand - row.still, 0.0), length_s)
+    return {
+        "slots": servers,
+        "arrivals_per_s": arrivals,
+        "service_s": service,
+        "capacity_per_s": _ratio(slots, service),
+        "utilization": _ratio(row.busy_s, slots * length_s),
+        "knee_per_s": knee(service, servers),
+        "headroom_ratio": _ratio(knee(service, servers), arrivals) - 1,
+        "expected_wait_s": expected_wait(_ratio(row.one, length_s), mean, servers),
+    }
+
+
+def _load(trace: Trace, held: Held, engines: Engines, queues: Mapping[int, _Queue]) -> Any:
+    """Host table, a row a model: attempts, requests, and seconds of slots."""
+    xp, length, found = trace.engine.xp, trace.length_s, len(trace.names.model)
+    took = held.ended - held.slot
+    of_attempts = {"one": took * 0.0 + 1.0, "held_s": took}
+    of_attempts["now_s"], of_attempts["full_s"] = at_full_load(trace, held, engines)
+    of_attempts["busy_s"] = within(xp, held.slot, held.ended, length)
+    requests = trace.requests[trace.requests["model"] >= 0]
+    names = ("model", "arrived_s", "ended_s", "engine", "status")
+    model, arrived, ended, engine, status = (trace.engine.array(requests[name]) for name in names)
+    last = xp.asarray([*(queues.get(code, _NO_QUEUE).last_s for code in range(found)), length])[model]
+    of_requests = {"requests": arrived * 0.0 + 1.0, "arrived": (arrived >= 0) * 1.0, "served": (engine >= 0) * 1.0}
+    of_requests |= {"still": ((arrived <= last) & (ended > last)) * 1.0, "refused": (status == _TOO_MANY) * 1.0}
+    known = held.model >= 0
+    columns = {name: sums(xp, held.model[known], each[known], found) for name, each in of_attempts.items()}
+    columns |= {name: sums(xp, model, each, found) for name, each in of_requests.items()}
+    return trace.engine.host(trace.engine.frame(columns))
+
+
+class _Wait(NamedTuple):
+    mean_s: float = math.nan
+    p95_s: float = math.nan
+    evidence: tuple[str, ...] = ()
+    """The longest."""
+
+
+def _waits(trace: Trace) -> Mapping[int, _Wait]:
+    """Of requests by model; those that were refused did not wait."""
+    known = trace.requests[(trace.requests["model"] >= 0) & trace.requests["queue_s"].notna()]
+    known = known[known["status"] != _TOO_MANY][["model", "r", "queue_s"]]
+    means = known.groupby("model", sort=True).agg({"queue_s": "mean"}).reset_index()
+    host = trace.engine.host(trace.engine.quantiles(known, ("model",), "queue_s", (0.95,)))
+    host = host.merge(trace.engine.host(means), on="model")
+    longest = known.sort_values(["queue_s", "r"], ascending=False).reset_index(drop=True)
+    longest = trace.engine.host(longest[longest.groupby("model", sort=False).cumcount() < MOST_EVIDENCE])
+    evidence = {int(row.model): longest["r"][longest["model"] == row.model] for row in rows(host)}
+    return {int(row.model): _Wait(row.queue_s, row.q95, trace.evidence(evidence[int(row.model)])) for row in rows(host)}
+
+
+class _Queue(NamedTuple):
+    """Of one model, in all gateways."""
+
+    last_s: float
+    in_hand: float
+    """Waiting and running at the last sample, if that is of the window's end."""
+    waiting: float
+    """On average."""
+    rejected: float
+
+
+_NO_QUEUE = _Queue(math.inf, 0.0, math.nan, 0.0)
+
+
+def _queues(trace: Trace) -> Mapping[int, _Queue]:
+    frame = trace.queues[trace.queues["model"] >= 0].sort_values(["model", "gateway", "at_s"]).reset_index(drop=True)
+    by = ["model", "gateway"]
+    grown = frame["rejected"] - frame.groupby(by, sort=False)["rejected"].shift(1)
+    frame = frame.assign(grown=grown.fillna(0).clip(lower=0))
+    total = trace.engine.host(frame.groupby(by, sort=True).agg({"waiting": "mean", "grown": "sum"}).reset_index())
+    last = frame.drop_duplicates(by, keep="last")[[*by, "at_s", "running", "waiting"]]
+    last = trace.engine.host(last.rename(columns={"waiting": "waiting_last"}))
+    found: dict[int, _Queue] = {}
+    for row in rows(total.merge(last, on=by)):
+        before = found.get(int(row.model), _Queue(math.inf, 0.0, 0.0, 0.0))
+        is_late = row.at_s >= trace.length_s - max(EDGE_S, EDGE * trace.length_s)
+        found[int(row.model)] = _Queue(
+            min(before.last_s, row.at_s),
+            before.in_hand + is_late * (max(row.waiting_last, 0) + max(row.running, 0)),
+            before.waiting + row.waiting,
+            before.rejected + row.grown,
+        )
+    return found
+
+
+# --- findings
+
+
+def judge(answer: Answer) -> list[Finding]:
+    """`saturation`: models past their knee whose requests wait; `little`: engines that have more than is told."""
+    full = [_saturation(row) for row in rows(answer.tables["models"]) if _is_full(row)]
+    return full + [_little(row) for row in rows(answer.tables["engines"]) if _is_apart(row)]
+
+
+def _is_full(row: Any) -> bool:
+    is_waiting = row.wait_s >= WAIT_RATIO * row.service_s and row.wait_p95_s >= LEAST_WAIT_S
+    return bool(row.headroom_ratio < 0 and row.requests >= LEAST_REQUESTS and (is_waiting or row.rejected > 0))
+
+
+def _saturation(row: Any) -> Finding:
+    needed = slots_for(row.arrivals_per_s, row.service_s, TARGET_HEADROOM)
+    each = max(row.slots / max(row.engines, 1), 1.0)
+    wanted = max(math.ceil(needed / each), row.engines + 1)
+    would = expected_wait(row.arrivals_per_s, row.service_s, max(needed, row.slots))
+    refused = f"; {count(row.rejected)} were refused" if row.rejected else ""
+    return Finding(
+        kind="saturation",
+        subject=row.model,
+        text=(
+            f"{row.model} gets {digits(row.arrivals_per_s)} requests a second; its {row.slots} slots serve "
+            f"{digits(row.capacity_per_s)} at most, and from {digits(row.knee_per_s)} on they wait for each other. "
+            f"They waited {seconds(row.wait_s)} on average, one in twenty {seconds(row.wait_p95_s)} or more{refused}."
+        ),
+        advice=(
+            f"For {TARGET_HEADROOM * 100:.0f} % of headroom it needs {needed} slots: run {wanted} engines instead of "
+            f"{row.engines} (`--engines {wanted}`, or `max_engines` where they come and go). More slots an engine "
+            "(`n_parallel`) help only while its GPU has time left."
+        ),
+        impact_s=max(row.wait_s - would, 0.0) * (row.requests - row.rejected),
+        figures={
+            **{name: float(getattr(row, name)) for name in ("arrivals_per_s", "capacity_per_s", "knee_per_s")},
+            **{name: float(getattr(row, name)) for name in ("headroom_ratio", "wait_s", "wait_p95_s", "rejected")},
+            "slots_needed": float(needed),
+            "engines_needed": float(wanted),
+        },
+        evidence=tuple(row.evidence),
+    )
+
+
+def _is_apart(row: Any) -> bool:
+    return bool(
+        min(row.little_error, row.sampled_error) > LITTLE_ERROR
+        and row.in_system - row.little_in_system >= LEAST_LOST
+        and row.samples >= LEAST_SAMPLES
+        and row.attempts >= LEAST_REQUESTS
+        and row.known_s >= LEAST_SERVICES * row.service_s
+    )
+
+
+def _little(row: Any) -> Finding:
+    return Finding(
+        kind="little",
+        subject=row.engine,
+        text=(
+            f"{row.engine} had {digits(row.in_system)} requests in hand on average, but those that telemetry knows "
+            f"come to {digits(row.little_in_system)} (arrivals times time there): {percent(row.little_error)} are "
+            "missing, so other figures of this engine are too low."
+        ),
+        advice=(
+            "Either requests reach its server past the gateways and the driver, or some run longer than the window, or "
+            "rows were dropped before they were read: raise `telemetry.ring_rows`."
+        ),
+        impact_s=0.0,
+        figures={
+            name: float(getattr(row, name))
+            for name in ("in_system", "little_in_system", "little_error", "sampled_error", "samples")
+        },
+    )

@@ -1,0 +1,275 @@
+"""Which engine is slower than its peers of the same model at the same work, and since when.
+
+What a phase should take is fitted for each model over all of its engines: for a decode `tokens * (a + b * (busy - 1))`
+and a ratio of the seconds that prefills ran beside it, for a prefill `k + tokens * (a + b * others)`. What an attempt
+took over that, as a logarithm, is its engine's pace then. Medians of it in time buckets, less those of the peers in the
+same bucket, show runs of slow ones; the run with most behind it is judged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lltm_ray.analytics.fit import IQR_TO_SIGMA, MAD_TO_SIGMA, fit_groups
+from lltm_ray.analytics.frames import Array, Frame
+from lltm_ray.analytics.overlaps import Intervals, Timeline
+from lltm_ray.analytics.trace import Trace
+
+SLOW = 1.2
+"""Pace over the peers' from which a bucket counts as slow: noise of a bucket's median is a few percent."""
+_MOST_BUCKETS, _BUCKET_ATTEMPTS = 60, 10
+_MANY_ENGINES = 32
+_LEAST_IN_BUCKET = 3
+"""Attempts, for a median to say anything."""
+_DECODE_TOKENS, _PREFILL_TOKENS = 8, 64
+"""Of attempts with fewer the start is most of the time."""
+_MOST_STALLED = 0.7
+"""Share of a decode beside prefills: above it, its own pace cannot be told."""
+_MEDIAN_ERROR = 1.2533
+"""Standard error of a median over that of a mean, where the noise is normal."""
+_LEAST_SPREAD = 0.02
+"""By so much engines differ that are all right."""
+
+_COLUMNS = [
+    *("r", "number", "engine", "model", "headers_s", "first_s", "ended_s"),
+    *("prefill_s", "decode_s", "computed", "generated", "error"),
+]
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An engine's slowest time."""
+
+    since_s: float
+    until_s: float
+    """Infinite: it lasts."""
+    requests: int
+    ratio: float
+    z: float
+    lost_s: float
+    ms_token: float
+
+
+def find_busy(trace: Trace) -> tuple[Frame, Array, Array]:
+    """Attempts with a decode; the mean of their engine's busy slots in it, and its seconds beside prefills."""
+    xp, column = trace.engine.xp, trace.engine.array
+    each = trace.attempts
+    is_held = (each["engine"] >= 0) & each["headers_s"].notna() & each["first_s"].notna()
+    held = each[_COLUMNS][is_held].reset_index(drop=True)
+    engine, start, first, end = (column(held[name]) for name in ("engine", "headers_s", "first_s", "ended_s"))
+    end = xp.maximum(end, first)
+    line = Timeline(xp, {"busy": (engine, start, end), "prefill": (engine, start, first)})
+    busy = line.within(line.level("busy"), engine, first, end) / xp.maximum(end - first, 1e-9)
+    return held, xp.maximum(busy, 1.0), line.within((line.level("prefill") > 0) * 1.0, engine, first, end)
+
+
+def decodes(trace: Trace, held: Frame, busy: Array, beside: Array) -> Frame:
+    """Decodes of attempts that came to their end."""
+    column = trace.engine.array
+    seconds, tokens = column(held["decode_s"]), column(held["generated"]) * 1.0
+    keep = (
+        (tokens >= _DECODE_TOKENS) & (seconds > 0) & (beside <= _MOST_STALLED * seconds) & (column(held["error"]) < 0)
+    )
+    keep = keep & (column(held["model"]) >= 0)
+    seconds, tokens, busy, beside = seconds[keep], tokens[keep], busy[keep], beside[keep]
+    return _work(trace, _where(trace, held, keep), seconds, (tokens, tokens * (busy - 1.0)), beside)
+
+
+def prefills(trace: Trace, held: Frame) -> Frame:
+    """Prefills of attempts that came to their end."""
+    xp, column = trace.engine.xp, trace.engine.array
+    where = (column(held["engine"]), column(held["headers_s"]), column(held["first_s"]))
+    others = _others(xp, where)
+    seconds, tokens = column(held["prefill_s"]), column(held["computed"]) * 1.0
+    keep = (tokens >= _PREFILL_TOKENS) & (seconds > 0) & (column(held["error"]) < 0) & (column(held["model"]) >= 0)
+    seconds, tokens, others = seconds[keep], tokens[keep], others[keep]
+    return _work(
+        trace,
+        _where(trace, held, keep),
+        seconds,
+        (tokens, tokens * others, xp.full(len(tokens), 1.0)),
+        xp.zeros(len(tokens)),
+    )
+
+
+def _where(trace: Trace, frame: Frame, mask: Array) -> Frame:
+    """Rows of a frame whose index counts from 0, by an array of booleans."""
+    return frame[trace.engine.frame({"keep": mask})["keep"]]
+
+
+def _others(xp: Any, prefill: Intervals) -> Array:
+    """Mean number of other prefills beside each one."""
+    line = Timeline(xp, {"prefill": prefill})
+    return line.within(line.level("prefill"), *prefill) / xp.maximum(prefill[2] - prefill[1], 1e-9) - 1.0
+
+
+def _work(trace: Trace, held: Frame, seconds: Array, terms: tuple[Array, ...], beside: Array) -> Frame:
+    """Attempts' seconds in one phase, against what they are on engines of their model at the same work.
+
+    Two rounds: fit what all engines have in common, then take each engine's own pace out of it.
+
+    Returns:
+        r, engine, model, at_s, seconds, tokens; pace: logarithm of the own part of `seconds` over the expected.
+    """
+    xp, column = trace.engine.xp, trace.engine.array
+    engine, model = column(held["engine"]), column(held["model"])
+    slowness = xp.full(len(trace.names.engine), 1.0)
+    pace = _pace(trace, model, (seconds, beside), terms, slowness[engine])
+    medians = trace.engine.quantiles(trace.engine.frame({"engine": engine, "pace": pace}), ["engine"], "pace", [0.5])
+    slowness[column(medians["engine"])] = xp.exp(column(medians["q50"]))
+    pace = _pace(trace, model, (seconds, beside), terms, slowness[engine])
+    rows = {"r": column(held["r"]), "engine": engine, "model": model, "at_s": column(held["first_s"])}
+    return trace.engine.frame(rows | {"seconds": seconds, "tokens": terms[0], "pace": pace})
+
+
+def _pace(trace: Trace, model: Array, seconds: tuple[Array, Array], terms: tuple[Array, ...], own: Array) -> Array:
+    """Logarithm of what attempts took over what they should, if each engine's own pace is known about."""
+    xp = trace.engine.xp
+    took, beside = seconds
+    columns = [*(term * own for term in terms), beside]
+    fit = fit_groups(xp, model, len(trace.names.model), columns, took, 1.0 / xp.maximum(took, 1e-9))
+    each = xp.maximum(fit.terms, 0.0)[model]
+    expected = sum(each[:, i] * term for i, term in enumerate(terms))
+    rest = took - xp.minimum(each[:, -1], 1.0) * beside
+    return xp.log(xp.maximum(rest, 0.05 * took) / xp.maximum(expected, 1e-9))
+
+
+# --- time buckets, in the host's memory
+
+
+@dataclass(frozen=True, slots=True)
+class _Buckets:
+    """Engines by time buckets."""
+
+    width_s: float
+    count: Matrix
+    pace: Matrix
+    noise: Matrix
+    """Standard deviation of `pace` within each, by its quartiles, and no less than `sigma`."""
+    seconds: Matrix
+    tokens: Matrix
+    sigma: float
+    """Standard deviation within buckets, over all."""
+
+
+def find_runs(trace: Trace, work: Frame) -> dict[int, Run]:
+    """Engine code -> its slowest time, or the whole window where it has none; engines without a peer are left out."""
+    if not len(work):
+        return {}
+    buckets = _bucket(trace, work)
+    models = trace.engine.host(work[["engine", "model"]].drop_duplicates().sort_values(["model", "engine"]))
+    runs: dict[int, Run] = {}
+    for model in models["model"].unique().tolist():
+        engines = models["engine"][models["model"] == model].to_numpy()
+        if len(engines) > 1:
+            runs |= _of_model(buckets, engines)
+    return runs
+
+
+def _bucket(trace: Trace, work: Frame) -> _Buckets:
+    xp, column, engines = trace.engine.xp, trace.engine.array, len(trace.names.engine)
+    at, engine, pace = (column(work[name]) for name in ("at_s", "engine", "pace"))
+    number = int(min(max(len(work) // (engines * _BUCKET_ATTEMPTS), 1), _MOST_BUCKETS))
+    width_s = max(trace.length_s, float(at.max()) + 1e-6) / number
+    cell = engine * number + xp.minimum(xp.maximum(at / width_s, 0.0), number - 1.0).astype("int64")
+    amounts = {name: column(work[name]) for name in ("seconds", "tokens")}
+    frame = trace.engine.frame({"cell": cell, "pace": pace} | amounts)
+    middle = trace.engine.quantiles(frame, ["cell"], "pace", [0.25, 0.5, 0.75])
+    sums = frame.groupby("cell", sort=True).agg({"seconds": "sum", "tokens": "sum"}).reset_index()
+    found = trace.engine.host(middle.merge(sums, on="cell", how="inner"))
+    places = found["cell"].to_numpy()
+    shaped = {}
+    for name in ("count", "q25", "q50", "q75", "seconds", "tokens"):
+        flat = np.full(engines * number, np.nan if name[0] == "q" else 0.0)
+        flat[places] = found[name].to_numpy()
+        shaped[name] = flat.reshape(engines, number)
+    whole = xp.zeros(engines * number)
+    whole[column(middle["cell"])] = column(middle["q50"])
+    sigma = MAD_TO_SIGMA * float(xp.percentile(xp.abs(pace - whole[cell]), 50))
+    noise = np.fmax((shaped["q75"] - shaped["q25"]) * IQR_TO_SIGMA, sigma)
+    return _Buckets(width_s, shaped["count"], shaped["q50"], noise, shaped["seconds"], shaped["tokens"], sigma)
+
+
+def _of_model(buckets: _Buckets, engines: Any) -> dict[int, Run]:
+    count = buckets.count[engines]
+    known = np.where(count >= _LEAST_IN_BUCKET, buckets.pace[engines], np.nan)
+    means, found = _median(known.T), {}
+    for i, (engine, peers) in enumerate(zip(engines.tolist(), _peers(known), strict=True)):
+        others = np.delete(means, i)
+        others = others[~np.isnan(others)]
+        if not len(others):
+            continue
+        excess = known[i] - np.where(np.isnan(peers), np.median(others), peers)
+        if not np.isnan(excess).all():
+            found[engine] = _run(buckets, engine, excess, (count.sum(axis=0) - count[i], _spread(others)))
+    return found
+
+
+def _run(buckets: _Buckets, engine: int, excess: Matrix, peers: tuple[Matrix, float]) -> Run:
+    """An engine's slowest run, by its medians over its peers'; of these their attempts and how far they are apart."""
+    first, last = _slowest(excess, buckets.count[engine])
+    part = slice(first, last + 1)
+    seen = ~np.isnan(excess[part])
+    support, spread = peers
+    weight = buckets.count[engine, part][seen]
+    mean = float(np.average(excess[part][seen], weights=weight))
+    own = np.average(buckets.noise[engine, part][seen] ** 2, weights=weight) / weight.sum()
+    variance = _MEDIAN_ERROR**2 * (own + buckets.sigma**2 / max(support[part].sum(), 1.0))
+    seconds, tokens = buckets.seconds[engine, part].sum(), buckets.tokens[engine, part].sum()
+    return Run(
+        since_s=first * buckets.width_s,
+        until_s=(last + 1) * buckets.width_s if _recovered(excess, last) else np.inf,
+        requests=int(buckets.count[engine, part].sum()),
+        ratio=float(np.exp(mean)),
+        z=mean / float(np.sqrt(variance + spread**2)),
+        lost_s=float(seconds * max(1 - np.exp(-mean), 0.0)),
+        ms_token=float(seconds / tokens * 1e3),
+    )
+
+
+def _peers(known: Matrix) -> list[Matrix]:
+    """Of each engine, the median of the others in each bucket; among many its own part in it does not matter."""
+    if len(known) > _MANY_ENGINES:
+        return [_median(known)] * len(known)
+    return [_median(np.delete(known, i, axis=0)) for i in range(len(known))]
+
+
+def _recovered(excess: Matrix, last: int) -> bool:
+    """Whether later buckets are known, which then were not slow."""
+    return bool((~np.isnan(excess[last + 1 :])).any())
+
+
+def _slowest(excess: Matrix, count: Matrix) -> tuple[int, int]:
+    """First and last bucket of the run with the most behind it; buckets that are not known break none."""
+    best, run, found = 0.0, 0.0, (0, len(excess) - 1)
+    first = -1
+    for i, each in enumerate(excess.tolist()):
+        if np.isnan(each):
+            continue
+        if each <= np.log(SLOW):
+            first, run = -1, 0.0
+            continue
+        first = i if first < 0 else first
+        run += each * float(count[i])
+        if run > best:
+            best, found = run, (first, i)
+    return found
+
+
+def _median(known: Matrix) -> Matrix:
+    """Of each column; NaN where nothing is known. Sorting puts NaN last."""
+    ordered, count = np.sort(known, axis=0), (~np.isnan(known)).sum(axis=0)
+    column = np.arange(known.shape[1])
+    found: Matrix = (ordered[np.maximum(count - 1, 0) // 2, column] + ordered[np.maximum(count, 1) // 2, column]) / 2
+    return np.where(count > 0, found, np.nan)
+
+
+def _spread(means: Matrix) -> float:
+    """How far peers are apart among themselves, where there are enough to say so."""
+    if len(means) < 3:
+        return _LEAST_SPREAD
+    return max(MAD_TO_SIGMA * float(np.median(np.abs(means - np.median(means)))), _LEAST_SPREAD)

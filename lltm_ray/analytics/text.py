@@ -1,0 +1,217 @@
+"""A report as text for a terminal, and as JSON for a program."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from lltm_ray.analytics import units
+from lltm_ray.analytics.answer import Answer, Finding, rows
+from lltm_ray.analytics.report import Report, Result
+from lltm_ray.analytics.units import plain
+
+_WIDTH = 100
+_INDENT = " " * 4
+
+
+def ranked(report: Report) -> list[tuple[Result, Finding]]:
+    """Findings with the analysis that made them, the worst first."""
+    found = [(result, finding) for result in report.results.values() for finding in result.findings]
+    return sorted(found, key=lambda each: -each[1].impact_s)
+
+
+def request_ids(report: Report) -> dict[str, str]:
+    """Trace id -> what `lltm-ray explain` takes, of the requests whose id a table tells."""
+    tables = [table for result in report.results.values() if result.answer for table in result.answer.tables.values()]
+    told = (table for table in tables if {"trace_id", "request_id"} <= set(table.columns))
+    return {str(row.trace_id): str(row.request_id) for table in told for row in rows(table) if row.request_id}
+
+
+def verdict(report: Report) -> str:
+    """What the list of findings is to be read as, in one sentence."""
+    failed = sum(bool(result.error) for result in report.results.values())
+    ran = f"{len(report.results) - failed} of {len(report.results)} analyses ran"
+    if found := len(report.findings):
+        lost = units.seconds(sum(each.impact_s for each in report.findings))
+        text = f"{found} finding{'s'[: found > 1]}, the worst first; together at most {lost} of requests' time."
+        return f"{text} Only {ran}." if failed else text
+    if not report.requests:
+        return "No request ended in this window: there was nothing to judge."
+    about = f"in {units.count(report.requests)} requests"
+    return f"Nothing found {about}, but only {ran}." if failed else f"Nothing found {about}: {ran}."
+
+
+# --- text
+
+
+def to_text(report: Report) -> str:
+    """What an operator reads first: findings, the commands that follow from them, and a few figures."""
+    lines = [*_head(report), "", verdict(report)]
+    ids = request_ids(report)
+    for number, (_, finding) in enumerate(ranked(report), 1):
+        lines += ["", *_finding(number, finding, ids)]
+    for title, block in _figures(report):
+        lines += ["", title, *block]
+    return "\n".join(lines) + "\n"
+
+
+def _head(report: Report) -> Iterator[str]:
+    yield f"Fleet {plain(report.fleet)}" if report.fleet else "Fleet"
+    spans = f", {units.count(report.rows['spans'])} spans" if "spans" in report.rows else ""
+    window = units.window(report.start_unix_nano, report.end_unix_nano)
+    yield f"{window}: {units.count(report.requests)} requests{spans}"
+    yield f"Analysed with {report.engine} in {units.seconds(report.ms / 1000)} ({plain(report.reason)})"
+    if report.missed_rows:
+        yield f"{units.count(report.missed_rows)} rows had left memory before they were read: figures are too low."
+    for result in report.results.values():
+        if result.error:
+            yield f"The analysis of {result.analysis} failed: {plain(result.error)}"
+
+
+def _finding(number: int, finding: Finding, ids: Mapping[str, str]) -> Iterator[str]:
+    lead = f"{number:>2}. "
+    lost = f": {units.seconds(finding.impact_s)} lost" if finding.impact_s else ""
+    yield f"{lead}{finding.kind.upper()} {plain(finding.subject)}{lost}"
+    yield from _wrapped(plain(finding.text))
+    yield from _wrapped(f"Do: {plain(finding.advice)}")
+    known = [ids[trace] for trace in finding.evidence if trace in ids]
+    if known:
+        yield f"{_INDENT}See: lltm-ray explain {plain(known[0])}"
+    if finding.evidence:
+        yield from _wrapped(f"Traces: {', '.join(plain(trace) for trace in finding.evidence)}")
+
+
+def _wrapped(text: str) -> list[str]:
+    given = {"initial_indent": _INDENT, "subsequent_indent": _INDENT, "break_on_hyphens": False}
+    return textwrap.wrap(text, _WIDTH, break_long_words=False, **given)  # type: ignore[arg-type]
+
+
+def _figures(report: Report) -> Iterator[tuple[str, list[str]]]:
+    phases = table_of(report, "critical path", "phases")
+    if len(phases):
+        shown = [
+            (row.phase, units.percent(row.share), units.seconds(row.p50_s), units.seconds(row.p95_s)) for row in phases
+        ]
+        yield "Latency on the critical path", _aligned([("phase", "share", "p50", "p95"), *shown])
+    told = [(each.name, each.value, each.note) for each in highlights(report)]
+    if told:
+        yield "Figures", _aligned(told)
+
+
+def _aligned(table: Iterable[tuple[str, ...]]) -> list[str]:
+    cells = [[plain(cell) for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [_INDENT + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+# --- figures that both the text and the page begin with
+
+
+@dataclass(frozen=True, slots=True)
+class Highlight:
+    """One figure of the whole fleet."""
+
+    name: str
+    value: str
+    """With its unit."""
+    note: str
+    """What to read it against."""
+    is_bad: bool = False
+
+
+def highlights(report: Report) -> list[Highlight]:
+    """Reuse, errors, headroom and energy, as far as they are known."""
+    found = []
+    figures = _figures_of(report, "prefixes")
+    if units.is_known(figures.get("reused_ratio")):
+        reused, could = figures["reused_ratio"], figures.get("reusable_ratio", 0.0)
+        note = "of prompt tokens" + f"; {units.percent(could)} could be" * (could > reused)
+        found.append(Highlight("Cache reuse", units.percent(reused), note))
+    figures = _figures_of(report, "failures")
+    if units.is_known(figures.get("error_ratio")):
+        found.append(Highlight("Errors", units.percent(figures["error_ratio"]), "of requests failed"))
+    models = [row for row in table_of(report, "queueing", "models") if units.is_known(row.headroom_ratio)]
+    if models:
+        least = min(models, key=lambda row: row.headroom_ratio)
+        knee = units.digits(least.knee_per_s)
+        note = f"{plain(least.model)}: {units.digits(least.arrivals_per_s)} requests/s, knee at {knee}"
+        is_bad = least.headroom_ratio <= 0
+        found.append(Highlight("Queueing headroom", units.percent(least.headroom_ratio), note, is_bad))
+    gpus = [
+        row for row in table_of(report, "GPU and energy", "gpus") if units.is_known(row.joules) and row.generated > 0
+    ]
+    if gpus:
+        per_token = sum(row.joules for row in gpus) / sum(row.generated for row in gpus)
+        note = f"of {units.count(sum(row.generated for row in gpus))} generated on {len(gpus)} GPUs"
+        found.append(Highlight("Joules per token", units.joules(per_token), note))
+    return found
+
+
+def table_of(report: Report, analysis: str, table: str) -> list[Any]:
+    """A table's rows; none where the analysis failed or knows no such table."""
+    answer = _answer(report, analysis)
+    return list(rows(answer.tables[table])) if answer and table in answer.tables else []
+
+
+def _figures_of(report: Report, analysis: str) -> Mapping[str, float]:
+    answer = _answer(report, analysis)
+    return answer.figures if answer else {}
+
+
+def _answer(report: Report, analysis: str) -> Answer | None:
+    result = report.results.get(analysis)
+    return result.answer if result else None
+
+
+# --- JSON
+
+
+def to_json(report: Report) -> str:
+    """All of it: findings, tables as lists of records, timelines. What cannot be told is null."""
+    return json.dumps(_plain_json(_document(report)), ensure_ascii=False, allow_nan=False, indent=1)
+
+
+def _document(report: Report) -> dict[str, Any]:
+    simple = ("fleet", "start_unix_nano", "end_unix_nano", "requests", "missed_rows", "engine", "reason", "ms")
+    return {
+        **{name: getattr(report, name) for name in simple},
+        "rows": dict(report.rows),
+        "findings": [
+            {"analysis": result.analysis} | {name: getattr(finding, name) for name in Finding.__slots__}
+            for result, finding in ranked(report)
+        ],
+        "analyses": [_analysis(result) for result in report.results.values()],
+        "timelines": {trace: _records(frame) for trace, frame in report.timelines.items()},
+    }
+
+
+def _analysis(result: Result) -> dict[str, Any]:
+    told = {name: getattr(result, name) for name in ("analysis", "engine", "reason", "rows", "ms", "error")}
+    if result.answer is None:
+        return told | {"figures": {}, "tables": {}}
+    tables = {name: _records(frame) for name, frame in result.answer.tables.items()}
+    return told | {"figures": dict(result.answer.figures), "tables": tables}
+
+
+def _records(frame: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = frame.to_dict("records")
+    return found
+
+
+def _plain_json(value: Any) -> Any:
+    """NumPy's numbers as Python's, sequences as lists, and null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain_json(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain_json(each) for each in value]
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if units.is_known(value) else None
+    return _plain_json(value.tolist()) if hasattr(value, "tolist") else str(value)

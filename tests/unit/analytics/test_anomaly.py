@@ -1,0 +1,190 @@
+"""Engines slower than their peers, and requests slower than their size explains."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from lltm_ray.analytics import anomaly
+from lltm_ray.analytics.fit import fit_groups
+from lltm_ray.analytics.ingest import build_trace
+from lltm_ray.analytics.stragglers import find_busy
+from tests.fleet_rows import DECODE_S, PREFILL_S, START_UNIX_NANO, Plan, fleet_rows
+from tests.unit.analytics.made_rows import PANDAS, ZERO, Asked, Try, trace_of
+
+ANSWER = {
+    "engines": {"engine", "model", "requests", "decode_ms_token", "peers_ms_token", "ratio", "z", "residual_ratio"}
+    | {"since_unix_nano", "lost_s", "evidence"},
+    "requests": {"trace_id", "request_id", "engine", "seconds", "expected_s", "z", "why"},
+    "model": {"term", "seconds_per_unit"},
+}
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_fit_is_least_squares_of_each_group_and_a_tenth_of_gross_errors_does_not_move_it(groups):
+    dice = np.random.default_rng(groups)
+    group, columns = dice.integers(0, groups, 3000), [dice.random(3000) * 100, np.ones(3000), dice.random(3000)]
+    truth = dice.random((groups, 3)) + 0.5
+    y = sum(truth[group, i] * column for i, column in enumerate(columns)) + dice.normal(0, 0.05, 3000)
+    scale = np.ones(3000)
+    fit = fit_groups(np, group, groups, columns, y, scale)
+    for each in range(groups):
+        mine = group == each
+        plain, *_ = np.linalg.lstsq(np.stack(columns, axis=1)[mine], y[mine], rcond=None)
+        assert fit.terms[each] == pytest.approx(plain, abs=0.01)
+        assert (np.abs(fit.terms[each] - truth[each]) < 5 * fit.errors[each]).all()
+    assert fit.sigma == pytest.approx(0.05, rel=0.1)
+    broken = np.where(dice.random(3000) < 0.1, y + 50, y)
+    robust = fit_groups(np, group, groups, columns, broken, scale)
+    assert robust.terms == pytest.approx(truth, abs=0.05)
+
+
+def test_a_fit_of_no_rows_has_terms_of_zero():
+    none = np.empty(0)
+    assert fit_groups(np, np.empty(0, np.int64), 2, [none, none], none, none).terms.tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_busy_slots_are_the_mean_of_what_ran_beside_a_decode(seed):
+    trace = build_trace(fleet_rows(Plan(seed=seed, seconds=20)), PANDAS)
+    held, busy, beside = find_busy(trace)
+    rows = list(held.itertuples())
+    for i, row in enumerate(rows[:60]):
+        others = [each for each in rows if each.engine == row.engine]
+        slots = [_shared(row, each.headers_s, each.ended_s) for each in others]
+        assert busy[i] * (row.ended_s - row.first_s) == pytest.approx(sum(slots))
+        grid = np.linspace(row.first_s, row.ended_s, 2001)
+        reads = np.any([(each.headers_s <= grid) & (grid < each.first_s) for each in others], axis=0)
+        assert beside[i] == pytest.approx(reads.mean() * (row.ended_s - row.first_s), abs=0.02)
+
+
+def _shared(row, start, end):
+    return max(min(row.ended_s, end) - max(row.first_s, start), 0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_latency_model_finds_what_a_token_costs(seed):
+    answer = anomaly.analyze(build_trace(fleet_rows(Plan(seed=seed, overload=1.8)), PANDAS))
+    model = answer.tables["model"].set_index("term")["seconds_per_unit"]
+    assert model["generated token"] == pytest.approx(DECODE_S, rel=0.1)
+    assert model["computed token"] == pytest.approx(PREFILL_S, rel=0.3)
+    assert model["second of waiting"] == pytest.approx(1.0, abs=0.1)
+    assert answer.figures["sigma_ratio"] < 0.2
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("factor", [1.4, 2.5])
+def test_a_straggler_is_found_with_its_factor_and_its_beginning(seed, factor):
+    answer = anomaly.analyze(build_trace(fleet_rows(Plan(seed=seed, straggler="engine-2", factor=factor)), PANDAS))
+    (finding,) = anomaly.judge(answer)
+    row = answer.tables["engines"].set_index("engine").loc["engine-2"]
+    assert (finding.kind, finding.subject) == ("straggler", "engine-2")
+    assert (row["ratio"], row["prefill_ratio"]) == pytest.approx((factor, factor), rel=0.07)
+    assert row["decode_ms_token"] / row["peers_ms_token"] == pytest.approx(row["ratio"])
+    assert row["since_unix_nano"] == pytest.approx(START_UNIX_NANO + 54 * 10**9, abs=8 * 10**9)
+    assert f"decode {row['ratio']:.1f}x its peers" in finding.text
+    assert "since 14:14:1" in finding.text
+    assert "lltm-ray drain engine-2" in finding.advice
+    assert len(finding.evidence) == 5
+    for name, columns in ANSWER.items():
+        assert columns <= set(answer.tables[name].columns)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_clean_fleet_has_no_stragglers_and_no_slow_requests(seed):
+    answer = anomaly.analyze(build_trace(fleet_rows(Plan(seed=seed, noise=0.1)), PANDAS))
+    assert anomaly.judge(answer) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_engines_that_read_long_prompts_are_no_stragglers(seed):
+    answer = anomaly.analyze(build_trace(fleet_rows(Plan(seed=seed, aggressor="batch")), PANDAS))
+    assert [finding for finding in anomaly.judge(answer) if finding.kind == "straggler"] == []
+
+
+def fleet(slow, models=("m", "m", "m", "m"), seconds=600):
+    """Engines that each serve two requests a second, at 10 ms a token times `slow(engine, at_s, dice)`."""
+    dice, requests = random.Random(7), []
+    for engine, model in enumerate(models):
+        for at in (i / 2 for i in range(2 * seconds)):
+            tokens, factor = dice.randint(20, 80), slow(engine, at, dice) * dice.lognormvariate(0, 0.05)
+            first = at + 0.1 * dice.lognormvariate(0, 0.05)
+            moments = {
+                "asked": at,
+                "headers": at,
+                "first": first,
+                "ended": first + tokens * 0.01 * factor,
+            }
+            one = Try(engine=f"engine-{engine}", computed=200, generated=tokens, **moments)
+            requests.append(Asked(tries=(one,), model=model))
+    return anomaly.analyze(trace_of(requests, length_s=float(seconds + 10)))
+
+
+def test_a_straggler_that_recovered_is_told_from_when_to_when():
+    answer = fleet(lambda engine, at, _: 2.0 if engine == 1 and 100 <= at < 200 else 1.0)
+    (finding,) = anomaly.judge(answer)
+    row = answer.tables["engines"].set_index("engine").loc["engine-1"]
+    assert row["since_unix_nano"] == pytest.approx(ZERO + 100 * 10**9, abs=11 * 10**9)
+    assert row["until_unix_nano"] == pytest.approx(ZERO + 200 * 10**9, abs=11 * 10**9)
+    assert "was a straggler" in finding.text
+    assert "drain" not in finding.advice
+    assert finding.impact_s == pytest.approx(200 * 50 * 0.01, rel=0.15)
+
+
+def test_of_two_engines_the_slower_is_blamed_only_if_the_gap_is_large():
+    assert anomaly.judge(fleet(lambda engine, *_: 1.3 if engine else 1.0, models="mm")) == []
+    (finding,) = anomaly.judge(fleet(lambda engine, *_: 1.7 if engine else 1.0, models="mm"))
+    assert finding.subject == "engine-1"
+
+
+def test_engines_of_another_model_are_no_peers():
+    answer = fleet(lambda engine, *_: 3.0 if engine == 3 else 1.0, models=("m", "m", "m", "large"))
+    assert anomaly.judge(answer) == []
+    assert "engine-3" not in set(answer.tables["engines"]["engine"])
+
+
+def test_engines_that_all_slow_down_at_once_are_no_stragglers():
+    assert anomaly.judge(fleet(lambda _, at, __: 2.0 if at > 300 else 1.0)) == []
+
+
+def test_slow_requests_of_an_engine_that_is_no_straggler_are_found_with_the_phase_that_is_long():
+    answer = fleet(lambda engine, at, dice: 4.0 if engine == 2 and 200 <= at < 300 and dice.random() < 0.4 else 1.0)
+    (finding,) = anomaly.judge(answer)
+    assert (finding.kind, finding.subject) == ("slow requests", "engine-2")
+    assert finding.impact_s == pytest.approx(80 * 1.5, rel=0.4)
+    worst = answer.tables["requests"]
+    assert len(worst) == 20
+    assert set(worst["engine"]) == {"engine-2"}
+    assert worst["why"].str.startswith("decode: ").all()
+    assert set(finding.evidence) <= set(worst["trace_id"]) | set(finding.evidence[3:])
+    assert finding.evidence[0] in finding.advice
+
+
+def test_waiting_that_a_failed_attempt_caused_is_the_reason_told():
+    moments = [(at, at + 0.1, at + 0.1 + 0.01 * (20 + at % 50)) for at in range(100)]
+    fine = [
+        Asked(tries=(Try(asked=a, headers=a, first=f, ended=e, computed=200, generated=20 + int(a) % 50),))
+        for a, f, e in moments
+    ]
+    lost = Try(engine="engine-1", asked=10.0, headers=10.0, ended=15.0, outcome="retried")
+    again = Try(asked=15.0, headers=15.0, first=15.1, ended=15.5, computed=200, generated=40)
+    worst = anomaly.analyze(trace_of([*fine, Asked(tries=(lost, again))])).tables["requests"]
+    assert worst["why"].tolist() == ["1 failed attempts: 5.00 s, expected 0.00"]
+
+
+@pytest.mark.parametrize("tables", [{}, {"servers": fleet_rows(Plan(seconds=5))["servers"]}])
+def test_without_requests_its_tables_are_empty_and_whole(tables):
+    answer = anomaly.analyze(build_trace(tables, PANDAS))
+    for name, columns in ANSWER.items():
+        assert columns <= set(answer.tables[name].columns)
+        assert len(answer.tables[name]) == 0
+    assert anomaly.judge(answer) == []
+
+
+def test_requests_that_never_got_an_engine_are_left_out():
+    nowhere = [Asked(tries=(Try(engine="", ended=5.0, outcome="refused"),), error="overloaded_error")] * 60
+    answer = anomaly.analyze(trace_of(nowhere))
+    assert len(answer.tables["engines"]) == len(answer.tables["requests"]) == 0
+    assert anomaly.judge(answer) == []

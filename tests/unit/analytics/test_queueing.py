@@ -1,0 +1,301 @@
+"""Queueing: formulas against a solved chain, a simulated M/M/c queue, Little's law by hand, and what is said of it."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from lltm_ray.analytics import queueing
+from lltm_ray.analytics.erlang import KNEE_UTILIZATION, expected_wait, knee, slots_for, waiting_probability
+from lltm_ray.analytics.frames import choose_engine
+from lltm_ray.analytics.ingest import build_trace
+from tests.fleet_rows import START_UNIX_NANO, Plan, fleet_rows
+
+ENGINE = choose_engine("pandas")
+
+
+def solved_chain(arrivals, service, servers, most=3000):
+    """Mean wait and share of waiting arrivals, from the chain's balance equations."""
+    weights = [1.0]
+    for n in range(1, most):
+        weights.append(weights[-1] * arrivals * service / min(n, servers))
+    total = sum(weights)
+    waiting = sum((n - servers) * weight for n, weight in enumerate(weights) if n > servers) / total
+    return waiting / arrivals, sum(weights[servers:]) / total
+
+
+def mmc(arrivals, service, servers, count, seed=0):
+    """An M/M/c queue: arrival, start and end of each customer."""
+    dice = random.Random(seed)
+    free, now, found = [0.0] * servers, 0.0, []
+    for _ in range(count):
+        now += dice.expovariate(arrivals)
+        start = max(now, heapq.heappop(free))
+        end = start + dice.expovariate(1 / service)
+        heapq.heappush(free, end)
+        found.append((now, start, end))
+    return found
+
+
+def window(courses, *, slots, samples=(), seconds=None):
+    """A trace of requests on one engine that waited in the gateway; samples: (at, processing)."""
+    ids = [f"{i + 1:016x}" for i in range(len(courses))]
+    times = np.array(courses).reshape(-1, 3)
+    requests = {
+        "span_id": ids,
+        "trace_id": [f"{i + 1:032x}" for i in range(len(courses))],
+        "request_id": ids,
+        "model": ["m"] * len(courses),
+        "status": [200] * len(courses),
+        "arrived_unix_nano": START_UNIX_NANO + np.rint(times[:, 0] * 1e9).astype(np.int64),
+        "total_s": times[:, 2] - times[:, 0],
+    }
+    attempts = {
+        "request_span_id": ids,
+        "span_id": [f"{i + 1:015x}f" for i in range(len(courses))],
+        "engine": ["e"] * len(courses),
+        "asked_s": np.zeros(len(courses)),
+        "sent_s": times[:, 1] - times[:, 0],
+        "ended_s": times[:, 2] - times[:, 0],
+        "outcome": ["ok"] * len(courses),
+    }
+    servers = {
+        "at_unix_nano": [START_UNIX_NANO + round(at * 1e9) for at, _ in samples],
+        "engine": ["e"] * len(samples),
+        "model": ["m"] * len(samples),
+        "slots_total": [slots] * len(samples),
+        "processing": [float(number) for _, number in samples],
+        "deferred": [0.0] * len(samples),
+    }
+    tables = {"requests": pa.table(requests), "attempts": pa.table(attempts)}
+    if samples:
+        tables["servers"] = pa.table(servers)
+    end = None if seconds is None else START_UNIX_NANO + round(seconds * 1e9)
+    return build_trace(tables, ENGINE, start_unix_nano=START_UNIX_NANO, end_unix_nano=end)
+
+
+def row_of(answer, name="engines", at=0):
+    return answer.tables[name].to_dict("records")[at]
+
+
+def in_service(courses, at):
+    return sum(start <= at < end for _, start, end in courses)
+
+
+# --- formulas
+
+
+@pytest.mark.parametrize(("servers", "load"), [(1, 0.5), (2, 1.2), (4, 3.1), (16, 12.0), (64, 60.0)])
+def test_erlang_s_formula_equals_the_solved_chain(servers, load):
+    service = 0.7
+    wait, share = solved_chain(load / service, service, servers)
+    assert waiting_probability(load, servers) == pytest.approx(share, rel=1e-6)
+    assert expected_wait(load / service, service, servers) == pytest.approx(wait, rel=1e-6)
+
+
+def test_one_and_two_servers_wait_as_their_closed_forms_say():
+    assert expected_wait(0.6, 1.0, 1) == pytest.approx(0.6 / (1 - 0.6))
+    rho = 0.75
+    assert expected_wait(2 * rho, 1.0, 2) == pytest.approx(rho**2 / (1 - rho**2))
+
+
+def test_what_cannot_be_served_waits_forever_and_what_is_not_known_is_not_told():
+    assert expected_wait(4.0, 1.0, 4) == math.inf
+    assert waiting_probability(9.0, 4) == 1.0
+    assert math.isnan(expected_wait(math.nan, 1.0, 4))
+    assert math.isnan(knee(1.0, 0))
+    assert expected_wait(100.0, 1.0, 2000) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3, 4, 8, 200])
+def test_at_the_knee_waits_double_the_latency_or_four_fifths_of_slots_are_held(servers):
+    at = knee(0.5, servers)
+    utilization = at * 0.5 / servers
+    if servers <= 3:
+        assert expected_wait(at, 0.5, servers) == pytest.approx(0.5, rel=1e-6)
+        assert utilization < KNEE_UTILIZATION
+    else:
+        assert utilization == pytest.approx(KNEE_UTILIZATION)
+        assert expected_wait(at, 0.5, servers) <= 0.5
+
+
+@pytest.mark.parametrize("arrivals", [0.1, 3.0, 27.0, 400.0])
+def test_advised_slots_are_the_fewest_that_leave_the_headroom(arrivals):
+    slots = slots_for(arrivals, 0.8, 0.3)
+    assert knee(0.8, slots) / arrivals - 1 >= 0.3 - 1e-6
+    assert slots == 1 or knee(0.8, slots - 1) / arrivals - 1 < 0.3
+
+
+# --- tables
+
+
+@pytest.mark.parametrize(("servers", "load"), [(1, 0.6), (4, 3.2)])
+def test_a_simulated_queue_waits_as_long_as_expected(servers, load):
+    courses = mmc(load, 1.0, servers, 24_000, seed=servers)
+    row = row_of(queueing.analyze(window(courses, slots=servers, samples=[(0.0, 0)])))
+    waits = np.array([start - arrived for arrived, start, _ in courses])
+    means = waits.reshape(24, -1).mean(axis=1)
+    error = 4 * means.std(ddof=1) / math.sqrt(len(means))
+    assert row["wait_s"] == pytest.approx(waits.mean())
+    assert row["slots"] == servers
+    assert abs(row["expected_wait_s"] - row["wait_s"]) < error
+    assert row["utilization"] == pytest.approx(load / servers, rel=0.05)
+
+
+def test_occupancy_and_little_s_law_equal_a_count_by_hand():
+    courses = mmc(3.0, 1.0, 4, 600, seed=5)
+    length = 150.0
+    samples = [(float(at), in_service(courses, at) + at % 2) for at in range(150)]
+    row = row_of(queueing.analyze(window(courses, slots=4, samples=samples, seconds=length)))
+    known = [each for each in courses if each[2] < length]
+    held = sum(max(min(end, length) - max(start, 0), 0) for _, start, end in known)
+    assert row["utilization"] == pytest.approx(held / (4 * length))
+    assert row["arrivals_per_s"] == pytest.approx(sum(start < length for _, start, _ in known) / length)
+    stays = sorted(end - start for _, start, end in known)
+    last = math.floor(length - np.quantile(stays, 0.99))
+    told = sum((samples[i][1] + samples[i + 1][1]) / 2 for i in range(last)) / last
+    counted = sum(max(min(end, last) - max(start, 0), 0) for _, start, end in known) / last
+    assert row["in_system"] == pytest.approx(told)
+    assert row["little_in_system"] == pytest.approx(counted)
+    assert row["little_error"] == pytest.approx((told - counted) / max(told, counted))
+    assert row["samples"] == last + 1
+
+
+def test_a_queue_that_is_counted_in_full_agrees_with_its_samples_to_the_request():
+    courses = mmc(3.0, 1.0, 4, 900, seed=8)
+    samples = [(at + 0.5, in_service(courses, at + 0.5)) for at in range(200)]
+    answer = queueing.analyze(window(courses, slots=4, samples=samples, seconds=200))
+    assert row_of(answer)["sampled_error"] == 0
+    assert queueing.judge(answer) == []
+
+
+def test_engines_that_idle_at_the_end_are_not_mixed_up():
+    tables = fleet_rows(Plan(seed=2, seconds=40))
+    cut = START_UNIX_NANO + 15 * 10**9
+    tables["requests"] = tables["requests"].filter(pc.less(tables["requests"]["arrived_unix_nano"], cut))
+    late = pc.greater(tables["servers"]["at_unix_nano"], cut + 8 * 10**9)
+    place = tables["servers"].column_names.index("processing")
+    told = pc.if_else(late, 0.0, tables["servers"]["processing"])
+    tables["servers"] = tables["servers"].set_column(place, "processing", told)
+    trace = build_trace(tables, ENGINE, start_unix_nano=START_UNIX_NANO, end_unix_nano=START_UNIX_NANO + 40 * 10**9)
+    table = queueing.analyze(trace).tables["engines"]
+    for code, row in enumerate(table.to_dict("records")):
+        mine = trace.attempts[trace.attempts["engine"] == code]
+        assert row["little_in_system"] * row["known_s"] == pytest.approx((mine["ended_s"] - mine["sent_s"]).sum())
+
+
+def test_requests_still_in_hand_count_as_arrived_once():
+    tables = fleet_rows(Plan(seed=4, seconds=40, overload=3.0))
+    whole = row_of(queueing.analyze(build_trace(tables, ENGINE)), "models")
+    end = START_UNIX_NANO + 30 * 10**9
+    cut = build_trace(tables, ENGINE, start_unix_nano=START_UNIX_NANO, end_unix_nano=end)
+    told = row_of(queueing.analyze(cut), "models")
+    arrived = pc.sum(pc.less(tables["requests"]["arrived_unix_nano"], end)).as_py() / 30
+    assert len(cut.requests) / 30 < 0.92 * arrived
+    assert told["arrivals_per_s"] == pytest.approx(arrived, rel=0.04)  # the last sample is a second old
+    assert whole["requests"] == tables["requests"].num_rows
+    assert whole["rejected"] == pc.sum(pc.equal(tables["requests"]["status"], 429)).as_py() > 0
+
+
+def test_capacity_that_is_read_from_a_quiet_fleet_is_near_what_a_full_one_serves():
+    quiet = row_of(queueing.analyze(build_trace(fleet_rows(Plan(seed=6, seconds=90)), ENGINE)), "models")
+    full = build_trace(fleet_rows(Plan(seed=6, seconds=90, overload=4.0)), ENGINE)
+    served = full.requests[full.requests["status"] == 200]
+    rate = ((served["ended_s"] > 10) & (served["ended_s"] < 85)).sum() / 75
+    loaded = row_of(queueing.analyze(full), "models")
+    assert loaded["capacity_per_s"] == pytest.approx(rate, rel=0.08)
+    assert quiet["utilization"] < 0.5
+    assert rate < quiet["capacity_per_s"] < 1.4 * rate
+    assert quiet["headroom_ratio"] == pytest.approx(quiet["knee_per_s"] / quiet["arrivals_per_s"] - 1)
+
+
+def test_an_engine_that_joined_late_is_measured_while_it_was_there():
+    tables = fleet_rows(Plan(seed=1, seconds=60, engines=2, rate=6.0))
+    late, cut = tables["servers"], START_UNIX_NANO + 30 * 10**9
+    is_early = pc.and_(pc.equal(late["engine"], "engine-1"), pc.less(late["at_unix_nano"], cut))
+    early = pc.less(tables["requests"]["arrived_unix_nano"], cut)
+    gone = tables["requests"].filter(early)["span_id"].combine_chunks()
+    one = pc.and_(
+        pc.equal(tables["attempts"]["engine"], "engine-1"), pc.is_in(tables["attempts"]["request_span_id"], gone)
+    )
+    tables["attempts"] = tables["attempts"].filter(pc.invert(one))
+    tables["servers"] = late.filter(pc.invert(is_early))
+    trace = build_trace(tables, ENGINE)
+    row = row_of(queueing.analyze(trace), at=1)
+    mine = trace.attempts[trace.attempts["engine"] == trace.names.engine.index("engine-1")]
+    held = (mine["ended_s"] - mine["headers_s"]).sum()
+    assert row["utilization"] == pytest.approx(held / (4 * 30), rel=0.05)
+    assert row["arrivals_per_s"] == pytest.approx(len(mine) / 30, rel=0.05)
+
+
+# --- findings
+
+
+@pytest.mark.parametrize("overload", [2.0, 3.0])
+def test_a_fleet_past_its_knee_is_told_how_many_engines_it_needs(overload):
+    answer = queueing.analyze(build_trace(fleet_rows(Plan(seed=2, seconds=90, overload=overload)), ENGINE))
+    (finding,) = queueing.judge(answer)
+    row = row_of(answer, "models")
+    assert (finding.kind, finding.subject) == ("saturation", "tiny")
+    assert row["headroom_ratio"] < 0
+    slots = finding.figures["slots_needed"]
+    assert knee(row["service_s"], int(slots)) >= 1.3 * row["arrivals_per_s"] * (1 - 1e-6)
+    assert f"--engines {math.ceil(slots / 4)}`" in finding.advice
+    assert finding.impact_s == pytest.approx(row["wait_s"] * (row["requests"] - row["rejected"]), rel=0.05)
+    assert 1 <= len(finding.evidence) <= 5
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_fleet_with_room_gives_no_alarm(seed):
+    answer = queueing.analyze(build_trace(fleet_rows(Plan(seed=seed, seconds=45)), ENGINE))
+    assert queueing.judge(answer) == []
+    assert row_of(answer, "models")["headroom_ratio"] > 0.3
+
+
+def test_requests_that_telemetry_does_not_know_are_missed():
+    tables = fleet_rows(Plan(seed=3, seconds=180))
+    on_two = tables["attempts"].filter(pc.equal(tables["attempts"]["engine"], "engine-2"))["request_span_id"]
+    lost = on_two.take(pa.array(range(0, len(on_two), 3)))
+    tables["requests"] = tables["requests"].filter(
+        pc.invert(pc.is_in(tables["requests"]["span_id"], lost.combine_chunks()))
+    )
+    (finding,) = queueing.judge(queueing.analyze(build_trace(tables, ENGINE)))
+    assert (finding.kind, finding.subject) == ("little", "engine-2")
+    assert finding.figures["little_error"] == pytest.approx(1 / 3, abs=0.1)
+    assert finding.impact_s == 0
+
+
+# --- little to go by
+
+
+def test_an_empty_window_has_empty_tables():
+    answer = queueing.analyze(build_trace({}, ENGINE))
+    assert {name: len(table) for name, table in answer.tables.items()} == {"engines": 0, "models": 0}
+    assert {"engine", "slots", "little_error", "expected_wait_s"} <= set(answer.tables["engines"].columns)
+    assert {"model", "knee_per_s", "headroom_ratio", "rejected"} <= set(answer.tables["models"].columns)
+    assert queueing.judge(answer) == []
+
+
+def test_one_request_without_samples_says_nothing():
+    answer = queueing.analyze(window([(0.0, 0.1, 1.0)], slots=1))
+    row = row_of(answer)
+    assert math.isnan(row["in_system"])
+    assert row["service_s"] == pytest.approx(0.9)
+    assert queueing.judge(answer) == []
+
+
+def test_requests_that_never_got_an_engine_belong_to_their_model_alone():
+    tables = fleet_rows(Plan(seed=3, seconds=20))
+    nowhere = pa.array([""] * tables["attempts"].num_rows)
+    names = tables["attempts"].column_names
+    tables["attempts"] = tables["attempts"].set_column(names.index("engine"), "engine", nowhere)
+    answer = queueing.analyze(build_trace(tables, ENGINE))
+    assert set(answer.tables["engines"]["attempts"]) == {0}
+    assert row_of(answer, "models")["requests"] == tables["requests"].num_rows
+    assert queueing.judge(answer) == []

@@ -1,0 +1,135 @@
+"""A report as text and as JSON says what was found, and no name in it can steer a terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from lltm_ray.analytics import units
+from lltm_ray.analytics.answer import Answer, table
+from lltm_ray.analytics.text import to_json, to_text
+from tests.unit.analytics.made_report import HOSTILE, START, empty_report, made_report
+
+
+def test_the_worst_finding_comes_first_with_what_to_do_and_where_to_look():
+    text = to_text(made_report())
+    places = [
+        text.index(part) for part in ("1. STRAGGLER", "lltm-ray drain", "lltm-ray explain req-0001", "2. INTERFERENCE")
+    ]
+    assert places == sorted(places)
+    assert text.index("5. THROTTLED GPU") < text.index("Latency on the critical path")
+    assert "2026-11-21 13:00:00 to 14:00:00 UTC: 25,310 requests, 152,000 spans" in text
+    assert "Analysed with pandas in 1.83 s (cuDF is not usable here" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def test_figures_follow_the_findings():
+    lines = to_text(made_report()).splitlines()
+    assert any(line.split() == ["decode", "59.7", "%", "911", "ms", "3.30", "s"] for line in lines)
+    assert any("Cache reuse" in line and "58.0 %" in line and "71.0 % could be" in line for line in lines)
+    assert any("Queueing headroom" in line and "21.0 %" in line and "llama-8b" in line for line in lines)
+    assert any("Joules per token" in line and "1.74 J" in line for line in lines)
+
+
+def test_reuse_beyond_what_hashes_show_is_not_called_possible():
+    made = made_report()
+    result = made.results["prefixes"]
+    assert result.answer is not None
+    better = replace(result, answer=Answer(result.answer.tables, {"reused_ratio": 0.8, "reusable_ratio": 0.7}))
+    text = to_text(replace(made, results={**made.results, "prefixes": better}))
+    assert "80.0 %" in text
+    assert "could be" not in text
+
+
+def test_nothing_found_is_told_with_what_was_looked_at():
+    made = made_report()
+    clean = replace(made, results={name: replace(each, findings=()) for name, each in made.results.items()})
+    assert "Nothing found in 25,310 requests: 12 of 12 analyses ran." in to_text(clean)
+    assert "there was nothing to judge" in to_text(empty_report())
+
+
+def test_an_analysis_that_failed_is_told_even_where_nothing_was_found():
+    failing = replace(empty_report(error="KeyError: \x1b]0;owned\x07"), requests=5)
+    text = to_text(failing)
+    assert "but only 0 of 12 analyses ran" in text
+    assert "The analysis of prefixes failed: KeyError" in text
+    assert "\x1b" not in text
+
+
+def test_no_name_steers_the_terminal():
+    text = to_text(made_report(tenant=HOSTILE))
+    assert "alert(1)" in text
+    assert [each for each in text if not each.isprintable() and each != "\n"] == []
+
+
+def test_json_has_everything_and_null_for_what_is_not_known():
+    def refuse(name: str) -> float:
+        raise AssertionError(name)
+
+    made = made_report(tenant=HOSTILE)
+    told = json.loads(to_json(made), parse_constant=refuse)
+    assert [each["kind"] for each in told["findings"]] == [each.kind for each in made.findings]
+    assert told["findings"][1]["subject"] == HOSTILE
+    assert told["findings"][0]["evidence"] == list(made.findings[0].evidence)
+    assert [each["analysis"] for each in told["analyses"]] == list(made.results)
+    gpus = next(each for each in told["analyses"] if each["analysis"] == "GPU and energy")["tables"]["gpus"]
+    assert gpus[0]["slowed_ratio"] is None
+    assert gpus[1]["evidence"] == list(made.findings[4].evidence)
+    assert told["timelines"][made.findings[0].evidence[0]][0]["span"] == "request"
+    assert told["rows"] == made.rows
+    assert told["analyses"][0]["ms"] == made.results["self time"].ms
+
+
+def test_json_of_a_failed_analysis_holds_its_error():
+    told = json.loads(to_json(empty_report(error="MemoryError")))
+    assert {(each["error"], len(each["tables"])) for each in told["analyses"]} == {("MemoryError", 0)}
+
+
+def test_ids_with_line_ends_stay_on_their_line():
+    made = made_report()
+    result = made.results["anomalies"]
+    finding = replace(result.findings[0], evidence=("a\nb",), subject="x\ny", text="one\ntwo")
+    frame = table({"trace_id": ["a\nb"], "request_id": ["c\nd"]})
+    odd = replace(result, findings=(finding,), answer=Answer({"requests": frame}))
+    text = to_text(replace(made, results={"anomalies": odd}))
+    assert "STRAGGLER x�y" in text
+    assert "lltm-ray explain c�d" in text
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (units.seconds(0.0004), "0.4 ms"),
+        (units.seconds(0.0), "0 ms"),
+        (units.seconds(0.25), "250 ms"),
+        (units.seconds(61.2), "61.2 s"),
+        (units.seconds(754), "12 min 34 s"),
+        (units.seconds(719.7), "12 min 0 s"),
+        (units.seconds(-754), "-12 min 34 s"),
+        (units.seconds(9000), "2.5 h"),
+        (units.seconds(math.nan), "–"),
+        (units.percent(0.5), "50.0 %"),
+        (units.percent(1.0), "100 %"),
+        (units.times(1.794), "1.79×"),
+        (units.joules(0.0021), "2.10 mJ"),
+        (units.joules(2.3e6), "2,300 kJ"),
+        (units.size(3 * 2**30), "3 GiB"),
+        (units.digits(math.inf), "–"),
+        (units.digits(12_345.6), "12,346"),
+        (units.clock(0), "–"),
+        (units.clock(START + 1_500_000_000), "13:00:01"),
+        (units.window(START, START + 60_000_000_000), "2026-11-21 13:00:00 to 13:01:00 UTC"),
+        (units.window(START, START + 86_400_000_000_000), "2026-11-21 13:00:00 to 2026-11-22 13:00:00 UTC"),
+        (units.cell("error_ratio", 0.05), "5.0 %"),
+        (units.cell("ratio", 1.5), "1.50×"),
+        (units.cell("arrivals_per_s", 7.03), "7.03"),
+        (units.cell("reasons", ("power", "heat\x07")), "power, heat�"),
+        (units.heading("decode_ms_token"), "decode, ms a token"),
+        (units.heading("p95_s"), "p95"),
+    ],
+)
+def test_a_figure_is_told_in_its_unit(found: str, expected: str):
+    assert found == expected
