@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -11,8 +12,15 @@ import typer
 from lltm_ray import _optional
 from lltm_ray.cli._endpoint import NameOption
 from lltm_ray.cli._output import ERR, JsonFlag, errors_end_the_command, print_json, print_table
-from lltm_ray.cli._source import AddressOption, SegmentsOption, WindowOption, last_window, read_age, read_fleet
-from lltm_ray.cli._source import read_segments as _read_segments
+from lltm_ray.cli._source import (
+    AddressOption,
+    SegmentsOption,
+    WindowOption,
+    last_window,
+    read_age,
+    read_fleet,
+    read_segments,
+)
 
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)))
 
@@ -54,7 +62,8 @@ def query(
                   own), engine, slot, ms, start_unix_nano, error, trace_id, request_id, tenant;
                   edges: source, target, from a span to those below it
     dependencies  nodes: node, kind (client, gateway, engine, slot, gpu), requests, errors;
-                  edges: source, target, calls, errors, error_ratio, p50_s, p95_s, seconds
+                  edges: source, target, calls, errors, error_ratio, p50_s, p95_s, seconds;
+                  of a large fleet those that were called most
     prefixes      nodes: node (a prompt's beginning), depth_tokens, requests, prompt_tokens,
                   shared_tokens, cached_tokens, reusable_tokens, wasted_tokens, wasted_s,
                   best_engine, engines, evidence; edges: source, target, requests
@@ -66,9 +75,9 @@ def query(
     lltm-ray query '[{"type": "Node", "filter_dict": {"name": "decode", "ms": {"type": "GT", "val": 500}}}]'
 
     What Cypher's RETURN gives is rows; GRAPH { MATCH ... } and GFQL give a part of the graph.
-    """
+    """  # noqa: D301 - click keeps lines as they are after the character \b
     window_s = read_age("window", window)
-    tables = _read_segments(segments) if segments else read_fleet(name, address)
+    tables = read_segments(segments) if segments else read_fleet(name, address)
     asked = _graphistry(_MAKERS[graph])(last_window(tables, engine, window_s))
     found = _graphistry("query")(asked, text)
     parts = {"nodes": _host(found._nodes)}
@@ -97,7 +106,7 @@ def _records(frame: Any) -> list[dict[str, Any]]:
 
 def _plain(value: Any) -> Any:
     """What JSON has: null for NaN."""
-    return None if isinstance(value, float) and value != value else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _print(frame: Any, limit: int, title: str | None) -> None:

@@ -163,7 +163,7 @@ def query(graph: Plottable, text: str) -> Plottable:
         # by name: graphistry would guess, and takes "cudf" for pandas frames without a word; strict, for an absent
         # column would be null
         return graph.gfql(asked, engine=_kind(graph._nodes), strict=True)
-    except Exception as error:  # noqa: BLE001 - border: what a query does not get through raises whatever it hits
+    except Exception as error:  # border: a query that does not get through raises whatever it hits
         raise ConfigError("query", text, f"{_reason(error)}; {_columns(graph)}") from error
 
 
@@ -178,13 +178,12 @@ def _operations(text: str) -> Any:
     except ValueError as error:
         raise ConfigError("query", text, f"is no JSON: {error}; Cypher begins with MATCH or GRAPH") from error
     for step in steps:
-        kind = step.get("type") if isinstance(step, dict) else step
-        if kind not in _OPERATIONS:
-            raise ConfigError("query", text, f"type={kind!r} of a step must be one of {', '.join(_OPERATIONS)}")
+        if not isinstance(step, dict) or step.get("type") not in _OPERATIONS:
+            raise ConfigError("query", text, f"each step's type must be one of {', '.join(_OPERATIONS)}, not {step}")
     chain = load("graphistry.compute.chain:Chain", extra="graphistry", feature="graph queries")
     try:
         return chain.from_json({"type": "Chain", "chain": steps})
-    except Exception as error:  # noqa: BLE001 - border: as above
+    except Exception as error:  # border: as above
         raise ConfigError("query", text, _reason(error)) from error
 
 

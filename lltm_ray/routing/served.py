@@ -13,6 +13,7 @@ from typing import Any
 
 from lltm_ray.records import EngineInfo, ModelInfo
 from lltm_ray.routing.admission import Admission, Capacity
+from lltm_ray.routing.choice import Matches
 from lltm_ray.routing.hints import Counsel
 from lltm_ray.routing.policy import Ask, Choice, make_policy
 from lltm_ray.routing.rates import Rates
@@ -192,7 +193,8 @@ class ServedModel:
     def choose(self, ask: Ask, match: Match, exclude: Collection[str]) -> Choice | None:
         """Which engine should take a request; None: no slot is free for it."""
         self.settle()
-        engines, avoid = match.engines, frozenset(exclude)
+        engines: Matches = match.engines
+        avoid = frozenset(exclude)
         advice = self._counsel.advice
         if advice is not None:
             engines = advice.widen(ask, engines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,11 @@ def label(text: Any, most: int = _MOST_LETTERS) -> str:
     """A name as Plotly shall show it, which takes some tags as such: cut and escaped."""
     shown = units.plain(text)
     return html.escape(shown if len(shown) <= most else f"{shown[: most - 1]}…", quote=False)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """To sort by, as people count: engine-2 comes before engine-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", str(name))]
 
 
 def hover(title: Any, **told: str) -> str:

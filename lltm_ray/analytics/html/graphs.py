@@ -23,6 +23,7 @@ from lltm_ray.analytics.html.figures import (
     hover,
     label,
     mix,
+    natural,
 )
 
 KINDS = ("client", "gateway", "engine", "slot", "gpu")
@@ -61,7 +62,9 @@ def dependencies(answer: Answer, about: About) -> Figure:
         {"size": 11, "color": colours, "line": {"color": "var(--panel)", "width": 2}},
     )
     heads = [
-        {**heading(kind, 1.0), "x": at, "xref": "x", "xanchor": "center"} for at, kind in enumerate(KINDS) if layers[at]
+        {**heading(_head(kind, len(layers[at]), nodes), 1.0), "x": at, "xref": "x", "xanchor": "center"}
+        for at, kind in enumerate(KINDS)
+        if layers[at]
     ]
     tallest = max(map(len, layers), default=1)
     return figure(
@@ -73,6 +76,11 @@ def dependencies(answer: Answer, about: About) -> Figure:
         yaxis=axis(visible=False, range=[1.02, -0.02]),
         margin={"l": 8, "r": 8, "t": 24, "b": 8},
     )
+
+
+def _head(kind: str, drawn: int, nodes: Sequence[Any]) -> str:
+    there = sum(node.kind == kind for node in nodes)
+    return kind if there == drawn else f"{kind}, the busiest {drawn} of {there}"
 
 
 def _nodes(
@@ -153,7 +161,7 @@ def layered(layers: Sequence[Sequence[str]], edges: Sequence[Edge]) -> Places:
     for source, target in edges:
         near[source].append(target)
         near[target].append(source)
-    orders = [sorted(layer) for layer in layers]
+    orders = [sorted(layer, key=natural) for layer in layers]
     y = {name: place for order in orders for name, place in _spread(order).items()}
 
     def middle(name: str) -> tuple[float, str]:

@@ -21,6 +21,7 @@ from lltm_ray.analytics.html.figures import (
     hover,
     label,
     names_axis,
+    natural,
     number,
     numbers,
 )
@@ -111,7 +112,7 @@ _MOST_WRITTEN = 12
 def moves(answer: Answer, about: About) -> Figure:
     """Turns of conversations that went to another engine than the one before: from, to."""
     found = list(rows(answer.tables["moves"]))
-    names = sorted({str(name) for row in found for name in (row.from_engine, row.to_engine)})[:40]
+    names = sorted({str(name) for row in found for name in (row.from_engine, row.to_engine)}, key=natural)[:40]
     place = {name: at for at, name in enumerate(names)}
     z: list[list[Any]] = [[None] * len(names) for _ in names]
     says: list[list[str]] = [[""] * len(names) for _ in names]

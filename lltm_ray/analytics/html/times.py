@@ -22,6 +22,7 @@ from lltm_ray.analytics.html.figures import (
     label,
     moments,
     names_axis,
+    natural,
     number,
     numbers,
     time_axis,
@@ -40,7 +41,7 @@ _BRIGHTEST = 0.98
 def heat_map(answer: Answer, about: About) -> Figure:
     """Engine x time: p95 of the latency; dots where requests failed."""
     cells = list(rows(answer.tables["timeline"]))
-    names = sorted({str(cell.engine) for cell in cells})
+    names = sorted({str(cell.engine) for cell in cells}, key=natural)
     ats = sorted({int(cell.at_unix_nano) for cell in cells})
     x, place = moments(_middles(ats, about)), {at: number for number, at in enumerate(ats)}
     z: list[list[Any]] = [[None] * len(ats) for _ in names]

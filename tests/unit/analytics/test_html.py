@@ -210,6 +210,13 @@ def test_a_comparison_shows_each_figure_with_its_interval_and_what_else_changed(
     assert "comparison" not in Page(to_html(made_report())).all("id")
 
 
+def test_what_a_large_fleet_leaves_out_is_told():
+    page = Page(to_html(made_report(engines=12, slots=8)))
+    heads = [each["text"] for each in page.figures["dependencies"]["layout"]["annotations"]]
+    assert heads == ["client", "gateway", "engine", "slot, the busiest 48 of 96", "gpu"]
+    assert page.figures["timeline"]["layout"]["yaxis"]["ticktext"] == [f"engine-{n}" for n in range(12)]
+
+
 def test_a_label_is_cut_and_cannot_be_a_tag():
     assert label("<b>&lt;" + "x" * 60) == "&lt;b&gt;&amp;lt;" + "x" * 26 + "…"
 
