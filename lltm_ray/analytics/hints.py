@@ -18,7 +18,7 @@ from lltm_ray.analytics import interference
 from lltm_ray.analytics.anomaly import STRAGGLER_Z
 from lltm_ray.analytics.answer import rows
 from lltm_ray.analytics.prefix import build_trie, families
-from lltm_ray.analytics.stragglers import decodes, find_busy, find_runs, prefills
+from lltm_ray.analytics.stragglers import Run, decodes, find_busy, find_runs, prefills
 from lltm_ray.analytics.trace import Trace, is_empty
 from lltm_ray.analytics.turns import turns
 from lltm_ray.records import Hints, PrefixFamily
@@ -127,9 +127,8 @@ def find_slow(trace: Trace, models: Mapping[int, list[int]], before: Mapping[str
     return found
 
 
-def _is_clear(run: Any) -> bool:
-    lasts = bool(np.isinf(run.until_s))
-    return lasts and run.ratio >= SLOW_IN and run.z >= STRAGGLER_Z and run.requests >= SLOW_REQUESTS
+def _is_clear(run: Run) -> bool:
+    return run.ratio >= SLOW_IN and run.z >= STRAGGLER_Z and run.requests >= SLOW_REQUESTS
 
 
 def _phase(trace: Trace, work: Any) -> _Phase:

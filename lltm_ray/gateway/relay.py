@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 
 from lltm_ray.config import GatewayConfig
-from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError
+from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError, OverloadedError
 from lltm_ray.gateway.exchange import Common, Confirm, Exchange, LoadingError
 from lltm_ray.gateway.failover import Continuation
 from lltm_ray.gateway.join import UnjoinableError
@@ -115,7 +115,11 @@ class Relay:
         else:
             asked_at = self._clock()
             seen = request.trace.attempt(asked_at) if request.trace is not None else None
-            lease = await self._router.acquire(request.ask, exclude=tried)
+            try:
+                lease = await self._router.acquire(request.ask, exclude=tried)
+            except OverloadedError:
+                record.model = request.ask.model  # by now the served name, and whose load it was
+                raise
             engine = lease.engine
             granted_at = self._clock()
             attempt = _attempt_of(lease, granted_at - asked_at)

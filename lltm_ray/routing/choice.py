@@ -47,6 +47,8 @@ class Ask:
     exclude: frozenset[str] = NOBODY
     """Engines to avoid as long as another one has a free slot."""
     can_pin: bool = True
+    hashes: bytes | None = None
+    """Of the prompt's beginnings, once a hint asked for them; see `_prefix`."""
 
 
 RETURN_RATIO = 0.25

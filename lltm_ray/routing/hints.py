@@ -42,22 +42,30 @@ class Advice:
             engines: of its model, that can take requests.
             uncached_tokens: what would have to be computed of its prompt, at best.
         """
-        own = self._apart.get(ask.tenant) if self._apart and uncached_tokens >= LONG_PREFILL_TOKENS else None
-        found = frozenset(engines) - own if own else frozenset()
+        found: frozenset[str] = frozenset()
+        if self._apart and uncached_tokens >= LONG_PREFILL_TOKENS and (own := self._apart.get(ask.tenant)):
+            every = frozenset(engines)
+            if not own.isdisjoint(every):  # else they are of another model
+                found = every - own
         if self._slow and not _is_probe(ask):
             found |= self._slow
         return found
 
     def widen(self, ask: Ask, matches: Matches) -> Matches:
-        """The matches, with engines that other gateways know to hold a beginning of this prompt."""
-        if not self._families or len(ask.key) < END_BYTES[0]:
+        """The matches; where there are none, engines that other gateways know to hold a beginning of this prompt.
+
+        What this router knows by itself is newer. A hinted beginning is shared: one more copy of it costs little.
+        """
+        if matches or not self._families or len(ask.key) < END_BYTES[0]:
             return matches
-        hashes = hash_prefixes(ask.key[: self._most_bytes], self._salt)
-        best = dict(matches)
-        for depth in range(len(hashes) // HASH_BYTES):
-            found = self._families.get((END_BYTES[depth], hashes[depth * HASH_BYTES : (depth + 1) * HASH_BYTES]), ())
-            for engine, tokens in found:
+        if ask.hashes is None:  # a request that waits is looked at again and again
+            ask.hashes = hash_prefixes(ask.key[: self._most_bytes], self._salt)
+        best: dict[str, int] = {}
+        for depth in range(len(ask.hashes) // HASH_BYTES):
+            at = END_BYTES[depth], ask.hashes[depth * HASH_BYTES : (depth + 1) * HASH_BYTES]
+            for engine, tokens in self._families.get(at, ()):
                 best[engine] = max(best.get(engine, 0), min(tokens, ask.prompt_tokens or tokens))
+        ask.shared_tokens = max(ask.shared_tokens, *best.values(), 0)
         return sorted(best.items(), key=lambda each: -each[1])
 
 

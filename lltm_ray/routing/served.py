@@ -196,8 +196,8 @@ class ServedModel:
         engines: Matches = match.engines
         avoid = frozenset(exclude)
         advice = self._counsel.advice
-        if advice is not None:
-            engines = advice.widen(ask, engines)
+        if advice is not None and ask.only is None:
+            engines = advice.widen(ask, engines) if self._pins else engines
             uncached = ask.prompt_tokens - (engines[0][1] if engines else 0)
             avoid |= advice.avoid(ask, self.table.names, uncached)
         choice = self.policy.choose(ask, self.table, self.rates, engines, avoid)

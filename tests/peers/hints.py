@@ -1,6 +1,6 @@
 """Whether hints pay: 4 real engines on CPUs, routers that follow analytics' hints against routers that do not.
 
-`python -m tests.peers.hints [--rounds 4] [--seconds 40] [--workloads straggler,prefix,aggressor] [--json FILE]`. Each
+`python -m tests.peers.hints [--rounds 4] [--seconds 38] [--workloads straggler,prefix,aggressor] [--json FILE]`. Each
 round plays a workload twice on the same engines, with hints and without, in turns first: the same arrivals, lengths
 and order, other words, so that neither finds the other's prompts cached; gateways are fresh. Hints are made by another
 process, whose CPU time the engines lack, as on a node without a GPU. Figures are of requests after the warm-up; ratios
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
@@ -274,7 +274,7 @@ async def play(work: Workload, behind: Engines, words: random.Random, pool: Any,
             await stack.enter_async_context(gateway(behind.servers, advisor, SlotShare(i, work.gateways)))
             for i in range(work.gateways)
         ]
-        clients = {}
+        clients: dict[tuple[int, str], TenantClient] = {}
         for each in work.plan:
             client = clients.setdefault((each.gateway, each.group), TenantClient((ports[each.gateway],)))
             client.tenant = each.group
@@ -327,9 +327,10 @@ def _stutter(pid: int, log: Path) -> Iterator[int]:
 
 # --- figures
 
-Sample = dict[str, list[np.ndarray[Any, Any]]]
+Rows = np.ndarray[Any, np.dtype[np.float64]]
+Sample = dict[str, list[Rows]]
 """Kind -> of each round, one row a request: TTFT, seconds and tokens of the answer's rest, computed tokens."""
-FIGURES = {
+FIGURES: dict[str, Callable[[Rows], float]] = {
     "TTFT p50, ms": lambda x: np.nanpercentile(x[:, 0], 50) * 1e3,
     "TTFT p95, ms": lambda x: np.nanpercentile(x[:, 0], 95) * 1e3,
     "tokens/s of an answer": lambda x: np.nansum(x[:, 2]) / np.nansum(x[:, 1]),
@@ -338,14 +339,16 @@ FIGURES = {
 BETTER_HIGH = ("tokens/s of an answer",)
 
 
-def rows_of(work: Workload, done: Play, group: str, from_s: float) -> np.ndarray[Any, Any]:
+def rows_of(work: Workload, done: Play, group: str, from_s: float) -> Rows:
     """A group's measured requests; what failed is NaN in all figures."""
-    found = []
+    found: list[tuple[float, ...]] = []
     for each, reply in zip(work.plan, done.replies, strict=True):
         if each.group == group and each.at_s >= from_s:
-            ok = reply.ok and reply.ttft_s is not None and reply.prompt_tokens is not None
-            rest = (reply.ttft_s, reply.took_s - reply.ttft_s, max(reply.pieces - 1, 0)) if ok else (np.nan,) * 3
-            found.append((*rest, reply.prompt_tokens - (reply.cached_tokens or 0) if ok else np.nan))
+            if not reply.ok or reply.ttft_s is None or reply.prompt_tokens is None:
+                found.append((np.nan,) * 4)
+                continue
+            computed = reply.prompt_tokens - (reply.cached_tokens or 0)
+            found.append((reply.ttft_s, reply.took_s - reply.ttft_s, max(reply.pieces - 1, 0), computed))
     return np.array(found, float).reshape(-1, 4)
 
 
@@ -369,7 +372,8 @@ def compare(sample: Sample) -> dict[str, tuple[float, float, float, float, float
 
 def verdict(found: Mapping[str, Sequence[float]]) -> str:
     """In words, by the intervals alone."""
-    better, worse = [], []
+    better: list[str] = []
+    worse: list[str] = []
     for name, (_, _, _, low, high) in found.items():
         is_up, is_down = low > 1, high < 1
         if is_up or is_down:
@@ -426,7 +430,7 @@ def main() -> int:
     """0 once all is played."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of one play")
+    parser.add_argument("--seconds", type=float, default=38.0, help="of one play")
     parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures there")

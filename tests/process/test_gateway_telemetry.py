@@ -254,14 +254,14 @@ async def test_a_request_that_gets_no_slot_says_how_long_it_waited(rows):
         status, id_, _ = await post(gate, PATH, CHAT)
         assert status == 429
         row, timeline = check_one(rows, id_)
-        assert (row.status, row.error_type) == (429, "overloaded_error"), row
+        assert (row.status, row.error_type, row.model) == (429, "overloaded_error", MODEL), row
         assert rows_of(timeline) == []
         _, id_, _ = await second
         row, timeline = check_one(rows, id_)
         (server,) = rows_of(timeline, "server")
         assert 0.15 < server["attributes"]["gen_ai.latency.time_in_queue"] <= row.total_s
         assert server["attributes"]["lltm.attempts"] == 0
-        assert [span["name"] for span in timeline["spans"]] == ["chat", "route"]
+        assert [span["name"] for span in timeline["spans"]] == [f"chat {MODEL}", "route"]
         await first
 
 

@@ -6,7 +6,6 @@ from collections import defaultdict
 from functools import cache
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -112,12 +111,21 @@ def test_an_engine_that_is_a_little_slow_stays_where_it_was():
     assert set(hints_at(plan, 90, Hints(slow={"engine-0": 2.0})).slow) == {"engine-0"}
 
 
-def test_a_spared_engine_that_shows_nothing_any_more_is_let_back_in():
+@pytest.mark.parametrize(("last", "is_spared"), [(0, False), (2, False), (5, True)])
+def test_a_spared_engine_is_let_back_in_when_too_little_is_known_of_it(last, is_spared):
     plan = Plan(seed=3, seconds=90, fault_from=0, straggler="engine-0", factor=2.2)
     rows = dict(rows_of(plan))
-    others = np.array([each != "engine-0" for each in rows["attempts"]["engine"].to_pylist()])
-    rows["attempts"] = rows["attempts"].filter(pa.array(others))
-    assert hints_at(plan, 90, Hints(slow={"engine-0": 2.0}), rows=rows).slow == {}
+    ended = {
+        each["span_id"]: each["arrived_unix_nano"] / 1e9 + each["total_s"] for each in rows["requests"].to_pylist()
+    }
+    tries = rows["attempts"].to_pylist()
+    own = [each for each in tries if each["engine"] == "engine-0" and each["generated_tokens"] >= 30]
+    own = [each for each in own if ended[each["request_span_id"]] < START_UNIX_NANO / 1e9 + 90]
+    own.sort(key=lambda each: ended[each["request_span_id"]])
+    kept = {each["span_id"] for each in own[len(own) - last :]}
+    keep = [each["engine"] != "engine-0" or each["span_id"] in kept for each in tries]
+    rows["attempts"] = rows["attempts"].filter(pa.array(keep))
+    assert ("engine-0" in hints_at(plan, 90, Hints(slow={"engine-0": 2.0}), rows=rows).slow) == is_spared
 
 
 @pytest.mark.parametrize(("engines", "most"), [(2, 0), (4, 1), (6, 2)])
@@ -176,6 +184,15 @@ def test_the_families_are_the_shared_system_prompts_with_the_dearest_first():
     assert told == sorted(told, reverse=True)
 
 
+def with_two_models(rows: dict[str, pa.Table]) -> dict[str, pa.Table]:
+    """What engine-2 and engine-3 served was of another model."""
+    requests, tries = rows["requests"], rows["attempts"]
+    served = dict(zip(tries["request_span_id"].to_pylist(), tries["engine"].to_pylist(), strict=True))
+    models = ["b" if served[each] in ("engine-2", "engine-3") else "a" for each in requests["span_id"].to_pylist()]
+    requests = requests.set_column(requests.column_names.index("model"), "model", pa.array(models))
+    return {"requests": requests, "attempts": tries}
+
+
 def test_a_text_that_begins_the_prompts_of_two_models_is_one_family():
     plan = Plan(seed=5, seconds=60, families=1, engines=4)
     rows = dict(rows_of(plan))
@@ -213,6 +230,17 @@ def test_a_tenant_stays_where_it_is_kept_as_long_as_it_sends_long_prompts():
     assert hints_at(plan, 90).apart == {}
     assert hints_at(plan, 90, Hints(apart={"greedy": ("engine-3",)})).apart == {"greedy": ("engine-3",)}
     assert hints_at(Plan(seed=1, seconds=90), 90, Hints(apart={"greedy": ("engine-3",)})).apart == {}
+
+
+def test_a_tenant_is_kept_to_engines_of_the_models_that_it_uses_alone():
+    plan = Plan(seed=1, seconds=90, fault_from=0, aggressor="greedy", aggressor_rate=0.5)
+    rows = with_two_models(rows_of(plan))
+    is_b = dict(zip(rows["requests"]["span_id"].to_pylist(), rows["requests"]["model"].to_pylist(), strict=True))
+    tenant = rows["requests"]["tenant"].to_pylist()
+    is_mine = [not (who == "greedy" and is_b[span] == "b") for who, span in zip(tenant, is_b, strict=True)]
+    rows["requests"] = rows["requests"].filter(pa.array(is_mine))
+    before = Hints(apart={"greedy": ("engine-3",)})
+    assert set(hints_at(plan, 90, before, rows=rows).apart["greedy"]) <= {"engine-0", "engine-1"}
 
 
 # --- the service

@@ -103,3 +103,18 @@ async def test_long_prompts_of_a_tenant_that_holds_others_up_keep_apart(tokens, 
 async def test_a_hint_about_engines_that_are_gone_keeps_nobody_waiting():
     router, _ = make(2, hints=Hints(made_unix_nano=1, valid_s=60, slow={"e9": 3.0}, apart={"": ("e8",)}))
     assert (await ask(router, key=b"q" * 9000)).engine.name in {"e0", "e1"}
+
+
+async def test_a_tenant_kept_to_engines_of_one_model_may_use_any_of_another():
+    router = Router(8, 5.0, clock=Clock())
+    router.update([engine("a0"), engine("b0", model="other", slots=2), engine("b1", model="other", slots=2)])
+    router.hint(Hints(made_unix_nano=1, valid_s=60, apart={"batch": ("a0",)}, slow={"b0": 2.0}), SALT)
+    lease = await router.acquire(Ask(model="other", tenant="batch", key=b"p" * 32_000))
+    assert lease.engine.name == "b1"
+
+
+async def test_requests_of_a_hinted_beginning_do_not_all_chase_one_engine():
+    hints = Hints(made_unix_nano=1, valid_s=60, families=(family(400, "e2"),))
+    router, _ = make(3, hints=hints)
+    took = [(await ask(router, key=TEXT + b"question %d" % number)).engine.name for number in range(5)]
+    assert set(took) == {"e0", "e1", "e2"}
