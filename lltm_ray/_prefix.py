@@ -1,9 +1,10 @@
 """Salted hashes of a prompt's beginnings: what analytics may see of prompts.
 
-Two prompts of one fleet share the hash at a length exactly if they share all bytes before it. The salt is the fleet's,
-and is in memory only: who reads the hashes cannot test what a prompt was. Lengths grow with the prompt, so that one
-of a megabyte has 72 hashes: every 256 bytes up to 2 KiB, every 512 up to 8, every 2 KiB up to 32, then 8 up to 128,
-32 up to 1 MiB.
+Two prompts of one fleet share the hash at a length exactly if they share all bytes before it. The salt is the fleet's:
+who reads the hashes without it cannot test what a prompt was. It is in the memory of the fleet's drivers, directory and
+gateways, and in Ray's control store, for it is an argument of the directory's actor (a Redis that backs that store has
+it on disk). We ourselves write it to no log and no file. Lengths grow with the prompt, so that one of a megabyte has
+72 hashes: every 256 bytes up to 2 KiB, every 512 up to 8, every 2 KiB up to 32, then 8 up to 128, 32 up to 1 MiB.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Cluster:
 
         Args:
             window_s: None: all that analytics, or else telemetry, has in memory.
-            until_unix_s: the window's end; None: now.
+            until_unix_s: the window's end; None: the newest row that telemetry has.
 
         Raises:
             ConfigError: a window that is not positive, or an engine that is not usable.

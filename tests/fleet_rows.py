@@ -1,7 +1,7 @@
 """A simulated fleet's telemetry, with or without a planted fault: what analytics is tested on.
 
 A discrete-event simulation, small but honest: engines with slots behind one gateway queue; each decode slows with busy
-slots and crawls while a neighbour's prompt is read; each engine caches the conversations and system prompts it has
+slots and with what is before it, and crawls while a neighbour's prompt is read; each engine caches the conversations and system prompts it has
 served last. All that rows tell (times, tokens, counters, power, hashes of prompts) comes out of that one course.
 """
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from lltm_ray._prefix import HASH_BYTES, hash_prefixes
 from lltm_ray.telemetry.batch import KINDS, SCHEMAS, pack
-from lltm_ray.telemetry.rows import AttemptRow, GpuRow, QueueRow, RequestRow, ServerRow, SlotRow, SpanRow
+from lltm_ray.telemetry.rows import AttemptRow, GpuRow, QueueRow, RequestRow, ServerRow, SpanRow
 
 START_UNIX_NANO = 1_790_000_000_000_000_000
 DECODE_S, PREFILL_S = 0.010, 0.0004
@@ -30,13 +30,14 @@ SLOT_DRAG, PREFILL_DRAG = 0.06, 3.0
 LOAD_S = 0.03
 """What the router takes a busy slot to cost the next request."""
 SLOT_START_S, RELAY_S, ASK_S = 0.0015, 0.0004, 0.0005
-AGGRESSOR_TOKENS = 6000
+AGGRESSOR_TOKENS, LONG_TOKENS = 6000, 16_000
+EMBEDDED_TOKENS = 200
 CACHED_CONVERSATIONS = 32
 """An engine keeps so many, the last used."""
 BYTES_A_TOKEN = 4
 _SALT = b"of a simulated fleet"
-_FILLER = b"the quick brown fox jumps over the lazy dog and then it sleeps; " * 400
-_KINDS = ("requests", "attempts", "spans", "servers", "gpus", "slots", "queues")
+_FILLER = b"the quick brown fox jumps over the lazy dog and then it sleeps; " * 1200
+_KINDS = ("requests", "attempts", "spans", "servers", "gpus", "queues")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ class Plan:
     """Of requests whose client leaves in the middle of the answer."""
     noise: float = 0.05
     """Spread of each request's pace (sigma of its logarithm)."""
+    context_drag: float = 0.02
+    """Slowdown of each token for each 1,000 tokens before it."""
     queue_limit: int = 64
     """Requests that may wait; more are refused with 429."""
 
@@ -89,6 +92,17 @@ class Plan:
     """Factor of the rate."""
     spread_prefix: bool = False
     """Engines forget shared system prompts: each request that begins with one, and is no later turn, computes it."""
+
+    long_talks: str = ""
+    """Engine that has all conversations that are 16,000 tokens long already, and no others; no fault of its own."""
+    lesser: str = ""
+    """GPU of a slower product: its engines are `factor` slower from the start; no fault either."""
+    late_share: float = 0.0
+    """Of requests whose deadline passes in the middle of the answer."""
+    embeddings: float = 0.0
+    """Requests for embeddings, a second, besides."""
+    skew_s: float = 0.0
+    """By so much the node's clock, which its samples tell, is ahead of the gateway's."""
 
 
 def fleet_rows(plan: Plan) -> dict[str, pa.Table]:
@@ -119,6 +133,9 @@ class _Talk:
     turns: int
     prompt: bytes
     tokens: int
+    home: str = ""
+    """Engine that has it from before; empty: none."""
+    is_embedding: bool = False
 
 
 @dataclass(eq=False)
@@ -133,7 +150,8 @@ class _Ask:
     generate: int
     pace: float
     gone_at: int
-    """Tokens after which its client leaves; 0: it stays."""
+    """Tokens after which its client leaves, or its deadline passes; 0: neither."""
+    is_late: bool
     span_id: str
     trace_id: str
     attempts: list[AttemptRow] = field(default_factory=list)
@@ -158,9 +176,17 @@ class _Job:
     """Tokens to generate here."""
     left: float = 0.0
     """Seconds of work to the end of its phase, on an engine that has nothing else to do."""
+    token_s: float = DECODE_S
+    """Of a decode, on an engine that has nothing else to do."""
     headers: float = math.nan
     first: float = math.nan
     is_decoding: bool = False
+
+    def drag(self, plan: Plan) -> tuple[float, float]:
+        """Of what is before each token: its prefill's slowdown, and its decode's."""
+        before = self.cached + self.computed / 2, self.cached + self.computed + self.todo / 2
+        prefill, decode = (1 + plan.context_drag * tokens / 1000 for tokens in before)
+        return prefill, decode
 
 
 class _Engine:
@@ -200,11 +226,11 @@ class _Engine:
         for job in self.jobs:
             job.left -= passed * (decode if job.is_decoding else prefill)
             decoding += job.is_decoding
+            self.total["predicted"] += passed * decode / job.token_s * job.is_decoding
         self.total["busy_s"] += passed
         self.total["prefill_s"] += passed * (decoding < len(self.jobs))
         self.total["decode_s"] += passed * (decoding > 0)
         self.total["decoding_s"] += passed * decoding
-        self.total["predicted"] += passed * decode * decoding / DECODE_S
 
     def next_end(self) -> tuple[float, _Job] | None:
         if not self.jobs:
@@ -219,6 +245,11 @@ class _Engine:
             return min(self.cache[ask.talk][0], ask.tokens - 1)
         is_known = self.families[ask.talk.family] > 0 and not no_families
         return FAMILY_TOKENS[ask.talk.family] if is_known else 0
+
+    def remember(self, now: float, talk: _Talk) -> None:
+        del now
+        self.cache[talk] = (talk.tokens, talk.family)
+        self.families[talk.family] += 1
 
     def keep(self, ask: _Ask, tokens: int) -> None:
         family = ask.talk.family
@@ -241,6 +272,14 @@ def family_hashes(family: int) -> list[str]:
     """A shared system prompt's hashes as requests' rows tell them, in hex digits, the shortest beginning first."""
     joined = hash_prefixes(_FAMILY_TEXT[family], _SALT)
     return [joined[i : i + HASH_BYTES].hex() for i in range(0, len(joined), HASH_BYTES)]
+
+
+_ENDS = {
+    (False, False): ("ok", "", ""),
+    (True, False): ("client gone", "client_gone", "client gone"),
+    (True, True): ("deadline", "timeout_error", "the request took longer than 600 s"),
+}
+"""Whether it is cut off, and by its deadline -> the attempt's outcome; the request's type of error, and text."""
 
 
 class _Fleet:
@@ -271,6 +310,7 @@ class _Fleet:
             self._at(second, self._sample, second)
         for engine in self._engines:
             self._load_span(engine, 0.0)
+            engine.slow = plan.factor if plan.lesser == f"GPU-{engine.gpu}" else 1.0
         while self._events:
             now, _, do, told = heapq.heappop(self._events)
             do(now, *told)
@@ -289,10 +329,10 @@ class _Fleet:
             while per_s and (now := now + dice.expovariate(per_s)) < plan.seconds:
                 turns = self._geometric(mean_turns) if count else 1
                 self._begin_talk(now, turns, f"tenant-{dice.randrange(plan.tenants)}", is_named=count)
-        if plan.aggressor:
-            now = self._fault_at
-            while (now := now + dice.expovariate(plan.aggressor_rate)) < plan.seconds:
-                self._at(now, self._arrive, _Talk("", plan.aggressor, -1, 1, b"", 0))
+        others = (plan.aggressor, plan.aggressor_rate, self._fault_at), ("search", plan.embeddings, 0.0)
+        for tenant, per_s, now in others:
+            while tenant and per_s and (now := now + dice.expovariate(per_s)) < plan.seconds:
+                self._at(now, self._arrive, _Talk("", tenant, -1, 1, b"", 0, is_embedding=tenant == "search"))
 
     def _geometric(self, mean: float) -> int:
         return 1 + int(math.log(1 - self._random.random()) / math.log(1 - 1 / mean)) if mean > 1 else 1
@@ -301,6 +341,10 @@ class _Fleet:
         family = min(int(self._random.expovariate(0.5)), self._plan.families - 1)
         name = f"c-{self._random.getrandbits(48):012x}" if is_named else ""
         talk = _Talk(name, tenant, family, turns, _FAMILY_TEXT[family], FAMILY_TOKENS[family])
+        if self._plan.long_talks and self._random.random() < 1 / self._plan.engines:
+            talk.home, tokens = self._plan.long_talks, int(LONG_TOKENS * self._random.lognormvariate(0, 0.2))
+            talk.prompt, talk.tokens = _FILLER[: BYTES_A_TOKEN * tokens], tokens
+            self._at(now, self._by_name[talk.home].remember, talk)
         self._at(now, self._arrive, talk)
 
     def _arrive(self, now: float, talk: _Talk) -> None:
@@ -308,7 +352,8 @@ class _Fleet:
         if now >= self._plan.seconds:
             return
         is_attack = talk.family < 0
-        user = AGGRESSOR_TOKENS if is_attack else int(min(max(dice.lognormvariate(4.0, 0.7), 8), 1500))
+        tokens = EMBEDDED_TOKENS if talk.is_embedding else AGGRESSOR_TOKENS
+        user = tokens if is_attack else int(min(max(dice.lognormvariate(4.0, 0.7), 8), 1500))
         generate = dice.randint(4, 12) if is_attack else int(min(max(dice.lognormvariate(3.5, 0.6), 4), 400))
         number = len(self.rows["requests"]) + len(self._waiting)
         mark = f"{dice.getrandbits(64):016x} says: ".encode()
@@ -316,8 +361,10 @@ class _Fleet:
         talk.tokens += user
         pace = dice.lognormvariate(0, self._plan.noise)
         gone = dice.randint(1, generate) if dice.random() < self._plan.gone_share else 0
+        is_late = bool(self._plan.late_share) and not gone and dice.random() < self._plan.late_share
+        gone = dice.randint(1, generate) if is_late else gone
         ids = f"{dice.getrandbits(64) | 1:016x}", f"{dice.getrandbits(128):032x}"
-        ask = _Ask(talk, number, now, talk.prompt, talk.tokens, generate, pace, gone, *ids)
+        ask = _Ask(talk, number, now, talk.prompt, talk.tokens, generate, pace, gone, is_late, *ids)
         talk.turns -= 1
         self._ask_slot(now, ask)
 
@@ -336,7 +383,7 @@ class _Fleet:
     def _grant(self, now: float) -> None:
         """In order of arrival; each to the engine that has its conversation, or else costs least now."""
         while self._waiting:
-            free = [each for each in self._engines if each.free and each.name not in self._waiting[0].tried]
+            free = [each for each in self._engines if each.free and self._may_have(each, self._waiting[0])]
             if self._is_down(now):
                 free = [each for each in free if each.is_up or self._random.random() < 0.35]
             if not free:
@@ -347,6 +394,10 @@ class _Fleet:
                 self._fail_at_once(now, ask, engine)
             else:
                 self._send(now, ask, engine)
+
+    def _may_have(self, engine: _Engine, ask: _Ask) -> bool:
+        is_home = not self._plan.long_talks or ask.talk.home == (engine.name == self._plan.long_talks) * engine.name
+        return is_home and engine.name not in ask.tried
 
     def _is_down(self, now: float) -> bool:
         return bool(self._plan.cascade) and not self._by_name[self._plan.cascade].is_up
@@ -377,7 +428,9 @@ class _Fleet:
         engine.advance(now)
         job.headers = now
         noise = self._random.lognormvariate(0, self._plan.noise)
-        job.left = (0.004 + job.computed * PREFILL_S) * noise
+        prefill, decode = job.drag(self._plan)
+        job.left = (0.004 + job.computed * PREFILL_S * prefill) * noise
+        job.token_s = DECODE_S * job.ask.pace * decode
         engine.jobs.append(job)
         self._schedule(engine)
 
@@ -390,11 +443,14 @@ class _Fleet:
         if version != engine.version:
             return
         engine.advance(now)
-        if not job.is_decoding:
+        if not job.is_decoding and job.ask.talk.is_embedding:
+            engine.total["prompt"] += job.computed
+            self._end_job(now, job)
+        elif not job.is_decoding:
             job.is_decoding, job.first = True, now
             if math.isnan(job.ask.first):
                 job.ask.first = now
-            job.left = job.todo * DECODE_S * job.ask.pace
+            job.left = job.todo * job.token_s
             engine.total["prompt"] += job.computed
             engine.total["cached"] += job.cached
         else:
@@ -404,11 +460,17 @@ class _Fleet:
     def _end_job(self, now: float, job: _Job) -> None:
         ask, engine = job.ask, job.engine
         self._free(job)
-        is_gone = bool(ask.gone_at)
+        if ask.talk.is_embedding:
+            job.headers = now
+            self._note_attempt(ask, job, now, "ok")
+            self._finish(now, ask, 200, "", "")
+            self._grant(now)
+            return
         ask.delivered += job.todo
         engine.keep(ask, ask.tokens + ask.delivered)
-        self._note_attempt(ask, job, now, "client gone" if is_gone else "ok", job.todo)
-        self._finish(now, ask, 200, "client_gone" if is_gone else "", "client gone" if is_gone else "")
+        outcome, *error = _ENDS[bool(ask.gone_at), ask.is_late]
+        self._note_attempt(ask, job, now, outcome, job.todo)
+        self._finish(now, ask, 200, *error)
         self._grant(now)
 
     def _free(self, job: _Job) -> None:
@@ -454,7 +516,7 @@ class _Fleet:
             self._note_attempt(ask, job, now, "retried")
             self._ask_slot(now, ask)
             return
-        made = min(max(job.todo - math.ceil(job.left / (DECODE_S * ask.pace)), 1), job.todo)
+        made = min(max(job.todo - math.ceil(job.left / job.token_s), 1), job.todo)
         ask.delivered += made
         goes_on = self._random.random() < 0.6 and ask.delivered < ask.generate
         self._note_attempt(ask, job, now, "continued" if goes_on else "failed", made)
@@ -503,7 +565,7 @@ class _Fleet:
                 flags=1,
                 state="",
                 request_id=f"r-{ask.span_id}",
-                route="/v1/chat/completions",
+                route="/v1/embeddings" if talk.is_embedding else "/v1/chat/completions",
                 model_asked="tiny",
                 model="tiny",
                 tenant=talk.tenant,
@@ -516,13 +578,13 @@ class _Fleet:
                 total_s=now - zero + RELAY_S,
                 delivered_tokens=ask.delivered,
                 bytes_sent=400 + 180 * ask.delivered,
-                is_stream=True,
-                parameters='{"stream":true}',
-                response_id=f"chatcmpl-{ask.span_id}",
+                is_stream=not talk.is_embedding,
+                parameters="{}" if talk.is_embedding else '{"stream":true}',
+                response_id=f"chatcmpl-{ask.span_id}" if status == 200 else "",
                 response_model="tiny" if status == 200 else "",
-                finish_reasons="stop" if status == 200 and not error_type else "",
+                finish_reasons="stop" if ask.delivered and not error_type else "",
                 policy="random" if self._plan.scatter else "residency",
-                why="it costs least there",
+                why="" if status == 429 else "it costs least there",
                 content="",
                 prompt_bytes=len(ask.prompt),
                 prefix=hash_prefixes(ask.prompt, _SALT),
@@ -532,7 +594,8 @@ class _Fleet:
 
     def _note_attempt(self, ask: _Ask, job: _Job | None, now: float, outcome: str, made: int = 0) -> None:
         zero = ask.arrived
-        is_told = job is not None and outcome == "ok"
+        is_told = job is not None and outcome == "ok" and job.is_decoding
+        is_read = job is not None and (job.is_decoding or (outcome == "ok" and ask.talk.is_embedding))
         ask.attempts.append(
             AttemptRow(
                 trace_id=ask.trace_id,
@@ -548,8 +611,8 @@ class _Fleet:
                 first_s=job.first - zero if job else math.nan,
                 ended_s=now - zero,
                 predicted_cached_tokens=job.cached if job else -1,
-                cached_tokens=job.cached if job and job.is_decoding else 0,
-                computed_tokens=job.computed if job and job.is_decoding else 0,
+                cached_tokens=job.cached if job and is_read else 0,
+                computed_tokens=job.computed if job and is_read else 0,
                 generated_tokens=made,
                 delivered_tokens=made,
                 prompt_ms=(job.first - job.headers) * 1e3 if job and is_told else math.nan,
@@ -570,7 +633,7 @@ class _Fleet:
         self.rows["spans"].append(span._replace(engine=engine.name))
 
     def _sample(self, now: float, second: int) -> None:
-        at = self._nano(now)
+        at = self._nano(now + self._plan.skew_s)
         load = [(0.0, 0.0)] * self._plan.gpus
         for engine in self._engines:
             engine.advance(now)
@@ -583,11 +646,10 @@ class _Fleet:
                 load[engine.gpu] = busy, prefill + share * (total["prefill_s"] - seen["prefill_s"])
             self._seen[engine.name] = total.copy()
             self.rows["servers"].append(self._server(at, engine))
-            self.rows["slots"] += self._slots(at, engine)
         for gpu, (busy, prefill) in enumerate(load):
             self.rows["gpus"].append(self._gpu(at, now, gpu, busy, prefill))
         running = sum(engine.busy for engine in self._engines)
-        queue = QueueRow(at, "gateway-0", "tiny", len(self._waiting), running, self._rejected, 0.0)
+        queue = QueueRow(self._nano(now), "gateway-0", "tiny", len(self._waiting), running, self._rejected, 0.0)
         self.rows["queues"].append(queue)
 
     def _server(self, at: int, engine: _Engine) -> ServerRow:
@@ -626,17 +688,6 @@ class _Fleet:
             restarts=engine.restarts,
         )
 
-    def _slots(self, at: int, engine: _Engine) -> list[SlotRow]:
-        rows = []
-        for slot in range(engine.slots):
-            job = engine.held.get(slot)
-            decoded = max(job.todo - int(job.left / DECODE_S), 0) if job and job.is_decoding else 0
-            task = job.ask.number if job else -1
-            rows.append(
-                SlotRow(at, engine.name, slot, job is not None, task, job.ask.tokens if job else 0, decoded, 32768)
-            )
-        return rows
-
     def _gpu(self, at: int, now: float, gpu: int, busy: float, prefill: float) -> GpuRow:
         is_hot = self._plan.throttle == f"GPU-{gpu}" and now >= self._fault_at
         power = (70 + 130 * busy + 90 * prefill) * (0.75 if is_hot else 1) + self._random.gauss(0, 2)
@@ -647,7 +698,7 @@ class _Fleet:
             node="node-0",
             gpu=gpu,
             uuid=f"GPU-{gpu}",
-            name="NVIDIA Test",
+            name="NVIDIA Test Lite" if self._plan.lesser == f"GPU-{gpu}" else "NVIDIA Test",
             driver="1",
             utilization_ratio=round(min(busy, 1.0), 2),
             encoder_ratio=0.0,
@@ -786,9 +837,10 @@ def _many_samples(dice: np.random.Generator, length_s: float) -> dict[str, pa.Ta
     }
     at, _, common = spread(1)
     queues = common | {"gateway": "gateway-0", "model": "tiny", "waiting": 0, "running": 30, "rejected": 0}
-    empty = {kind: _table(kind, 0, {}) for kind in ("spans", "slots")}
     rows = {"gpus": gpus, "servers": servers, "queues": queues}
-    return empty | {kind: _table(kind, len(told["at_unix_nano"]), told) for kind, told in rows.items()}
+    return {"spans": _table("spans", 0, {})} | {
+        kind: _table(kind, len(told["at_unix_nano"]), told) for kind, told in rows.items()
+    }
 
 
 _BLANK = {pa.string(): "", pa.binary(): b"", pa.int64(): 0, pa.float64(): math.nan, pa.bool_(): False}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -84,9 +84,15 @@ class TelemetryActor:
         """Prometheus' or OpenMetrics' text."""
         return await self._do(lambda: self._service.metrics(is_open=is_open))
 
-    async def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
-        """Rows after a cursor, as Arrow tables by kind; for analytics."""
-        return await self._do(self._service.read_since, cursor, kinds, limit)
+    async def read_since(
+        self,
+        cursor: int = 0,
+        kinds: Sequence[str] | None = None,
+        limit: int = 10_000,
+        columns: Mapping[str, Collection[str]] | None = None,
+    ) -> Page:
+        """Rows after a cursor, as Arrow tables by kind; for analytics. See `Store.read_since`."""
+        return await self._do(self._service.read_since, cursor, kinds, limit, columns)
 
     async def close(self) -> None:
         """Flush what is to be exported and stored; the actor is killed afterwards."""

@@ -79,37 +79,6 @@ class CudfEngine:
             series = series.astype("float64")
         return series.to_cupy(na_value=np.nan if series.dtype.kind == "f" else None)
 
-    def asof(self, left: Frame, right: Frame, on: str, by: str | None = None) -> Frame:
-        """As `frames.Engine.asof`."""
-        row = self._last_rows(left, right, on, by)
-        columns = {name: self.array(left[name]) for name in left.columns}
-        taken = {name: name for name in right.columns if name not in (on, by)} | {f"{on}_right": on}
-        for name, source in taken.items():
-            values = self.array(right[source]).astype("float64")
-            columns[name] = cupy.concatenate([values, cupy.full(1, cupy.nan)])[row]
-        return self.frame(columns)
-
-    def _last_rows(self, left: Frame, right: Frame, on: str, by: str | None) -> Array:
-        """Row of `right` for each of `left`; the number of rows where there is none.
-
-        Times become ranks among those of `right`, and ranks and codes one number, so that one search finds both.
-        """
-        if not len(right):
-            return cupy.zeros(len(left), dtype="int64")
-        times, asked = self.array(right[on]).astype("float64"), self.array(left[on]).astype("float64")
-        ordered, none = cupy.sort(times), len(times)
-        keys = cupy.searchsorted(ordered, times, side="right")
-        wanted = cupy.searchsorted(ordered, asked, side="right")
-        if by is not None:
-            owners, owner = self.array(right[by]).astype("int64"), self.array(left[by]).astype("int64")
-            keys, wanted = keys + (owners + 1) * (none + 1), wanted + (owner + 1) * (none + 1)
-        order = cupy.argsort(keys)
-        at = cupy.searchsorted(keys[order], wanted, side="right") - 1
-        row = cupy.concatenate([order, cupy.full(1, none)])[at]  # -1, none before it, is the last place
-        if by is None:
-            return row
-        return cupy.where(cupy.concatenate([owners, cupy.full(1, -2)])[row] == owner, row, none)
-
     def quantiles(self, frame: Frame, by: Sequence[str], column: str, q: Sequence[float]) -> Frame:
         """As `frames.Engine.quantiles`; one sort for all of them."""
         known = frame[[*by, column]].dropna().sort_values([*by, column])

@@ -43,16 +43,6 @@ class PandasEngine:
         """As `frames.Engine.array`."""
         return series.to_numpy()
 
-    def asof(self, left: Frame, right: Frame, on: str, by: str | None = None) -> Frame:
-        """As `frames.Engine.asof`."""
-        order = np.argsort(left[on].to_numpy(), kind="stable")
-        later = right.sort_values(on, kind="stable").assign(**{f"{on}_right": lambda each: each[on].astype("float64")})
-        values = [name for name in later.columns if name not in (on, by)]
-        later = later.astype(dict.fromkeys(values, "float64"))
-        found = pd.merge_asof(left.iloc[order].reset_index(drop=True), later, on=on, by=by)
-        found.index = pd.Index(order)
-        return found.sort_index()
-
     def quantiles(self, frame: Frame, by: Sequence[str], column: str, q: Sequence[float]) -> Frame:
         """As `frames.Engine.quantiles`; one sort for all of them."""
         values = frame[column].to_numpy()

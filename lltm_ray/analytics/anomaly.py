@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
-from lltm_ray.analytics.fit import Fit, fit_groups
-from lltm_ray.analytics.frames import Frame
-from lltm_ray.analytics.stragglers import SLOW, Run, decodes, find_busy, find_runs, prefills
+from lltm_ray.analytics.fit import Fit, fit_positive
+from lltm_ray.analytics.frames import Array, Frame
+from lltm_ray.analytics.stragglers import SLOW, Run, decodes, device_of, find_busy, find_runs, peers_of, prefills
 from lltm_ray.analytics.trace import Trace, nanos
 from lltm_ray.analytics.units import clock
 
 NAME = "anomalies"
-TERMS = ("a request", "computed token", "generated token", "second of waiting", "generated token, each other busy slot")
+TERMS = (
+    *("a request", "computed token", "generated token", "second of waiting", "generated token, each other busy slot"),
+    *("computed token, each 1,000 before it", "generated token, each 1,000 before it"),
+)
 """What the latency model of a request is made of."""
 _TOP = 20
 _BUCKETS = 60
@@ -60,37 +63,40 @@ def judge(answer: Answer) -> list[Finding]:
 
 
 def model_latency(trace: Trace, held: Frame, busy: Any) -> tuple[Frame, Fit]:
-    """Requests that were answered: `r, engine, model, total_s, expected_s, z, arrived_s`; and the model behind it.
+    """Requests that were answered: `r, engine, peers, total_s, expected_s, z, arrived_s`; and the model behind it.
 
-    `total_s` is about a sum of `TERMS`, for each model of its own; `z` is the relative residual in robust standard
-    deviations of it.
+    `total_s` is about a sum of `TERMS`, for each group of peers of its own; `z` is the relative residual in robust
+    standard deviations of it.
     """
     xp, column = trace.engine.xp, trace.engine.array
     each = trace.requests
     last = trace.engine.frame({"r": column(held["r"]), "number": column(held["number"]), "busy": busy})
     last = last.sort_values(["r", "number"]).drop_duplicates("r", keep="last")[["r", "busy"]]
     keep = (each["error"] < 0) & (each["engine"] >= 0) & (each["model"] >= 0) & (each["generated"] > 0)
-    names = ["r", "engine", "model", "total_s", "arrived_s", "computed", "generated", "queue_s"]
+    names = ["r", "engine", "model", "total_s", "arrived_s", "prompt", "computed", "generated", "queue_s"]
     asked = each[keep & (each["is_generating"] > 0)][names].merge(last, on="r", how="inner").sort_values("r")
     asked = asked.reset_index(drop=True)
-    total, generated = column(asked["total_s"]), column(asked["generated"]) * 1.0
-    terms = (
-        *(
-            xp.full(len(total), 1.0),
-            column(asked["computed"]) * 1.0,
-            generated,
-            xp.nan_to_num(column(asked["queue_s"])),
-        ),
-        generated * (column(asked["busy"]) - 1.0),
-    )
-    model, models, noise = column(asked["model"]), len(trace.names.model), xp.maximum(total, 1e-3)
-    fit = fit_groups(xp, model, models, terms, total, 1.0 / noise)
-    expected = xp.maximum(fit.fitted, 0.05 * noise)
-    fit = fit_groups(xp, model, models, terms, total, 1.0 / expected)
-    asked["expected_s"] = xp.maximum(fit.fitted, 0.05 * noise)
+    total, noise = column(asked["total_s"]), xp.maximum(column(asked["total_s"]), 1e-3)
+    peers, kinds = peers_of(trace, column(asked["engine"]), column(asked["model"]))
+    terms = _terms(trace, asked)
+    fit = fit_positive(xp, peers, len(kinds), terms, total, 1.0 / noise)
+    fit = fit_positive(xp, peers, len(kinds), terms, total, 1.0 / xp.maximum(fit.fitted, 0.05 * noise))
+    asked["peers"], asked["expected_s"] = peers, xp.maximum(fit.fitted, 0.05 * noise)
     asked["z"] = fit.relative / max(fit.sigma, 1e-6)
-    asked["of_model"] = xp.bincount(model, minlength=models)[model] if len(model) else model
-    return asked[asked["of_model"] >= _LEAST_REQUESTS].reset_index(drop=True), fit
+    asked["of_peers"] = xp.bincount(peers)[peers] if len(peers) else peers
+    return asked[asked["of_peers"] >= _LEAST_REQUESTS].reset_index(drop=True), fit
+
+
+def _terms(trace: Trace, asked: Frame) -> tuple[Array, ...]:
+    """What `TERMS` count, of each request."""
+    xp, column = trace.engine.xp, trace.engine.array
+    prompt, computed, generated = (column(asked[name]) * 1.0 for name in ("prompt", "computed", "generated"))
+    return (
+        *(xp.full(len(prompt), 1.0), computed, generated, xp.nan_to_num(column(asked["queue_s"]))),
+        generated * (column(asked["busy"]) - 1.0),
+        computed * (prompt - computed / 2) / 1e3,
+        generated * (prompt + generated / 2) / 1e3,
+    )
 
 
 def _is_outlier(asked: Frame) -> Any:
@@ -108,11 +114,11 @@ def _requests(trace: Trace, asked: Frame, fit: Fit) -> Any:
     terms = host(trace.engine.frame({f"t{i}": fit.terms[:, i] for i in range(len(TERMS))})).to_numpy()
     found = host(worst).sort_values(["z", "r"], ascending=[False, True])
     ids = trace.evidence(found["r"])
-    reasons = [_why(row, of[int(row.r)], terms[int(row.model)]) for row in rows(found)]
+    reasons = [_why(row, of[int(row.r)], terms[int(row.peers)]) for row in rows(found)]
     return table(
         {
             "trace_id": list(ids),
-            "request_id": [trace.request_ids[int(r)].as_py() for r in found["r"]],
+            "request_id": [trace.request_id(r) for r in found["r"]],
             "engine": trace.names.decode("engine", found["engine"]),
             "seconds": found["total_s"].to_numpy(),
             "expected_s": found["expected_s"].to_numpy(),
@@ -126,10 +132,12 @@ def _requests(trace: Trace, asked: Frame, fit: Fit) -> Any:
 def _why(row: Any, tries: list[Any], terms: Any) -> str:
     """The phase that is furthest above what the model gives it."""
     *before, last = tries
-    decode_s = row.generated * (terms[2] + terms[4] * (row.busy - 1.0))
+    context = row.prompt - row.computed / 2, row.prompt + row.generated / 2
+    prefill_s = terms[0] + row.computed * (terms[1] + terms[5] * context[0] / 1e3)
+    decode_s = row.generated * (terms[2] + terms[4] * (row.busy - 1.0) + terms[6] * context[1] / 1e3)
     phases = {
         "decode": (float(last.decode_s), float(decode_s)),
-        "prefill": (float(last.prefill_s), float(terms[0] + terms[1] * row.computed)),
+        "prefill": (float(last.prefill_s), float(prefill_s)),
         "waiting for a slot": (float(row.queue_s), float(terms[3] * row.queue_s)),
         f"{len(before)} failed attempts": (float(sum(each.ended_s - each.asked_s for each in before)), 0.0),
     }
@@ -140,35 +148,47 @@ def _why(row: Any, tries: list[Any], terms: Any) -> str:
 
 def _model(trace: Trace, asked: Frame, fit: Fit) -> Any:
     host = trace.engine.host
-    models = host(asked[["model"]].drop_duplicates().sort_values(["model"]))["model"].tolist()
+    devices, names = device_of(trace), trace.names
+    kinds = host(asked[["peers", "model", "engine"]].drop_duplicates().sort_values(["peers", "engine"]))
+    kinds = list(rows(kinds.drop_duplicates("peers")))
     terms = host(trace.engine.frame({f"t{i}": fit.terms[:, i] for i in range(len(TERMS))})).to_numpy()
     return table(
         {
-            "model": [trace.names.of("model", code) for code in models for _ in TERMS],
-            "term": list(TERMS) * len(models),
-            "seconds_per_unit": [float(terms[code, i]) for code in models for i in range(len(TERMS))],
+            "model": [names.of("model", kind.model) for kind in kinds for _ in TERMS],
+            "device": [names.of("device", devices[kind.engine]) for kind in kinds for _ in TERMS],
+            "term": list(TERMS) * len(kinds),
+            "seconds_per_unit": [float(terms[kind.peers, i]) for kind in kinds for i in range(len(TERMS))],
         }
     )
 
 
+_CLUSTER = (
+    *("engine", "since_unix_nano", "until_unix_nano", "requests", "outliers", "excess_s"),
+    *("evidence", "request_id"),
+)
+
+
 def _clusters(trace: Trace, asked: Frame) -> Any:
-    """Each engine's outliers in its worst stretch of time."""
-    columns = ("engine", "since_unix_nano", "until_unix_nano", "requests", "outliers", "excess_s", "evidence")
+    """Each engine's outliers in its worst stretch of time; who arrived before the window counts at its begin."""
     found = []
     width_s = max(trace.length_s, 1e-6) / _BUCKETS
+    asked = asked.assign(excess_s=asked["total_s"] - asked["expected_s"])
+    asked["bucket"] = (asked["arrived_s"] / width_s).clip(0, _BUCKETS - 1).astype("int64")
     odd = asked[_is_outlier(asked)].reset_index(drop=True)
-    odd["bucket"], odd["excess_s"] = (odd["arrived_s"] / width_s).astype("int64"), odd["total_s"] - odd["expected_s"]
     counts = odd.groupby("engine", sort=True).agg({"r": "count"}).reset_index()
     for code in trace.engine.host(counts[counts["r"] >= CLUSTER_REQUESTS])["engine"].tolist():
         first, last = _densest(trace.engine.host(odd[odd["engine"] == code])["bucket"].to_numpy())
-        inside = (asked["engine"] == code) & (asked["arrived_s"] >= first * width_s)
-        inside = inside & (asked["arrived_s"] < (last + 1) * width_s)
-        mine = trace.engine.host(odd[(odd["engine"] == code) & (odd["bucket"] >= first) & (odd["bucket"] <= last)])
-        worst = mine.sort_values(["excess_s", "r"], ascending=[False, True])["r"][:MOST_EVIDENCE]
+        inside, mine = (
+            each[(each["engine"] == code) & (each["bucket"] >= first) & (each["bucket"] <= last)]
+            for each in (asked, odd)
+        )
+        mine = trace.engine.host(mine).sort_values(["excess_s", "r"], ascending=[False, True])
         since, until = nanos(trace, first * width_s), nanos(trace, (last + 1) * width_s)
-        sums = (int(inside.sum()), len(mine), float(mine["excess_s"].sum()))
-        found.append((trace.names.of("engine", code), since, until, *sums, trace.evidence(worst)))
-    return table(dict(zip(columns, zip(*found, strict=True) if found else ((),) * len(columns), strict=True)))
+        sums = (len(inside), len(mine), float(mine["excess_s"].sum()))
+        worst = mine["r"].tolist()[:MOST_EVIDENCE]
+        told = trace.evidence(worst), trace.request_id(worst[0])
+        found.append((trace.names.of("engine", code), since, until, *sums, *told))
+    return _table(_CLUSTER, found)
 
 
 def _densest(buckets: Any) -> tuple[int, int]:
@@ -187,19 +207,19 @@ def _densest(buckets: Any) -> tuple[int, int]:
 
 
 _ENGINE = (
-    *("engine", "model", "gpu", "peers", "requests", "decode_ms_token", "peers_ms_token", "ratio", "z"),
+    *("engine", "model", "gpu", "device", "peers", "requests", "decode_ms_token", "peers_ms_token", "ratio", "z"),
     *("prefill_ms_token", "prefill_peers_ms_token", "prefill_ratio", "prefill_z", "residual_ratio"),
-    *("since_unix_nano", "until_unix_nano", "is_over", "lost_s", "evidence"),
+    *("since_unix_nano", "until_unix_nano", "is_over", "is_since_ever", "lost_s", "evidence"),
 )
 
 
 def _engines(trace: Trace, work: tuple[Frame, Frame], asked: Frame) -> Any:
-    runs = tuple(find_runs(trace, each) for each in work)
+    runs, names, device = tuple(find_runs(trace, each) for each in work), trace.names, device_of(trace)
     pairs = trace.engine.host(trace.attempts[["engine", "model"]].drop_duplicates())
-    model_of = {int(row.engine): int(row.model) for row in rows(pairs) if row.engine >= 0 and row.model >= 0}
-    peers = {code: list(model_of.values()).count(model) - 1 for code, model in model_of.items()}
+    model = {int(row.engine): int(row.model) for row in rows(pairs) if row.engine >= 0 and row.model >= 0}
+    kinds = [(model[code], device[code]) for code in model]
     homes = trace.engine.host(trace.engines[["engine", "gpu"]])
-    gpus = {int(row.engine): trace.names.of("gpu", row.gpu) for row in rows(homes)}
+    gpus = {int(row.engine): names.of("gpu", row.gpu) for row in rows(homes)}
     asked = asked.assign(ratio=asked["total_s"] / asked["expected_s"])
     medians = trace.engine.host(trace.engine.quantiles(asked, ["engine"], "ratio", [0.5]))
     residuals = dict(zip(medians["engine"].tolist(), medians["q50"].tolist(), strict=True))
@@ -207,20 +227,24 @@ def _engines(trace: Trace, work: tuple[Frame, Frame], asked: Frame) -> Any:
     for code in sorted(set(runs[0]) | set(runs[1])):
         decode, prefill = runs[0].get(code, _NO_RUN), runs[1].get(code, _NO_RUN)
         worse, rows_of = (decode, work[0]) if _is_worse(decode, prefill) else (prefill, work[1])
-        until = nanos(trace, min(worse.until_s, trace.length_s))
+        what = names.of("model", model[code]), gpus.get(code, ""), names.of("device", device[code])
+        peers, until = kinds.count((model[code], device[code])) - 1, nanos(trace, min(worse.until_s, trace.length_s))
+        lost_s = sum(run.lost_s for run in (decode, prefill) if run.ratio >= SLOW)
         found.append(
             (
-                *(trace.names.of("engine", code), trace.names.of("model", model_of.get(code, -1)), gpus.get(code, "")),
-                *(peers.get(code, 0), worse.requests, decode.ms_token, decode.ms_token / decode.ratio, decode.ratio),
-                *(decode.z, prefill.ms_token, prefill.ms_token / prefill.ratio, prefill.ratio, prefill.z),
+                *(names.of("engine", code), *what, peers, worse.requests),
+                *(decode.ms_token, decode.ms_token / decode.ratio, decode.ratio, decode.z),
+                *(prefill.ms_token, prefill.ms_token / prefill.ratio, prefill.ratio, prefill.z),
                 *(residuals.get(code, np.nan), nanos(trace, worse.since_s), until, worse.until_s < np.inf),
-                *(
-                    sum(run.lost_s for run in (decode, prefill) if run.ratio >= SLOW),
-                    _slowest(trace, rows_of, code, worse),
-                ),
+                *(worse.is_since_ever, lost_s, _slowest(trace, rows_of, code, worse)),
             )
         )
-    return table(dict(zip(_ENGINE, zip(*found, strict=True) if found else ((),) * len(_ENGINE), strict=True)))
+    return _table(_ENGINE, found)
+
+
+def _table(columns: tuple[str, ...], found: list[tuple[Any, ...]]) -> Any:
+    """A host table of rows."""
+    return table(dict(zip(columns, zip(*found, strict=True) if found else ((),) * len(columns), strict=True)))
 
 
 _NO_RUN = Run(0.0, np.inf, 0, 1.0, 0.0, 0.0, np.nan)
@@ -270,17 +294,34 @@ def _of_straggler(row: Any) -> Finding:
     where = f" on {row.gpu}" if row.gpu else ""
     verb, since = ("was", "from") if row.is_over else ("is", "since")
     until = f" to {clock(row.until_unix_nano)}" if row.is_over else ""
-    look = "look at its GPU, its node and what else runs there"
+    kind = "slower engine" if _may_be_made_so(row) else "straggler"
     return Finding(
-        kind="straggler",
+        kind=kind,
         subject=row.engine,
-        text=f"{row.engine}{where} {verb} a straggler: {' and '.join(parts)} {since} "
+        text=f"{row.engine}{where} {verb} a {kind}: {' and '.join(parts)} {since} "
         f"{clock(row.since_unix_nano)}{until}, over {row.requests:,} requests",
-        advice=f"It is over; {look}." if row.is_over else f"lltm-ray drain {row.engine}; {look}; then --undrain.",
+        advice=_advice(row),
         impact_s=float(row.lost_s),
         figures={"ratio": row.ratio, "z": row.z, "prefill_ratio": row.prefill_ratio, "requests": row.requests},
         evidence=tuple(row.evidence),
     )
+
+
+def _may_be_made_so(row: Any) -> bool:
+    """Whether its hardware may be slower than that of its peers: nobody tells of it, and it was never faster."""
+    return bool(not row.device and row.is_since_ever)
+
+
+def _advice(row: Any) -> str:
+    look = "look at its GPU, its node and what else runs there"
+    if row.is_over:
+        return f"It is over; {look}."
+    if _may_be_made_so(row):
+        return (
+            f"No GPU tells what it runs on, and it was as slow from the window's begin: {look}. "
+            "On slower hardware this is its pace."
+        )
+    return f"lltm-ray drain {row.engine}; {look}; then --undrain."
 
 
 def _is_cluster(row: Any) -> bool:
@@ -298,7 +339,7 @@ def _of_clusters(found: list[Any]) -> Finding:
         subject=names if len(found) == 1 else f"{len(found)} engines",
         text=f"{outliers:,} of {sum(row.requests for row in found):,} requests on {names} between {clock(since)} and "
         f"{clock(until)} took {excess_s:,.0f} s longer than their size, their waiting and the busy slots explain",
-        advice=f"lltm-ray explain {found[0].evidence[0]} shows where one of them spent its time.",
+        advice=f"lltm-ray explain {found[0].request_id} shows where one of them spent its time.",
         impact_s=excess_s,
         figures={"outliers": outliers, "excess_s": excess_s},
         evidence=found[0].evidence,

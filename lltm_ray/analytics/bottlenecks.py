@@ -14,7 +14,8 @@ from lltm_ray.analytics import units
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
 from lltm_ray.analytics.frames import Frame
 from lltm_ray.analytics.graph import MOST_EDGES, MOST_NODES, Nodes, edges, known_nodes, nodes_of
-from lltm_ray.analytics.load_share import FIT_RATIO, loads, slots_of
+from lltm_ray.analytics.load_share import FIT_RATIO, loads
+from lltm_ray.analytics.occupancy import slots_of
 from lltm_ray.analytics.trace import Trace, is_empty
 
 NAME = "bottlenecks"

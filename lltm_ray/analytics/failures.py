@@ -1,54 +1,51 @@
 """Where errors began, whom they hit, who was saved, and what followed on other engines.
 
 An error that has an erroneous span below it is an effect; the others are origins. Of a request, the origin that ended
-first is what it suffers from. Clients that leave are no error of ours, requests that are refused for want of a slot are
-load, and requests that could not be served as they were sent are their client's: they are told apart.
+first is what it suffers from. Clients that leave are no error of ours, requests that are refused for want of a slot or
+cut at their deadline are load, and requests that could not be served as they were sent are their client's: they are
+told apart.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from lltm_ray.analytics import turned_away
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
+from lltm_ray.analytics.blame import DEADLINE, GONE, LOAD, OURS, classes_of, error_kinds
 from lltm_ray.analytics.frames import Array, Frame
-from lltm_ray.analytics.trace import Names, Trace, nanos
+from lltm_ray.analytics.trace import Trace, nanos
 from lltm_ray.analytics.units import clock
 
 NAME = "failures"
-OURS, LOAD, CLIENT, GONE = range(4)
-"""Whose error a class is."""
-_GONE = frozenset({"client_gone", "client gone"})
-_LOAD = frozenset({"overloaded_error", "429", "refused"})
-_CLIENT = frozenset(
-    {
-        *("invalid_request_error", "authentication_error", "not_supported_error", "model_not_found", "not_found_error"),
-        *("permission_error", "exceed_context_size_error", "400", "401", "403", "404", "405", "413", "415", "422"),
-    }
-)
 _CONTINUED = "continued"
 _WORDS = {
     "retried": "before their first byte",
     "continued": "in the middle of an answer that went on elsewhere",
     "failed": "without another try",
-    "deadline": "at their deadline",
     "gateway lost": "with their gateway",
 }
 _TOP = 100
 _MOST_DEPTH = 100
 """Of spans below a request; parents that go round in a circle end there."""
 CASCADE_S = 15.0
-"""Errors, and waiting, that begin so soon after an engine's own are taken for what followed from them."""
+"""Errors, and waiting, that begin so soon after one of an engine's own may have followed from it."""
+LEAST_FOLLOWING, FOLLOWING_SIGMA = 2, 3.0
+"""Errors elsewhere that follow: so many, and standard deviations above those that fall into that time by chance."""
 
 LEAST_ERRORS, LEAST_RATIO = 3, 0.01
 """Of an engine's attempts: fewer are what a restart or a lost connection costs now and then."""
-LEAST_REJECTED, LEAST_REJECTED_RATIO = 10, 0.01
-"""Of all requests."""
 _WAIT_S, _WAIT_FACTOR = 0.2, 2.0
 """Median waiting on the other engines that was not there before, by both measures."""
 
 
 def analyze(trace: Trace) -> Answer:
-    """Tables `origins`, `engines`, `cascades`, `rejections`; figures `error_ratio` and counts of requests."""
+    """Tables `origins`, `engines`, `cascades`, `rejections`, `deadlines`; figures: ratios and counts of requests.
+
+    Cascades: `errors_elsewhere` are other engines' errors within `CASCADE_S` after one of the engine's own; of those of
+    the whole window `chance_elsewhere` fall into that time by chance, give or take `spread_elsewhere`. `wait_during_s`
+    is the median waiting for others in that time, `wait_before_s` at all other times.
+    """
     classes = error_kinds(trace.names)
     begun = find_origins(trace, classes)
     hit = _hit(trace, begun, classes)
@@ -56,30 +53,18 @@ def analyze(trace: Trace) -> Answer:
     requests = trace.requests
     kind = classes_of(trace, requests["error"], classes)
     count = max(len(requests), 1)
-    told = {name: float((kind == each).sum()) for name, each in (("failed", OURS), ("rejected", LOAD), ("gone", GONE))}
+    kinds = {"failed": OURS, "rejected": LOAD, "gone": GONE, "deadlines": DEADLINE}
+    told = {name: float((kind == each).sum()) for name, each in kinds.items()}
     tables = {
         "origins": _origins(trace, begun, hit),
         "engines": engines,
         "cascades": _cascades(trace, begun, classes),
-        "rejections": _rejections(trace, kind),
+        "rejections": turned_away.rejections(trace, kind),
+        "deadlines": turned_away.deadlines(trace, kind),
     }
-    figures = {"error_ratio": told["failed"] / count, "rejected_ratio": told["rejected"] / count}
+    ratios = {"error_ratio": "failed", "rejected_ratio": "rejected", "deadline_ratio": "deadlines"}
+    figures = {name: told[each] / count for name, each in ratios.items()}
     return Answer(tables, figures | told | {"requests": float(len(requests))})
-
-
-# --- whose errors
-
-
-def error_kinds(names: Names) -> list[int]:
-    """Code of an error -> `OURS`, `LOAD`, `CLIENT` or `GONE`."""
-    sets = ((_GONE, GONE), (_LOAD, LOAD), (_CLIENT, CLIENT))
-    return [next((kind for known, kind in sets if name in known), OURS) for name in names.error]
-
-
-def classes_of(trace: Trace, error: Any, classes: list[int]) -> Array:
-    """Whose each error is; -1 where there is none."""
-    xp = trace.engine.xp
-    return xp.asarray([*classes, -1], dtype="int64")[trace.engine.array(error)]
 
 
 # --- origins
@@ -219,61 +204,55 @@ def _engines(trace: Trace, classes: list[int]) -> Any:
 
 
 def _cascades(trace: Trace, begun: Frame, classes: list[int]) -> Any:
-    """What the other engines saw within `CASCADE_S` of the errors of the few engines that had most."""
-    xp, host = trace.engine.xp, trace.engine.host
+    """What the other engines saw within `CASCADE_S` after errors of the few engines that had most."""
+    xp, host, column = trace.engine.xp, trace.engine.host, trace.engine.array
     known = begun[begun["engine"] >= 0].groupby("engine", sort=True).agg({"s": "count", "end_s": "min"}).reset_index()
     worst = host(known).sort_values(["s", "engine"], ascending=[False, True]).head(MOST_EVIDENCE)
-    last = host(begun.groupby("engine", sort=True).agg({"end_s": "max"}).reset_index())
-    ends = dict(zip(last["engine"].tolist(), last["end_s"].tolist(), strict=True))
-    each, column = trace.attempts, trace.engine.array
+    each = trace.attempts
     wait = xp.nan_to_num(column(each["route_s"])) + xp.nan_to_num(column(each["queue_s"]))
     asked, engine = column(each["asked_s"]), column(each["engine"])
-    failed_s = xp.where(classes_of(trace, each["error"], classes) == OURS, column(each["ended_s"]), xp.nan)
+    is_error = classes_of(trace, each["error"], classes) == OURS
+    whose, ended = engine[is_error], column(each["ended_s"])[is_error]
     found = []
     for row in rows(worst):
-        others, until_s = (engine >= 0) & (engine != row.engine), ends[row.engine] + CASCADE_S
-        before, during = wait[others & (asked < row.end_s)], wait[others & (asked >= row.end_s) & (asked <= until_s)]
-        after = failed_s[others & (failed_s > row.end_s) & (failed_s <= until_s)]
-        usual_s = float(xp.percentile(before, 50)) if len(before) else 0.0
-        now_s = float(xp.percentile(during, 50)) if len(during) else 0.0
-        delay_s = float(xp.maximum(during - usual_s, 0.0).sum()) if len(during) else 0.0
-        delay_after = float(after.min()) - row.end_s if len(after) else float("nan")
-        name = trace.names.of("engine", row.engine)
-        found.append((name, len(after), delay_after, usual_s, now_s, delay_s, len(during)))
-    columns = ("engine", "errors_elsewhere", "after_s", "wait_before_s", "wait_during_s", "delay_s", "requests")
+        own = xp.sort(column(begun["end_s"])[column(begun["engine"]) == row.engine])
+        errors = ended[(whose >= 0) & (whose != row.engine)]
+        near = errors[_is_after(xp, own, errors)]
+        part = min(_near_s(xp, own, trace.length_s) / max(trace.length_s, 1e-9), 1.0)
+        others = (engine >= 0) & (engine != row.engine)
+        is_near = _is_after(xp, own, asked)
+        usual_s, now_s = (_median(xp, wait[others & some]) for some in (~is_near, is_near))
+        during = wait[others & is_near]
+        delay_s = float(xp.maximum(during - usual_s, 0.0).sum())
+        after_s = float(near.min()) - row.end_s if len(near) else float("nan")
+        told = (len(near), part * len(errors), (len(errors) * part * (1 - part)) ** 0.5, after_s)
+        found.append((trace.names.of("engine", row.engine), *told, usual_s, now_s, delay_s, len(during)))
+    columns = ("engine", "errors_elsewhere", "chance_elsewhere", "spread_elsewhere", "after_s", "wait_before_s")
+    columns += ("wait_during_s", "delay_s", "requests")
     return table(dict(zip(columns, zip(*found, strict=True) if found else ((),) * len(columns), strict=True)))
 
 
-def _rejections(trace: Trace, kind: Array) -> Any:
-    """Requests of each model that were refused for want of a slot."""
-    host = trace.engine.host
-    each = trace.requests[["r", "model", "arrived_s"]].assign(kind=kind)
-    refused = each[each["kind"] == LOAD]
-    by = refused.groupby("model", sort=True)
-    found = host(by.agg({"r": "count", "arrived_s": "min"}).reset_index())
-    last = host(by.agg({"arrived_s": "max"}).reset_index())
-    asked = host(each.groupby("model", sort=True).agg({"r": "count"}).reset_index())
-    of_model = dict(zip(asked["model"].tolist(), asked["r"].tolist(), strict=True))
-    samples = [
-        host(refused[refused["model"] == code].sort_values("r").head(MOST_EVIDENCE))["r"] for code in found["model"]
-    ]
-    return table(
-        {
-            "model": trace.names.decode("model", found["model"]),
-            "requests": [of_model[code] for code in found["model"]],
-            "rejected": found["r"].to_numpy(),
-            "first_unix_nano": [nanos(trace, at) for at in found["arrived_s"]],
-            "last_unix_nano": [nanos(trace, at) for at in last["arrived_s"]],
-            "evidence": [trace.evidence(sample) for sample in samples],
-        }
-    )
+def _is_after(xp: Any, own: Array, at_s: Array) -> Array:
+    """Which moments are within `CASCADE_S` after one of `own`, which ascend and are at least one."""
+    last = xp.searchsorted(own, at_s, side="right") - 1
+    return (last >= 0) & (at_s - own[xp.maximum(last, 0)] <= CASCADE_S)
+
+
+def _near_s(xp: Any, own: Array, length_s: float) -> float:
+    """Seconds of the window that are within `CASCADE_S` after one of `own`, which ascend."""
+    until = xp.minimum(xp.concatenate([own[1:], xp.full(1, float("inf"))]), own + CASCADE_S)
+    return float((xp.clip(until, 0.0, length_s) - xp.clip(own, 0.0, length_s)).sum())
+
+
+def _median(xp: Any, values: Array) -> float:
+    return float(xp.percentile(values, 50)) if len(values) else 0.0
 
 
 # --- findings
 
 
 def judge(answer: Answer) -> list[Finding]:
-    """One finding for each place where errors began, and one for each model that refused many."""
+    """One for each place where errors began, and for each model that refused many or kept many waiting too long."""
     attempts = {row.engine: row for row in rows(answer.tables["engines"])}
     cascades = {row.engine: row for row in rows(answer.tables["cascades"])}
     places: dict[str, list[Any]] = {}
@@ -284,8 +263,7 @@ def judge(answer: Answer) -> list[Finding]:
         for place, origins in places.items()
         if _is_grave(origins, attempts.get(place), answer.figures["requests"])
     ]
-    refused = [row for row in rows(answer.tables["rejections"]) if _is_crowded(row)]
-    return found + [_of_rejections(row) for row in refused]
+    return found + turned_away.judge(answer.tables["rejections"], answer.tables["deadlines"])
 
 
 def _is_grave(origins: list[Any], engine: Any, requests: float) -> bool:
@@ -321,7 +299,8 @@ def _followed(cascade: Any) -> tuple[float, str]:
     if cascade is None:
         return 0.0, ""
     parts, delay_s = [], 0.0
-    if cascade.errors_elsewhere:
+    least = cascade.chance_elsewhere + FOLLOWING_SIGMA * cascade.spread_elsewhere
+    if cascade.errors_elsewhere >= max(LEAST_FOLLOWING, least):
         parts.append(
             f"{cascade.errors_elsewhere:,} attempts on others broke, too, from {cascade.after_s:.1f} s later on"
         )
@@ -337,21 +316,3 @@ def _followed(cascade: Any) -> tuple[float, str]:
 def _advice(engine: str, *, failed: int) -> str:
     more = " Keep gateway.failover on and gateway.max_attempts above 1: both save requests." if failed else ""
     return f"Read {engine}'s log (log_dir); if it goes on, lltm-ray drain {engine}.{more}"
-
-
-def _is_crowded(row: Any) -> bool:
-    return bool(row.rejected >= max(LEAST_REJECTED, LEAST_REJECTED_RATIO * row.requests))
-
-
-def _of_rejections(row: Any) -> Finding:
-    return Finding(
-        kind="rejections",
-        subject=row.model,
-        text=f"{row.rejected:,} of {row.requests:,} requests for {row.model or 'unknown models'} were refused for want "
-        f"of a slot between {clock(row.first_unix_nano)} and {clock(row.last_unix_nano)}",
-        advice="Add engines (--engines, or --max-engines to let load decide) or slots (--n-parallel); a longer "
-        "gateway.queue_limit only makes them wait.",
-        impact_s=0.0,
-        figures={"rejected": row.rejected, "requests": row.requests},
-        evidence=tuple(row.evidence),
-    )

@@ -15,6 +15,7 @@ IQR_TO_SIGMA = 0.7413
 _HUBER = 1.345
 """Standard deviations from which a residual counts less; 95 % efficient where the noise is normal (Huber, 1964)."""
 _ROUNDS = 5
+_REFITS = 2
 _RIDGE = 1e-9
 """Share of a column's own square that keeps a group solvable in which it never changes."""
 
@@ -62,6 +63,17 @@ def fit_groups(xp: Any, group: Array, groups: int, columns: Sequence[Array], y: 
         errors = xp.sqrt(xp.maximum(xp.stack([inverse[:, i, i] for i in range(len(columns))], axis=1), 0.0)) * sigma
     per_unit = xp.asarray(sizes)
     return Fit(terms / per_unit, errors / per_unit, y - relative / scale, relative, sigma)
+
+
+def fit_positive(xp: Any, group: Array, groups: int, columns: Sequence[Array], y: Array, scale: Array) -> Fit:
+    """`fit_groups`, but a group's columns whose terms come out negative are left out, and the others fitted anew."""
+    fit = fit_groups(xp, group, groups, columns, y, scale)
+    for _ in range(_REFITS):
+        if not bool((fit.terms < 0).any()):
+            return fit
+        columns = [column * (fit.terms[:, i] >= 0)[group] for i, column in enumerate(columns)]
+        fit = fit_groups(xp, group, groups, columns, y, scale)
+    return fit
 
 
 def _solve(xp: Any, group: Array, groups: int, columns: Array, target: Array, weight: Array) -> tuple[Array, Array]:

@@ -47,20 +47,6 @@ class Engine(Protocol):
     def array(self, series: Series) -> Array:
         """A column's values."""
 
-    def asof(self, left: Frame, right: Frame, on: str, by: str | None = None) -> Frame:
-        """To each row of `left`, the last row of `right` whose `on` is not later, among those of the same `by`.
-
-        Args:
-            left: any order; its rows keep it.
-            right: any order; its columns must have other names than those of `left`, except `on` and `by`. Its own
-                time comes as `<on>_right`.
-            on: a float column without NaN of both.
-            by: a code column of both; None: any row will do.
-
-        Returns:
-            `left` with the columns of `right`, as floats; NaN where there is none.
-        """
-
     def quantiles(self, frame: Frame, by: Sequence[str], column: str, q: Sequence[float]) -> Frame:
         """Columns of `by`, `count`, and one `q<percent>` for each quantile (linear interpolation), NaN left out."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
 from lltm_ray.analytics.frames import Array, Frame
 from lltm_ray.analytics.occupancy import read_held
-from lltm_ray.analytics.overlaps import Timeline
+from lltm_ray.analytics.overlaps import Intervals, Timeline
 from lltm_ray.analytics.readings import THROTTLES, Readings, sums
 from lltm_ray.analytics.trace import Trace, nanos
 from lltm_ray.analytics.units import clock, digits, percent, seconds
@@ -21,6 +21,7 @@ _HOT, _COOL = 0.5, 0.05
 """Throttled share of a decode from which it counts as throttled, and up to which as not."""
 _LEAST_CLEAR = 10
 """Decodes that a pace without throttling is read from."""
+_ALL = sum(THROTTLES.values())
 _LEVELS = 1024
 """Busy slots that paces are told apart by; more count as so many."""
 _MEDIAN_ERROR = 1.2533 / 1.349
@@ -37,6 +38,9 @@ LEAST_REPLIES = 20
 LEAST_LOST_S = 2.0
 DRAIN_RATIO = 1.5
 """From here on its engines hold requests up more than they serve: others had better take them."""
+
+_SLOW = ("straggler", "slower engine", "slow requests")
+"""Findings of engines that count the same seconds."""
 
 _GPUS = (
     *("gpu", "node", "engines", "joules", "generated", "joules_per_token", "utilization_prefill"),
@@ -80,19 +84,24 @@ def on_gpus(trace: Trace) -> Frame:
     """Attempts with phases, once for each GPU of their engine.
 
     Returns:
-        a, r, engine, model, gpu, generated, error, decode_s; slot_s, first_s, ended_s: the phases' borders; part: 1
-        over the number of its engine's GPUs.
+        a, r, engine, model, gpu, device: the GPU's product; generated, error, decode_s; slot_s, first_s, ended_s: the
+        phases' borders; part: 1 over the number of its engine's GPUs.
     """
     attempts = trace.attempts
     attempts = attempts[attempts["decode_s"].notna() & (attempts["engine"] >= 0)].reset_index(drop=True)
     kept = attempts[["a", "r", "engine", "model", "generated", "error", "decode_s", "ended_s"]].copy()
     kept["slot_s"] = attempts["sent_s"] + attempts["queue_s"]
     kept["first_s"] = attempts["ended_s"] - attempts["decode_s"]
-    places = trace.engines[trace.engines["gpu"] >= 0][["engine", "gpu"]].drop_duplicates()
+    places = _places(trace)
     count = places.groupby("engine", sort=False).agg({"gpu": "count"}).reset_index().rename(columns={"gpu": "gpus"})
     joined = kept.merge(places.merge(count, on="engine", how="inner"), on="engine", how="inner")
     joined["part"] = 1.0 / joined["gpus"]
     return joined.sort_values(["a", "gpu"]).reset_index(drop=True)
+
+
+def _places(trace: Trace) -> Frame:
+    """engine, gpu, device: of each engine, all of its GPUs."""
+    return trace.engines[trace.engines["gpu"] >= 0][["engine", "gpu", "device"]].drop_duplicates()
 
 
 def _over(trace: Trace, attempts: Frame, start: str, end: str) -> tuple[Array, Array, Array]:
@@ -103,8 +112,9 @@ def _over(trace: Trace, attempts: Frame, start: str, end: str) -> tuple[Array, A
 def paces(trace: Trace, readings: Readings, attempts: Frame) -> Frame:
     """Decodes' seconds a token against those of comparable ones that no throttling touched.
 
-    Comparable are decodes of the same engine beside as many busy slots (rounded) on average; where fewer than
-    `_LEAST_CLEAR` of them were not throttled, those of all engines of its model.
+    Comparable are decodes of the same engine while as many slots of its GPU were busy (rounded) on average. Where fewer
+    than `_LEAST_CLEAR` of them were not throttled, those of all engines of its model on GPUs of the same product; but
+    not for a decode that only the power cap throttled: under load, some GPUs are at theirs all the time.
 
     Returns:
         Columns of `attempts`, and throttled: share of the decode; pace; clear_pace: median of the comparable ones, NaN
@@ -112,26 +122,36 @@ def paces(trace: Trace, readings: Readings, attempts: Frame) -> Frame:
     """
     xp, fine = trace.engine.xp, attempts[(attempts["generated"] >= _LEAST_TOKENS) & (attempts["error"] < 0)]
     fine = fine[fine["decode_s"] > 0].reset_index(drop=True)
-    hot, looked = readings.within(readings.throttled(), _over(trace, fine, "first_s", "ended_s"))
-    engine, first, ended = (trace.engine.array(fine[name]) for name in ("engine", "first_s", "ended_s"))
-    held = read_held(trace)
-    busy = Timeline(xp, {"busy": (held.engine, held.slot, held.ended)})
-    beside = busy.within(busy.level("busy"), engine, first, ended) / (ended - first)
+    over = _over(trace, fine, "first_s", "ended_s")
+    hot, looked = readings.within(readings.throttled(), over)
+    hard, _ = readings.within(readings.throttled(_ALL & ~THROTTLES["power cap"]), over)
+    busy = Timeline(xp, {"busy": _held_on_gpus(trace)})
     frame = fine.assign(
         throttled=xp.where(looked > 0, hot / xp.maximum(looked, 1e-9), float("nan")),
-        beside=xp.minimum(xp.rint(beside), _LEVELS).astype("int64"),
+        is_hard=(hard >= _HOT * looked) * 1,
+        beside=xp.minimum(xp.rint(busy.mean(busy.level("busy"), *over)), _LEVELS).astype("int64"),
         pace=fine["decode_s"] / fine["generated"],
     )
     worst = frame.groupby("a", sort=False).agg({"throttled": "max", "gpu": "min"}).reset_index()
     frame = frame.merge(worst.rename(columns={"throttled": "worst", "gpu": "one"}), on="a", how="inner")
     clear = frame[(frame["worst"] <= _COOL) & (frame["gpu"] == frame["one"])]
-    for by, name in (("engine", "own"), ("model", "peers")):
-        found = trace.engine.quantiles(clear, (by, "beside"), "pace", (0.5,))
-        found = found[found["count"] >= _LEAST_CLEAR][[by, "beside", "q50"]].rename(columns={"q50": name})
-        frame = frame.merge(found, on=[by, "beside"], how="left")
+    for by, name in ((("engine", "beside"), "own"), (("model", "device", "beside"), "peers")):
+        found = trace.engine.quantiles(clear, by, "pace", (0.5,))
+        found = found[found["count"] >= _LEAST_CLEAR][[*by, "q50"]].rename(columns={"q50": name})
+        frame = frame.merge(found, on=list(by), how="left")
+    has_peers = (frame["device"] >= 0) & (frame["is_hard"] > 0)
+    frame["peers"] = frame["peers"].where(has_peers, float("nan"))
     frame["clear_pace"] = frame["own"].where(frame["own"].notna(), frame["peers"])
     frame["is_own"] = frame["own"].notna().astype("float64")
     return frame.sort_values(["a", "gpu"]).reset_index(drop=True)
+
+
+def _held_on_gpus(trace: Trace) -> Intervals:
+    """Slots that attempts held, on each GPU of their engine: engines that share one slow each other down."""
+    column, held = trace.engine.array, read_held(trace)
+    told = trace.engine.frame({"engine": held.engine, "slot": held.slot, "ended": held.ended})
+    placed = told.merge(_places(trace), on="engine", how="inner")
+    return column(placed["gpu"]), column(placed["slot"]), column(placed["ended"])
 
 
 # --- the table of GPUs
@@ -280,5 +300,6 @@ def _finding(row: Any, *, is_only: bool) -> Finding:
             name: float(getattr(row, name))
             for name in ("throttled_share", "throttled_s", "slowed_ratio", "slowed_low", "decode_ms_token", "lost_s")
         },
+        explains=tuple((kind, name) for kind in _SLOW for name in row.engines.split(", ")),
         evidence=tuple(row.evidence),
     )

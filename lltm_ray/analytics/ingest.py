@@ -25,12 +25,45 @@ _GENERATING = frozenset(
         *("/completion", "/completions", "/v1/completions", "/infill"),
     )
 )
+_GPU = ("memory_used_bytes", "power_w", "energy_j", "temperature_c")
 _HASH = np.dtype(">i8")
-_GPU = ("memory_used_bytes", "memory_total_bytes", "power_w", "power_limit_w", "energy_j", "temperature_c")
-_SERVER = (
-    *("processing", "deferred", "busy_slots_per_decode", "prompt_tokens", "prompt_seconds"),
-    *("predicted_tokens", "predicted_seconds", "decodes"),
-)
+_TEXT, _INT, _FLOAT = pa.string(), pa.int64(), pa.float64()
+COLUMNS: Mapping[str, Mapping[str, pa.DataType]] = {
+    "requests": {
+        **dict.fromkeys(("trace_id", "span_id", "parent_span_id", "request_id", "route", "model", "tenant"), _TEXT),
+        **dict.fromkeys(("conversation", "error_type", "policy"), _TEXT),
+        **dict.fromkeys(("arrived_unix_nano", "status", "delivered_tokens", "prompt_bytes"), _INT),
+        **dict.fromkeys(("ttft_s", "total_s"), _FLOAT),
+        "prefix": pa.binary(),
+    },
+    "attempts": {
+        **dict.fromkeys(("request_span_id", "span_id", "engine", "outcome"), _TEXT),
+        **dict.fromkeys(("number", "slot"), _INT),
+        **dict.fromkeys(("cached_tokens", "computed_tokens", "generated_tokens", "delivered_tokens"), _INT),
+        **dict.fromkeys(("asked_s", "sent_s", "headers_s", "first_s", "ended_s", "prompt_ms", "predicted_ms"), _FLOAT),
+        "is_continued": pa.bool_(),
+    },
+    "spans": {
+        **dict.fromkeys(("trace_id", "span_id", "parent_span_id", "name", "error_type", "engine"), _TEXT),
+        **dict.fromkeys(("start_unix_nano", "end_unix_nano"), _INT),
+    },
+    "gpus": {
+        **dict.fromkeys(("node", "uuid", "name"), _TEXT),
+        **dict.fromkeys(("at_unix_nano", "memory_used_bytes", "throttle"), _INT),
+        **dict.fromkeys(("utilization_ratio", "power_w", "energy_j", "temperature_c"), _FLOAT),
+    },
+    "servers": {
+        **dict.fromkeys(("node", "engine", "model", "gpu_uuids"), _TEXT),
+        **dict.fromkeys(("at_unix_nano", "slots_total"), _INT),
+        **dict.fromkeys(("share", "processing", "deferred"), _FLOAT),
+    },
+    "queues": {
+        **dict.fromkeys(("gateway", "model"), _TEXT),
+        **dict.fromkeys(("at_unix_nano", "waiting", "running", "rejected"), _INT),
+    },
+}
+"""Kind -> the columns that are read, with their types; no other kind is."""
+_SAMPLES = ("gpus", "servers", "queues")
 
 
 def build_trace(
@@ -57,11 +90,11 @@ class _Ingest:
     def __init__(self, tables: Mapping[str, pa.Table], engine: Engine, start: int | None, end: int | None) -> None:
         self._engine = engine
         self._tables = dict(tables)
-        arrived = ints(self._of("requests", "arrived_unix_nano", pa.int64()))
-        total = np.nan_to_num(floats(self._of("requests", "total_s", pa.float64())))
+        arrived = ints(self._of("requests", "arrived_unix_nano"))
+        total = np.nan_to_num(floats(self._of("requests", "total_s")))
         ended = arrived + np.rint(total * 1e9).astype(np.int64)
-        moments = [ints(self._of(kind, "at_unix_nano", pa.int64())) for kind in ("gpus", "servers", "slots", "queues")]
-        began, over = (ints(self._of("spans", f"{name}_unix_nano", pa.int64())) for name in ("start", "end"))
+        moments = [ints(self._of(kind, "at_unix_nano")) for kind in _SAMPLES]
+        began, over = (ints(self._of("spans", f"{name}_unix_nano")) for name in ("start", "end"))
         starts = [each.min() for each in (arrived, *moments) if len(each)]
         starts += [began.min()] if len(began) and not starts else []
         ends = [each.max() for each in (ended, over, *moments) if len(each)]
@@ -74,21 +107,18 @@ class _Ingest:
         inside = (ended >= self._start) & (ended < self._end)
         if not inside.all():
             self._tables["requests"] = self._tables["requests"].filter(pa.array(inside))
-        for kind, column in (
-            ("spans", "end_unix_nano"),
-            *((kind, "at_unix_nano") for kind in ("gpus", "servers", "slots", "queues")),
-        ):
+        for kind, column in (("spans", "end_unix_nano"), *((kind, "at_unix_nano") for kind in _SAMPLES)):
             if kind in self._tables:
-                at = self._of(kind, column, pa.int64())
+                at = self._of(kind, column)
                 within = pc.and_(pc.greater_equal(at, self._start), pc.less(at, self._end))
                 self._tables[kind] = self._tables[kind].filter(within)
 
-    def _of(self, kind: str, name: str, missing: pa.DataType | None = None) -> Any:
-        table = self._tables.get(kind)
+    def _of(self, kind: str, name: str) -> Any:
+        missing, table = COLUMNS[kind][name], self._tables.get(kind)
         if table is not None and name in table.column_names:
             return table[name]
         rows = 0 if table is None else table.num_rows
-        return pa.chunked_array([pa.nulls(rows, missing or pa.string())])
+        return pa.chunked_array([pa.nulls(rows, missing)])
 
     def trace(self) -> Trace:
         """All of it."""
@@ -118,10 +148,8 @@ class _Ingest:
 
     def _encode(self) -> None:
         of = self._of
-        engines, found = encode(
-            [of(kind, "engine") for kind in ("attempts", "spans", "servers", "slots")],
-        )
-        self._engine_codes = dict(zip(("attempts", "spans", "servers", "slots"), found, strict=True))
+        engines, found = encode([of(kind, "engine") for kind in ("attempts", "spans", "servers")])
+        self._engine_codes = dict(zip(("attempts", "spans", "servers"), found, strict=True))
         models, found = encode([of(kind, "model") for kind in ("requests", "servers", "queues")])
         self._model_codes = dict(zip(("requests", "servers", "queues"), found, strict=True))
         outcomes = pc.if_else(pc.is_in(of("attempts", "outcome"), _FINE), "", of("attempts", "outcome"))
@@ -132,6 +160,7 @@ class _Ingest:
         self._trace_codes = dict(zip(("requests", "spans"), found, strict=True))
         of_servers = pc.list_flatten(pc.split_pattern(pc.unique(pc.fill_null(of("servers", "gpu_uuids"), "")), ","))
         gpus, (self._gpu_codes, _) = encode([of("gpus", "uuid"), of_servers])
+        devices, (self._device_codes,) = encode([of("gpus", "name")])
         nodes, found = encode([of(kind, "node") for kind in ("gpus", "servers")])
         self._node_codes = dict(zip(("gpus", "servers"), found, strict=True))
         singles = {}
@@ -145,6 +174,7 @@ class _Ingest:
             error=errors,
             span=spans,
             gpu=gpus,
+            device=devices,
             node=nodes,
             gateway=gateways,
             **singles,
@@ -153,7 +183,7 @@ class _Ingest:
 
     def _read_engines(self) -> dict[str, Any]:
         """The last that servers told of where they are."""
-        share = floats(self._of("servers", "share", pa.float64()))
+        share = floats(self._of("servers", "share"))
         uuids = self._of("servers", "gpu_uuids").to_pylist()
         engine, node, model = (self._engine_codes["servers"], self._node_codes["servers"], self._model_codes["servers"])
         last = {int(code): row for row, code in enumerate(engine) if code >= 0}
@@ -166,7 +196,11 @@ class _Ingest:
         columns = list(zip(*rows, strict=True)) or [()] * 5
         kinds = (np.int64, np.int64, np.int64, np.int64, np.float64)
         names = ("engine", "node", "gpu", "model", "share")
-        return {name: np.array(each, kind) for name, each, kind in zip(names, columns, kinds, strict=True)}
+        found = {name: np.array(each, kind) for name, each, kind in zip(names, columns, kinds, strict=True)}
+        device = np.full(len(self._names.gpu) + 1, NONE, np.int64)
+        device[self._gpu_codes] = self._device_codes
+        device[NONE] = NONE
+        return found | {"device": device[found["gpu"]]}
 
     # --- frames
 
@@ -175,10 +209,10 @@ class _Ingest:
         keys = span_ids(of("requests", "span_id"))
         r = find(keys, span_ids(of("attempts", "request_span_id")))
         keep = np.flatnonzero(r >= 0)
-        number = ints(of("attempts", "number", pa.int64()))
+        number = ints(of("attempts", "number"))
         keep = keep[np.lexsort((number[keep], r[keep]))]
-        arrived = seconds(of("requests", "arrived_unix_nano", pa.int64()), self._start)
-        total = floats(of("requests", "total_s", pa.float64()))
+        arrived = seconds(of("requests", "arrived_unix_nano"), self._start)
+        total = floats(of("requests", "total_s"))
         owner = r[keep]
         engine = self._engine_codes["attempts"][keep]
         columns: dict[str, Any] = {
@@ -186,22 +220,21 @@ class _Ingest:
             "r": owner,
             "number": number[keep],
             "engine": engine,
-            "slot": ints(of("attempts", "slot", pa.int64()))[keep],
+            "slot": ints(of("attempts", "slot"))[keep],
             "gpu": self._gpu_of(engine),
             "model": self._model_codes["requests"][owner],
             "error": self._error_codes["attempts"][keep],
             "span": span_ids(of("attempts", "span_id"))[keep],
         }
         offsets = {
-            name: floats(of("attempts", name, pa.float64()))[keep]
+            name: floats(of("attempts", name))[keep]
             for name in ("asked_s", "sent_s", "headers_s", "first_s", "ended_s")
         }
         for name in ("prompt_ms", "predicted_ms"):
-            columns[name] = floats(of("attempts", name, pa.float64()))[keep]
-        for name in ("predicted_cached", "cached", "computed", "generated", "delivered", "draft", "accepted"):
-            columns[name] = np.maximum(ints(of("attempts", f"{name}_tokens", pa.int64()))[keep], 0)
-        for name in ("is_continued", "is_estimate"):
-            columns[name] = np.maximum(ints(of("attempts", name, pa.bool_()))[keep], 0)
+            columns[name] = floats(of("attempts", name))[keep]
+        for name in ("cached", "computed", "generated", "delivered"):
+            columns[name] = np.maximum(ints(of("attempts", f"{name}_tokens"))[keep], 0)
+        columns["is_continued"] = np.maximum(ints(of("attempts", "is_continued"))[keep], 0)
         is_generating = self._is_generating()[owner]
         columns |= phases.attempt_phases(offsets, columns, arrived[owner], total[owner], is_generating)
         return columns
@@ -219,8 +252,8 @@ class _Ingest:
 
     def _requests(self, attempts: Mapping[str, Any]) -> dict[str, Any]:
         of = self._of
-        arrived = seconds(of("requests", "arrived_unix_nano", pa.int64()), self._start)
-        total = floats(of("requests", "total_s", pa.float64()))
+        arrived = seconds(of("requests", "arrived_unix_nano"), self._start)
+        total = floats(of("requests", "total_s"))
         columns: dict[str, Any] = {
             "r": np.arange(len(arrived)),
             "trace": self._trace_codes["requests"],
@@ -228,14 +261,13 @@ class _Ingest:
             **{name: self._codes[name] for name in ("tenant", "route", "conversation", "policy")},
             "error": self._error_codes["requests"],
             "is_generating": self._is_generating(),
-            "is_stream": np.maximum(ints(of("requests", "is_stream", pa.bool_())), 0),
-            "status": ints(of("requests", "status", pa.int64())),
+            "status": ints(of("requests", "status")),
             "arrived_s": arrived,
             "ended_s": arrived + total,
             "total_s": total,
-            "ttft_s": floats(of("requests", "ttft_s", pa.float64())),
-            "delivered": np.maximum(ints(of("requests", "delivered_tokens", pa.int64())), 0),
-            "prompt_bytes": np.maximum(ints(of("requests", "prompt_bytes", pa.int64())), 0),
+            "ttft_s": floats(of("requests", "ttft_s")),
+            "delivered": np.maximum(ints(of("requests", "delivered_tokens")), 0),
+            "prompt_bytes": np.maximum(ints(of("requests", "prompt_bytes")), 0),
             "span": span_ids(of("requests", "span_id")),
             "parent": span_ids(of("requests", "parent_span_id")),
         }
@@ -248,15 +280,15 @@ class _Ingest:
             "parent": span_ids(of("spans", "parent_span_id")),
             "trace": self._trace_codes["spans"],
             "name": self._span_codes,
-            "start_s": seconds(of("spans", "start_unix_nano", pa.int64()), self._start),
-            "end_s": seconds(of("spans", "end_unix_nano", pa.int64()), self._start),
+            "start_s": seconds(of("spans", "start_unix_nano"), self._start),
+            "end_s": seconds(of("spans", "end_unix_nano"), self._start),
             "error": self._error_codes["spans"],
             "engine": self._engine_codes["spans"],
         }
 
     def _prefixes(self) -> dict[str, Any]:
         """Hashes are 8 bytes each, one after the other."""
-        column = pc.fill_null(self._of("requests", "prefix", pa.binary()), b"")
+        column = pc.fill_null(self._of("requests", "prefix"), b"")
         count = ints(pc.binary_length(column)) // _HASH.itemsize
         joined = b"".join(column.to_pylist()) if len(column) else b""
         r = np.repeat(np.arange(len(count)), count)
@@ -270,25 +302,20 @@ class _Ingest:
         of = self._of
 
         def at(kind: str) -> Floats:
-            return seconds(of(kind, "at_unix_nano", pa.int64()), self._start)
+            return seconds(of(kind, "at_unix_nano"), self._start)
 
-        gpus: dict[str, Any] = {"at_s": at("gpus"), "gpu": self._gpu_codes, "node": self._node_codes["gpus"]}
-        gpus["utilization"] = floats(of("gpus", "utilization_ratio", pa.float64()))
-        gpus |= {name: floats(of("gpus", name, pa.float64())) for name in _GPU}
-        gpus["throttle"] = ints(of("gpus", "throttle", pa.int64()))
+        gpus: dict[str, Any] = {"at_s": at("gpus"), "gpu": self._gpu_codes, "device": self._device_codes}
+        gpus |= {"node": self._node_codes["gpus"], "utilization": floats(of("gpus", "utilization_ratio"))}
+        gpus |= {name: floats(of("gpus", name)) for name in _GPU}
+        gpus["throttle"] = ints(of("gpus", "throttle"))
         servers: dict[str, Any] = {"at_s": at("servers"), "engine": self._engine_codes["servers"]}
         servers["model"] = self._model_codes["servers"]
-        servers |= {name: ints(of("servers", name, pa.int64())) for name in ("slots_total", "slots_busy", "restarts")}
-        servers |= {name: floats(of("servers", name, pa.float64())) for name in _SERVER}
-        slots: dict[str, Any] = {"at_s": at("slots"), "engine": self._engine_codes["slots"]}
-        slots |= {
-            name: ints(of("slots", name, pa.int64()))
-            for name in ("slot", "is_processing", "prompt_tokens", "decoded_tokens", "n_ctx")
-        }
+        servers["slots_total"] = ints(of("servers", "slots_total"))
+        servers |= {name: floats(of("servers", name)) for name in ("processing", "deferred")}
         queues: dict[str, Any] = {"at_s": at("queues"), "gateway": self._codes["gateway"]}
         queues["model"] = self._model_codes["queues"]
-        queues |= {name: ints(of("queues", name, pa.int64())) for name in ("waiting", "running", "rejected")}
-        return {"gpus": gpus, "servers": servers, "slots": slots, "queues": queues}
+        queues |= {name: ints(of("queues", name)) for name in ("waiting", "running", "rejected")}
+        return {"gpus": gpus, "servers": servers, "queues": queues}
 
 
 _FINE = pa.array(["ok", "client gone", ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lltm_ray.analytics.columns import NONE
 from lltm_ray.analytics.frames import Array, Frame
+from lltm_ray.analytics.occupancy import slots_of
 from lltm_ray.analytics.overlaps import Timeline
 from lltm_ray.analytics.trace import Trace
 
@@ -104,16 +105,3 @@ def _free(trace: Trace, of: dict[str, Array], start: Array, models: Array) -> di
     which = at["engine"][begin]
     told = {"engine": which, "model": models[which], "is_fit": is_fit[which]}
     return told | {"from_s": at["at_s"][begin], "until_s": at["at_s"][end]}
-
-
-def slots_of(trace: Trace, changes: Frame | None = None) -> list[int]:
-    """Engine -> slots: as its server tells, else one more than the last that was named, else the most at once."""
-    slots = [0] * len(trace.names.engine)
-    sources = [(trace.servers, "slots_total", 0), (trace.attempts, "slot", 1)]
-    sources += [(changes, "busy", 0)] if changes is not None else []
-    for frame, column, more in sources:
-        most = trace.engine.host(frame[["engine", column]].groupby("engine").agg({column: "max"}).reset_index())
-        for engine, value in zip(most["engine"].tolist(), most[column].tolist(), strict=True):
-            if engine >= 0 and not slots[engine]:
-                slots[engine] = max(int(value) + more, 0)
-    return slots

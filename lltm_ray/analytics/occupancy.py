@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lltm_ray.analytics.answer import rows
 from lltm_ray.analytics.fit import fit_groups
-from lltm_ray.analytics.frames import Array
+from lltm_ray.analytics.frames import Array, Frame
 from lltm_ray.analytics.overlaps import Timeline, count_overlaps
 from lltm_ray.analytics.readings import GAP_S, sums
 from lltm_ray.analytics.trace import Trace
@@ -67,25 +67,42 @@ class Engines(NamedTuple):
     """Seconds of the window in which an engine was there."""
 
 
+def slots_of(trace: Trace, changes: Frame | None = None) -> list[int]:
+    """Engine -> slots: as its server tells, else one more than the last that was named, else the most at once.
+
+    Args:
+        trace: whose servers and attempts tell.
+        changes: engine, busy: how many slots were held after each change; None: 0 for an engine that names none.
+    """
+    slots = [0] * len(trace.names.engine)
+    sources = [(trace.servers, "slots_total", 0), (trace.attempts, "slot", 1)]
+    sources += [(changes, "busy", 0)] if changes is not None else []
+    for frame, column, more in sources:
+        most = trace.engine.host(frame[["engine", column]].groupby("engine").agg({column: "max"}).reset_index())
+        for engine, value in zip(most["engine"].tolist(), most[column].tolist(), strict=True):
+            if engine >= 0 and not slots[engine]:
+                slots[engine] = max(int(value) + more, 0)
+    return slots
+
+
 def read_engines(trace: Trace) -> Engines:
-    """An engine was there from its first sample or attempt to its last; without samples, it has the slots that it used.
+    """An engine was there from its first sample or attempt to its last; its slots: see `slots_of`.
 
     Within `EDGE` or `EDGE_S` of the whole window, it was there all the time.
     """
     length, found = trace.length_s, len(trace.names.engine)
-    engines = Engines([0] * found, [-1] * found, [length] * found)
+    engines = Engines(slots_of(trace), [-1] * found, [length] * found)
     used = trace.attempts[(trace.attempts["engine"] >= 0) & trace.attempts["sent_s"].notna()]
-    used = used.assign(at_s=used["sent_s"], last_s=used["ended_s"], slots=used["slot"] + 1)
+    used = used.assign(at_s=used["sent_s"], last_s=used["ended_s"])
     told = trace.servers[trace.servers["engine"] >= 0]
-    told = told.assign(last_s=told["at_s"], slots=told["slots_total"])
+    told = told.assign(last_s=told["at_s"])
     by_engine: dict[int, list[Any]] = {}
     for frame in (used, told):
-        most = {"slots": "max", "model": "max", "at_s": "min", "last_s": "max"}
+        most = {"model": "max", "at_s": "min", "last_s": "max"}
         for row in rows(trace.engine.host(frame.groupby("engine", sort=True).agg(most).reset_index())):
             by_engine.setdefault(int(row.engine), []).append(row)
     for code, each in by_engine.items():
         seen = min(max(row.last_s for row in each), length) - max(min(row.at_s for row in each), 0.0)
-        engines.slots[code] = next(int(row.slots) for row in reversed(each) if row.slots > 0 or row is each[0])
         engines.model[code] = next(int(row.model) for row in reversed(each) if row.model >= 0 or row is each[0])
         engines.there_s[code] = length if seen + max(EDGE_S, EDGE * length) >= length else max(seen, 1e-9)
     return engines
@@ -130,8 +147,7 @@ def at_full_load(trace: Trace, held: Held, engines: Engines) -> tuple[Array, Arr
     xp, models = trace.engine.xp, len(trace.names.model) + 1
     took, model = held.ended - held.slot, xp.where(held.model >= 0, held.model, models - 1)
     line = Timeline(xp, {"slots": (held.engine, held.slot, held.ended)})
-    beside = line.within(line.level("slots"), held.engine, held.slot, held.ended) / xp.maximum(took, 1e-9) - 1.0
-    beside = xp.maximum(beside, 0.0)
+    beside = xp.maximum(line.mean(line.level("slots"), held.engine, held.slot, held.ended) - 1.0, 0.0)
     others = xp.maximum(xp.asarray([*engines.slots, 1])[held.engine] - 1.0, beside)
     one, computed, generated = took * 0.0 + 1.0, held.computed * 1.0, held.generated * 1.0
     columns = (one, computed, generated, computed * beside, generated * beside)

@@ -10,12 +10,15 @@ from lltm_ray.analytics.frames import Array
 Intervals = tuple[Array, Array, Array]
 """group: int64 from 0; start and end: float64 seconds without NaN, end >= start."""
 
+_LEAST_S = 1e-9
+
 
 class Timeline:
     """Layers of intervals, in groups that know nothing of each other (engines, GPUs).
 
     Between two events (an interval starts or ends) nothing changes. A level is a number for the time after each event,
-    and its integral over any interval is the difference of two running sums.
+    and its integral over any interval is the difference of two running sums. Before the first event of all layers and
+    after the last one levels are 0.
 
     Args:
         xp: the arrays' module.
@@ -25,8 +28,8 @@ class Timeline:
     def __init__(self, xp: Any, layers: Mapping[str, Intervals]) -> None:
         self._xp = xp
         times = xp.concatenate([xp.zeros(1), *(each for _, *both in layers.values() for each in both)])
-        self._zero_s = float(times.min())
-        self._stride_s = float(times.max()) - self._zero_s + 1.0
+        self._zero_s, self._last_s = float(times.min()), float(times.max())
+        self._stride_s = self._last_s - self._zero_s + 1.0
         self._places: dict[str, slice] = {}
         keys, first = [], 0
         for name, (group, start, end) in layers.items():
@@ -38,8 +41,11 @@ class Timeline:
         self._keys = joined[self._order]
 
     def _key(self, group: Array, at_s: Array) -> Array:
-        """Moments of all groups on one axis; a nanosecond apart still, for 1000 groups of a day."""
-        return group * self._stride_s + (at_s - self._zero_s)
+        """Moments of all groups on one axis; a nanosecond apart still, for 1000 groups of a day.
+
+        Moments outside the layers' time go to its ends: on the axis they would be another group's.
+        """
+        return group * self._stride_s + (self._xp.clip(at_s, self._zero_s, self._last_s) - self._zero_s)
 
     def level(self, layer: str, weight: Array | None = None) -> Array:
         """How many intervals of a layer run after each event, or the sum of their weights."""
@@ -59,6 +65,10 @@ class Timeline:
         steps = level[:-1] * xp.diff(self._keys)
         area = xp.concatenate([xp.zeros(1), xp.cumsum(steps)])
         return self._until(level, area, self._key(group, end)) - self._until(level, area, self._key(group, start))
+
+    def mean(self, level: Array, group: Array, start: Array, end: Array) -> Array:
+        """Of a level over each interval; 0 for one without length."""
+        return self.within(level, group, start, end) / self._xp.maximum(end - start, _LEAST_S)
 
     def _until(self, level: Array, area: Array, key: Array) -> Array:
         at = self._xp.searchsorted(self._keys, key, side="right") - 1

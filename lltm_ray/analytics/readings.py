@@ -82,11 +82,8 @@ class Readings:
     def within(self, values: Array, over: Intervals) -> tuple[Array, Array]:
         """Of a meter over each interval, grouped by GPU, and the seconds in which it is known."""
         mean = (values + self._next(values)) / 2
-        group, start, end = over
         if not len(self):
-            return start * 0.0, start * 0.0
-        first, last = self.at.min(), self.end.max()  # what is outside would be taken for another GPU's time
-        over = group, self._xp.clip(start, first, last), self._xp.clip(end, first, last)
+            return over[1] * 0.0, over[1] * 0.0
         level = self._line.level("readings", self._xp.nan_to_num(mean))
         known = self._line.level("readings", ~self._xp.isnan(mean) * 1.0)
         return self._line.within(level, *over), self._line.within(known, *over)

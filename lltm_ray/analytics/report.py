@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lltm_ray.analytics.answer import Answer, Finding, table
+from lltm_ray.analytics.answer import Answer, Finding, causes_of, table
 from lltm_ray.analytics.frames import Engine, choose_engine
 from lltm_ray.analytics.trace import Trace
 
@@ -77,12 +77,29 @@ class Report:
     """By `NAME`, in the order they ran."""
     timelines: Mapping[str, Any] = field(default_factory=dict)
     """Trace id -> spans of each finding's evidence: DataFrame(span, depth, start_s, end_s, engine, error)."""
+    request_ids: Mapping[str, str] = field(default_factory=dict)
+    """Trace id -> what `lltm-ray explain` takes, of each finding's evidence; a trace's first request."""
+
+    @property
+    def ranked(self) -> tuple[tuple[Result, Finding], ...]:
+        """Findings with the analysis that made them, the worst first; those that one explains come right behind it."""
+        told = [(result, finding) for result in self.results.values() for finding in result.findings]
+        impacts, causes = [finding.impact_s for _, finding in told], causes_of([finding for _, finding in told])
+        own = {place: causes.get(place, place) for place in range(len(told))}
+        order = sorted(own, key=lambda each: (-impacts[own[each]], own[each], each in causes, -impacts[each]))
+        return tuple(told[each] for each in order)
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """The worst first."""
-        found = (finding for result in self.results.values() for finding in result.findings)
-        return tuple(sorted(found, key=lambda each: -each.impact_s))
+        """As `ranked`."""
+        return tuple(finding for _, finding in self.ranked)
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds that requests lost by all findings; those of explained ones are their causes', and count once."""
+        findings = self.findings
+        causes = causes_of(findings)
+        return sum(each.impact_s for place, each in enumerate(findings) if place not in causes)
 
 
 @cache
@@ -114,6 +131,7 @@ def make_report(trace: Trace, *, fleet: str = "", missed_rows: int = 0) -> Repor
         reason=trace.engine.reason,
         results=results,
         timelines=timelines(trace, list(wanted)[:_MOST_TIMELINES]),
+        request_ids=request_ids(trace, wanted),
         ms=(time.perf_counter() - began) * 1e3,
     )
 
@@ -164,13 +182,27 @@ def timelines(trace: Trace, trace_ids: Iterable[str]) -> dict[str, Any]:
     Returns:
         Trace id -> DataFrame(span, depth, start_s, end_s, engine, slot, error); seconds from the trace's first start.
     """
-    wanted = list(trace_ids)
-    at = pc.index_in(pa.array(wanted, pa.string()), trace.trace_ids).to_pylist()
-    known = {code: id_ for code, id_ in zip(at, wanted, strict=True) if code is not None}
+    known = _codes(trace, trace_ids)
     if not known:
         return {}
     spans = trace.engine.host(trace.spans[trace.spans["trace"].isin(list(known))])
     return {id_: _timeline(trace, spans[spans["trace"] == code]) for code, id_ in known.items()}
+
+
+def request_ids(trace: Trace, trace_ids: Iterable[str]) -> dict[str, str]:
+    """Trace id -> the request id of the trace's first request."""
+    known = _codes(trace, trace_ids)
+    asked = trace.requests[["r", "trace", "arrived_s"]]
+    asked = trace.engine.host(asked[asked["trace"].isin(list(known))]).sort_values(["arrived_s", "r"])
+    first = asked.drop_duplicates("trace")
+    pairs = zip(first["trace"].tolist(), first["r"].tolist(), strict=True)
+    return {known[code]: trace.request_id(r) for code, r in pairs}
+
+
+def _codes(trace: Trace, trace_ids: Iterable[str]) -> dict[int, str]:
+    wanted = list(trace_ids)
+    at = pc.index_in(pa.array(wanted, pa.string()), trace.trace_ids).to_pylist()
+    return {code: id_ for code, id_ in zip(at, wanted, strict=True) if code is not None}
 
 
 def _timeline(trace: Trace, spans: Any) -> Any:

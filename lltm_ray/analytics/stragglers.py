@@ -1,7 +1,8 @@
-"""Which engine is slower than its peers of the same model at the same work, and since when.
+"""Which engine is slower than its peers at the same work, and since when.
 
-What a phase should take is fitted for each model over all of its engines: for a decode `tokens * (a + b * (busy - 1))`
-and a ratio of the seconds that prefills ran beside it, for a prefill `k + tokens * (a + b * others)`. What an attempt
+Peers serve the same model on the same product of GPU. What a phase should take is fitted over all of them: for a decode
+`tokens * (a + b * (busy - 1) + c * context)` and a ratio of the seconds that prefills ran beside it, for a prefill
+`k + tokens * (a + b * others + c * context)`; context is the mean number of tokens before each one. What an attempt
 took over that, as a logarithm, is its engine's pace then. Medians of it in time buckets, less those of the peers in the
 same bucket, show runs of slow ones; the run with most behind it is judged.
 """
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lltm_ray.analytics.fit import IQR_TO_SIGMA, MAD_TO_SIGMA, fit_groups
+from lltm_ray.analytics.fit import IQR_TO_SIGMA, MAD_TO_SIGMA, fit_positive
 from lltm_ray.analytics.frames import Array, Frame
 from lltm_ray.analytics.overlaps import Intervals, Timeline
 from lltm_ray.analytics.trace import Trace
@@ -35,7 +36,7 @@ _LEAST_SPREAD = 0.02
 
 _COLUMNS = [
     *("r", "number", "engine", "model", "headers_s", "first_s", "ended_s"),
-    *("prefill_s", "decode_s", "computed", "generated", "error"),
+    *("prefill_s", "decode_s", "cached", "computed", "generated", "error"),
 ]
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -52,6 +53,28 @@ class Run:
     z: float
     lost_s: float
     ms_token: float
+    is_since_ever: bool = False
+    """It was never seen to be as fast as its peers before."""
+
+
+def device_of(trace: Trace) -> list[int]:
+    """Engine code -> its GPU's product; -1: it has no GPU, or none that tells."""
+    found = [-1] * len(trace.names.engine)
+    homes = trace.engine.host(trace.engines[["engine", "device"]])
+    for engine, device in zip(homes["engine"].tolist(), homes["device"].tolist(), strict=True):
+        found[engine] = max(found[engine], device)
+    return found
+
+
+def peers_of(trace: Trace, engine: Array, model: Array) -> tuple[Array, list[tuple[int, int]]]:
+    """Of each row a number that peers share, from 0 on; and what they have in common: model and product."""
+    if not len(engine):
+        return engine, []
+    xp, products = trace.engine.xp, len(trace.names.device) + 1
+    key = model * products + xp.asarray(device_of(trace))[engine] + 1
+    used = xp.bincount(key) > 0
+    pairs = [divmod(each, products) for each in xp.flatnonzero(used).tolist()]
+    return (xp.cumsum(used) - 1)[key], [(model, device - 1) for model, device in pairs]
 
 
 def find_busy(trace: Trace) -> tuple[Frame, Array, Array]:
@@ -75,8 +98,10 @@ def decodes(trace: Trace, held: Frame, busy: Array, beside: Array) -> Frame:
         (tokens >= _DECODE_TOKENS) & (seconds > 0) & (beside <= _MOST_STALLED * seconds) & (column(held["error"]) < 0)
     )
     keep = keep & (column(held["model"]) >= 0)
+    context = column(held["cached"]) + column(held["computed"]) + tokens / 2
     seconds, tokens, busy, beside = seconds[keep], tokens[keep], busy[keep], beside[keep]
-    return _work(trace, _where(trace, held, keep), seconds, (tokens, tokens * (busy - 1.0)), beside)
+    terms = (tokens, tokens * (busy - 1.0), tokens * context[keep])
+    return _work(trace, _where(trace, held, keep), seconds, terms, beside)
 
 
 def prefills(trace: Trace, held: Frame) -> Frame:
@@ -86,14 +111,10 @@ def prefills(trace: Trace, held: Frame) -> Frame:
     others = _others(xp, where)
     seconds, tokens = column(held["prefill_s"]), column(held["computed"]) * 1.0
     keep = (tokens >= _PREFILL_TOKENS) & (seconds > 0) & (column(held["error"]) < 0) & (column(held["model"]) >= 0)
+    context = column(held["cached"]) + tokens / 2
     seconds, tokens, others = seconds[keep], tokens[keep], others[keep]
-    return _work(
-        trace,
-        _where(trace, held, keep),
-        seconds,
-        (tokens, tokens * others, xp.full(len(tokens), 1.0)),
-        xp.zeros(len(tokens)),
-    )
+    terms = (tokens, tokens * others, xp.full(len(tokens), 1.0), tokens * context[keep])
+    return _work(trace, _where(trace, held, keep), seconds, terms, xp.zeros(len(tokens)))
 
 
 def _where(trace: Trace, frame: Frame, mask: Array) -> Frame:
@@ -108,31 +129,35 @@ def _others(xp: Any, prefill: Intervals) -> Array:
 
 
 def _work(trace: Trace, held: Frame, seconds: Array, terms: tuple[Array, ...], beside: Array) -> Frame:
-    """Attempts' seconds in one phase, against what they are on engines of their model at the same work.
+    """Attempts' seconds in one phase, against what they are on their engine and its peers at the same work.
 
     Two rounds: fit what all engines have in common, then take each engine's own pace out of it.
 
     Returns:
-        r, engine, model, at_s, seconds, tokens; pace: logarithm of the own part of `seconds` over the expected.
+        r, engine, peers, at_s, seconds, tokens; pace: logarithm of the own part of `seconds` over the expected.
     """
     xp, column = trace.engine.xp, trace.engine.array
-    engine, model = column(held["engine"]), column(held["model"])
+    engine = column(held["engine"])
+    peers, kinds = peers_of(trace, engine, column(held["model"]))
+    group = peers, len(kinds)
     slowness = xp.full(len(trace.names.engine), 1.0)
-    pace = _pace(trace, model, (seconds, beside), terms, slowness[engine])
+    pace = _pace(trace, group, (seconds, beside), terms, slowness[engine])
     medians = trace.engine.quantiles(trace.engine.frame({"engine": engine, "pace": pace}), ["engine"], "pace", [0.5])
     slowness[column(medians["engine"])] = xp.exp(column(medians["q50"]))
-    pace = _pace(trace, model, (seconds, beside), terms, slowness[engine])
-    rows = {"r": column(held["r"]), "engine": engine, "model": model, "at_s": column(held["first_s"])}
+    pace = _pace(trace, group, (seconds, beside), terms, slowness[engine])
+    rows = {"r": column(held["r"]), "engine": engine, "peers": peers, "at_s": column(held["first_s"])}
     return trace.engine.frame(rows | {"seconds": seconds, "tokens": terms[0], "pace": pace})
 
 
-def _pace(trace: Trace, model: Array, seconds: tuple[Array, Array], terms: tuple[Array, ...], own: Array) -> Array:
+def _pace(
+    trace: Trace, group: tuple[Array, int], seconds: tuple[Array, Array], terms: tuple[Array, ...], own: Array
+) -> Array:
     """Logarithm of what attempts took over what they should, if each engine's own pace is known about."""
     xp = trace.engine.xp
     took, beside = seconds
     columns = [*(term * own for term in terms), beside]
-    fit = fit_groups(xp, model, len(trace.names.model), columns, took, 1.0 / xp.maximum(took, 1e-9))
-    each = xp.maximum(fit.terms, 0.0)[model]
+    fit = fit_positive(xp, *group, columns, took, 1.0 / xp.maximum(took, 1e-9))
+    each = xp.maximum(fit.terms, 0.0)[group[0]]
     expected = sum(each[:, i] * term for i, term in enumerate(terms))
     rest = took - xp.minimum(each[:, -1], 1.0) * beside
     return xp.log(xp.maximum(rest, 0.05 * took) / xp.maximum(expected, 1e-9))
@@ -161,12 +186,12 @@ def find_runs(trace: Trace, work: Frame) -> dict[int, Run]:
     if not len(work):
         return {}
     buckets = _bucket(trace, work)
-    models = trace.engine.host(work[["engine", "model"]].drop_duplicates().sort_values(["model", "engine"]))
+    known = trace.engine.host(work[["engine", "peers"]].drop_duplicates().sort_values(["peers", "engine"]))
     runs: dict[int, Run] = {}
-    for model in models["model"].unique().tolist():
-        engines = models["engine"][models["model"] == model].to_numpy()
+    for peers in known["peers"].unique().tolist():
+        engines = known["engine"][known["peers"] == peers].to_numpy()
         if len(engines) > 1:
-            runs |= _of_model(buckets, engines)
+            runs |= _of_peers(buckets, engines)
     return runs
 
 
@@ -194,7 +219,7 @@ def _bucket(trace: Trace, work: Frame) -> _Buckets:
     return _Buckets(width_s, shaped["count"], shaped["q50"], noise, shaped["seconds"], shaped["tokens"], sigma)
 
 
-def _of_model(buckets: _Buckets, engines: Any) -> dict[int, Run]:
+def _of_peers(buckets: _Buckets, engines: Any) -> dict[int, Run]:
     count = buckets.count[engines]
     known = np.where(count >= _LEAST_IN_BUCKET, buckets.pace[engines], np.nan)
     means, found = _median(known.T), {}
@@ -228,6 +253,7 @@ def _run(buckets: _Buckets, engine: int, excess: Matrix, peers: tuple[Matrix, fl
         z=mean / float(np.sqrt(variance + spread**2)),
         lost_s=float(seconds * max(1 - np.exp(-mean), 0.0)),
         ms_token=float(seconds / tokens * 1e3),
+        is_since_ever=bool(np.isnan(excess[:first]).all()),
     )
 
 

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from lltm_ray.analytics import units
-from lltm_ray.analytics.answer import Answer, Finding, rows
+from lltm_ray.analytics.answer import Answer, Finding, causes_of, rows
 from lltm_ray.analytics.report import Report, Result
 from lltm_ray.analytics.units import plain
 
@@ -18,17 +18,12 @@ _WIDTH = 100
 _INDENT = " " * 4
 
 
-def ranked(report: Report) -> list[tuple[Result, Finding]]:
-    """Findings with the analysis that made them, the worst first."""
-    found = [(result, finding) for result in report.results.values() for finding in result.findings]
-    return sorted(found, key=lambda each: -each[1].impact_s)
-
-
 def request_ids(report: Report) -> dict[str, str]:
-    """Trace id -> what `lltm-ray explain` takes, of the requests whose id a table tells."""
+    """Trace id -> what `lltm-ray explain` takes, of findings' evidence and of the requests whose id a table tells."""
     tables = [table for result in report.results.values() if result.answer for table in result.answer.tables.values()]
     told = (table for table in tables if {"trace_id", "request_id"} <= set(table.columns))
-    return {str(row.trace_id): str(row.request_id) for table in told for row in rows(table) if row.request_id}
+    ids = {str(row.trace_id): str(row.request_id) for table in told for row in rows(table) if row.request_id}
+    return {trace: id_ for trace, id_ in report.request_ids.items() if id_} | ids
 
 
 def verdict(report: Report) -> str:
@@ -36,7 +31,7 @@ def verdict(report: Report) -> str:
     failed = sum(bool(result.error) for result in report.results.values())
     ran = f"{len(report.results) - failed} of {len(report.results)} analyses ran"
     if found := len(report.findings):
-        lost = units.seconds(sum(each.impact_s for each in report.findings))
+        lost = units.seconds(report.lost_s)
         text = f"{found} finding{'s'[: found > 1]}, the worst first; together at most {lost} of requests' time."
         return f"{text} Only {ran}." if failed else text
     if not report.requests:
@@ -51,9 +46,9 @@ def verdict(report: Report) -> str:
 def to_text(report: Report) -> str:
     """What an operator reads first: findings, the commands that follow from them, and a few figures."""
     lines = [*_head(report), "", verdict(report)]
-    ids = request_ids(report)
-    for number, (_, finding) in enumerate(ranked(report), 1):
-        lines += ["", *_finding(number, finding, ids)]
+    ids, causes = request_ids(report), causes_of(report.findings)
+    for place, finding in enumerate(report.findings):
+        lines += ["", *_finding((place, causes.get(place)), finding, ids)]
     for title, block in _figures(report):
         lines += ["", title, *block]
     return "\n".join(lines) + "\n"
@@ -72,9 +67,11 @@ def _head(report: Report) -> Iterator[str]:
             yield f"The analysis of {result.analysis} failed: {plain(result.error)}"
 
 
-def _finding(number: int, finding: Finding, ids: Mapping[str, str]) -> Iterator[str]:
-    lead = f"{number:>2}. "
+def _finding(place: tuple[int, int | None], finding: Finding, ids: Mapping[str, str]) -> Iterator[str]:
+    number, cause = place
+    lead = f"{number + 1:>2}. "
     lost = f": {units.seconds(finding.impact_s)} lost" if finding.impact_s else ""
+    lost += "" if cause is None else f"; explained by {cause + 1}"
     yield f"{lead}{finding.kind.upper()} {plain(finding.subject)}{lost}"
     yield from _wrapped(plain(finding.text))
     yield from _wrapped(f"Do: {plain(finding.advice)}")
@@ -182,9 +179,10 @@ def _document(report: Report) -> dict[str, Any]:
         "rows": dict(report.rows),
         "findings": [
             {"analysis": result.analysis} | {name: getattr(finding, name) for name in Finding.__slots__}
-            for result, finding in ranked(report)
+            for result, finding in report.ranked
         ],
         "analyses": [_analysis(result) for result in report.results.values()],
+        "request_ids": request_ids(report),
         "timelines": {trace: _records(frame) for trace, frame in report.timelines.items()},
     }
 

@@ -20,7 +20,7 @@ PHASES = ("request", "route", "attempt", "queue", "prefill", "decode")
 """Names of the spans that a request's rows make, in the order of their codes; others' names follow. `queue`, `prefill`
 and `decode` are below their `attempt`, which like `route` is below the `request`."""
 REQUEST, ROUTE, ATTEMPT, QUEUE, PREFILL, DECODE = range(len(PHASES))
-FRAMES = ("requests", "attempts", "spans", "prefixes", "engines", "gpus", "servers", "slots", "queues")
+FRAMES = ("requests", "attempts", "spans", "prefixes", "engines", "gpus", "servers", "queues")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,8 @@ class Names:
     span: tuple[str, ...] = PHASES
     gpu: tuple[str, ...] = ()
     """UUIDs."""
+    device: tuple[str, ...] = ()
+    """GPUs' products."""
     node: tuple[str, ...] = ()
     gateway: tuple[str, ...] = ()
 
@@ -67,29 +69,27 @@ class Trace:
     request_ids: pa.Array
     """`r` -> what `lltm-ray explain` takes, in the host's memory."""
     requests: Frame
-    """r; trace, model, tenant, route, conversation, policy, error: codes; is_generating, is_stream: 0 or 1; status;
-    arrived_s, ended_s; total_s, ttft_s: durations; engine, slot, gpu: of the last attempt; attempts: how many;
-    cached, computed, generated, delivered: tokens; prompt: cached + computed; prompt_bytes; queue_s: waiting for a
-    slot, here and in llama-server, over all attempts."""
+    """r; trace, model, tenant, route, conversation, policy, error: codes; is_generating: 0 or 1; status; arrived_s,
+    which may be before the window; ended_s; total_s, ttft_s: durations; engine, slot, gpu: of the last attempt;
+    attempts: how many; cached, computed, generated, delivered: tokens; prompt: cached + computed; prompt_bytes;
+    queue_s: waiting for a slot, here and in llama-server, over all attempts."""
     attempts: Frame
     """a, r, number; engine, slot, gpu, model: codes; asked_s, sent_s, headers_s, first_s, ended_s: moments; route_s,
-    queue_s, prefill_s, decode_s: durations; predicted_cached, cached, computed, generated, delivered, draft, accepted:
-    tokens; prompt_ms, predicted_ms: llama-server's; error: a code; is_continued, is_estimate: 0 or 1."""
+    queue_s, prefill_s, decode_s: durations; cached, computed, generated, delivered: tokens; prompt_ms, predicted_ms:
+    llama-server's; error: a code; is_continued: 0 or 1."""
     spans: Frame
     """s, parent: a row, -1 for a root; trace; r, a: -1 where it is of none; name; start_s, end_s; error, engine: codes;
     slot."""
     prefixes: Frame
     """r; depth: from 0; hash: of the prompt's beginning up to `end_bytes`, salted; end_bytes."""
     engines: Frame
-    """engine, node, gpu, model, share: GPUs it asked for. One row for each GPU; gpu -1 where there is none."""
+    """engine, node, gpu, device, model, share: GPUs it asked for. One row for each GPU; gpu -1 where there is none,
+    device -1 where no sample of it tells."""
     gpus: Frame
-    """at_s, gpu, node, utilization, memory_used_bytes, memory_total_bytes, power_w, power_limit_w, energy_j: since the
-    driver was loaded, temperature_c, throttle: NVML's bits, -1 unknown."""
+    """at_s, gpu, device, node, utilization, memory_used_bytes, power_w, energy_j: since the driver was loaded,
+    temperature_c, throttle: NVML's bits, -1 unknown."""
     servers: Frame
-    """at_s, engine, model, slots_total, slots_busy, processing, deferred, busy_slots_per_decode, prompt_tokens,
-    prompt_seconds, predicted_tokens, predicted_seconds, decodes, restarts."""
-    slots: Frame
-    """at_s, engine, slot, is_processing, prompt_tokens, decoded_tokens, n_ctx."""
+    """at_s, engine, model, slots_total, processing, deferred."""
     queues: Frame
     """at_s, gateway, model, waiting, running, rejected."""
 
@@ -108,6 +108,10 @@ class Trace:
         traces = self.requests["trace"]
         host = self.engine.host(traces.to_frame())["trace"].to_numpy() if self.engine.name != "pandas" else traces
         return tuple(self.trace_ids[int(host[int(r)])].as_py() for r in requests)
+
+    def request_id(self, request: float) -> str:
+        """What `lltm-ray explain` takes, of a request by its `r`."""
+        return str(self.request_ids[int(request)].as_py() or "")
 
     @property
     def rows(self) -> Mapping[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -177,17 +178,25 @@ class Conversation:
 
 
 class _Interrupts:
-    """Remembers Ctrl-C: Python drops the exception where it is raised within a destructor or a callback of C code."""
+    """Remembers Ctrl-C: Python drops the exception where it is raised within a destructor or a callback of C code.
+
+    It leaves the signal alone where it is ignored, where a handler of C code has it, and off the main thread.
+    """
 
     def __init__(self) -> None:
         self._seen = False
+        before = signal.getsignal(signal.SIGINT)
+        is_main = threading.current_thread() is threading.main_thread()
+        self._before = before if is_main and before is not signal.SIG_IGN else None
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._take)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._take)
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
 
     def _take(self, _number: int, _frame: FrameType | None) -> None:
         self._seen = True

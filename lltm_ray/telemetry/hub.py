@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -101,9 +101,15 @@ class Hub:
             self._hand_on({kind: list(unpack(kind, columns)) for kind, columns in sound.items()})
             return Receipt(rows, self.health.lag_s)
 
-    def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
+    def read_since(
+        self,
+        cursor: int = 0,
+        kinds: Sequence[str] | None = None,
+        limit: int = 10_000,
+        columns: Mapping[str, Collection[str]] | None = None,
+    ) -> Page:
         """As `Store.read_since`."""
-        return self._store.read_since(cursor, kinds, limit)
+        return self._store.read_since(cursor, kinds, limit, columns)
 
     def status(self) -> dict[str, Any]:
         """For `/lltm/telemetry`: plain values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -123,9 +123,15 @@ class TelemetryService:
         self._tidy()
         return self._prometheus.text(is_open=is_open)
 
-    def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
+    def read_since(
+        self,
+        cursor: int = 0,
+        kinds: Sequence[str] | None = None,
+        limit: int = 10_000,
+        columns: Mapping[str, Collection[str]] | None = None,
+    ) -> Page:
         """As `Store.read_since`."""
-        return self._hub.read_since(cursor, kinds, limit)
+        return self._hub.read_since(cursor, kinds, limit, columns)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Flush what is to be exported and stored."""

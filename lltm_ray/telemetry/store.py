@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,10 +96,11 @@ class Ring:
                 limit -= len(found[-1])
         return found
 
-    def table(self, chunks: Iterable[pa.RecordBatch], end: int) -> pa.Table:
-        """The rows before sequence number `end`, without their numbers."""
+    def table(self, chunks: Iterable[pa.RecordBatch], end: int, columns: Collection[str] | None = None) -> pa.Table:
+        """The rows before sequence number `end`, without their numbers; of some columns, or of all."""
+        schema = self._schema if columns is None else pa.schema([self._schema.field(name) for name in columns])
         cut = [chunk.slice(0, int(np.searchsorted(_numbers(chunk), end))) for chunk in chunks]
-        return pa.Table.from_batches([chunk.select(self._schema.names) for chunk in cut if len(chunk)], self._schema)
+        return pa.Table.from_batches([chunk.select(schema.names) for chunk in cut if len(chunk)], schema)
 
 
 class Store:
@@ -164,16 +165,23 @@ class Store:
         self._refused[kind] += len(rows)
         return False
 
-    def read_since(self, cursor: int = 0, kinds: Iterable[str] | None = None, limit: int = 10_000) -> Page:
+    def read_since(
+        self,
+        cursor: int = 0,
+        kinds: Iterable[str] | None = None,
+        limit: int = 10_000,
+        columns: Mapping[str, Collection[str]] | None = None,
+    ) -> Page:
         """Rows that came at or after the cursor, in order; at most `limit` of all kinds together.
 
         Args:
             cursor: from the page before; 0: from the oldest kept.
             kinds: names as in `batch.KINDS`; None: all.
             limit: rows at most.
+            columns: kind -> the columns that are wanted of it; all of a kind that is not there.
 
         Raises:
-            KeyError: no such kind.
+            KeyError: no such kind, or no such column.
         """
         with self._lock:
             rings = {kind: self._rings[kind] for kind in (SCHEMAS if kinds is None else kinds)}
@@ -183,7 +191,8 @@ class Store:
         numbers = [_numbers(chunk) for chunks in found.values() for chunk in chunks]
         if sum(map(len, numbers)) > limit:
             end = int(np.partition(np.concatenate(numbers), limit)[limit])
-        return Page(end, {kind: rings[kind].table(found[kind], end) for kind in rings}, missed)
+        wanted = columns or {}
+        return Page(end, {kind: rings[kind].table(found[kind], end, wanted.get(kind)) for kind in rings}, missed)
 
     def counts(self) -> dict[str, int]:
         """Rows kept and dropped from memory, refused; of segments see `Segments.counts`."""

@@ -13,12 +13,12 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from lltm_ray.analytics import units
-from lltm_ray.analytics.answer import Finding, rows
+from lltm_ray.analytics.answer import Finding, causes_of, rows
 from lltm_ray.analytics.html.charts import SECTIONS, Drawn, anchor_of, draw_charts
 from lltm_ray.analytics.html.compared import compared
 from lltm_ray.analytics.html.flame import flame, legend, took
 from lltm_ray.analytics.report import Report, Result
-from lltm_ray.analytics.text import Highlight, highlights, ranked, request_ids, verdict
+from lltm_ray.analytics.text import Highlight, highlights, request_ids, verdict
 from lltm_ray.analytics.units import plain
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class _Page:
     def __init__(self, report: Report) -> None:
         self.drawn = draw_charts(report)
         self._report = report
-        self._ranked = ranked(report)
+        self._ranked = report.ranked
         self._requests = request_ids(report)
         cited = dict.fromkeys(trace for _, finding in self._ranked for trace in finding.evidence)
         known = [trace for trace in (*cited, *report.timelines) if trace in report.timelines]
@@ -140,7 +140,7 @@ class _Page:
 
     def tiles(self) -> str:
         """Figures of the whole fleet."""
-        lost = units.seconds(sum(finding.impact_s for _, finding in self._ranked))
+        lost = units.seconds(self._report.lost_s)
         note = f"at most {lost} of requests' time" if self._ranked else "nothing stands out"
         told = [Highlight("Findings", str(len(self._ranked)), note), *highlights(self._report)]
         return "".join(
@@ -172,7 +172,7 @@ class _Page:
         return (
             f'<li class="finding" id="finding-{number}"><header><span class="rank" aria-hidden="true">{number}</span>'
             f'<h3><span class="kind">{escape(finding.kind)}</span> {escape(plain(finding.subject))}</h3>'
-            f"{self._impact(finding)}</header>"
+            f"{self._impact(finding)}</header>{self._cause(number)}"
             f"<p>{escape(plain(finding.text))}</p>"
             f'<p class="advice"><b>Do</b> {_marked(finding.advice)}</p>'
             f"{f'<dl>{figures}</dl>' if figures else ''}{self._links(result, finding)}</li>"
@@ -182,11 +182,18 @@ class _Page:
         """Beside that of the worst; some findings cost no time that rows tell of."""
         if not finding.impact_s:
             return ""
-        share = finding.impact_s / self._ranked[0][1].impact_s
+        share = finding.impact_s / max(each.impact_s for _, each in self._ranked)
         return (
             f'<p class="impact"><b>{units.seconds(finding.impact_s)}</b> lost<span class="bar" aria-hidden="true">'
             f'<i style="width:{share * 100:.1f}%"></i></span></p>'
         )
+
+    def _cause(self, number: int) -> str:
+        """The finding that explains this one, and counts the same time."""
+        cause = causes_of([each for _, each in self._ranked]).get(number - 1)
+        if cause is None:
+            return ""
+        return f'<p class="note">Explained by <a href="#finding-{cause + 1}">finding {cause + 1}</a>.</p>'
 
     def _links(self, result: Result, finding: Finding) -> str:
         found = []

@@ -110,55 +110,6 @@ class FrameChecks:
         np.testing.assert_array_equal(on_host(engine, engine.array(merged["v"])), [8, np.nan, 7])
 
     @pytest.mark.parametrize("seed", SEEDS)
-    @pytest.mark.parametrize("by", [None, "who"])
-    def test_asof_takes_the_last_row_that_is_not_later(self, engine, by, seed):
-        dice = np.random.default_rng(seed)
-        rows, samples = int(dice.integers(1, 60)), int(dice.integers(1, 80))
-        left = {"at": dice.integers(0, 20, rows) / 2, "who": dice.integers(-1, 3, rows), "mine": np.arange(rows)}
-        right = {
-            "at": dice.permutation(samples) / 4,
-            "who": dice.integers(-1, 4, samples),
-            "value": dice.random(samples),
-        }
-        right |= {"count": dice.integers(0, 9, samples)}
-        if by is None:
-            right["other"] = right.pop("who")
-        found = engine.host(engine.asof(engine.frame(left), engine.frame(right), "at", by))
-        taken = [name for name in right if name not in ("at", by)]
-        assert list(found.columns) == [*left, *taken, "at_right"]
-        assert found["mine"].tolist() == list(range(rows))
-        for row in range(rows):
-            past = [
-                sample
-                for sample in range(samples)
-                if right["at"][sample] <= left["at"][row] and (by is None or right["who"][sample] == left["who"][row])
-            ]
-            last = max(past, key=lambda sample: right["at"][sample], default=None)
-            for name, source in {**dict(zip(taken, taken, strict=True)), "at_right": "at"}.items():
-                wanted = math.nan if last is None else float(right[source][last])
-                np.testing.assert_equal(float(found[name][row]), wanted)
-
-    @pytest.mark.parametrize("by", [None, "who"])
-    def test_asof_of_equal_times_takes_the_last_of_them(self, engine, by):
-        left = engine.frame({"at": np.full(3, 1.0), "who": np.arange(3)})
-        right = {"at": np.repeat([1.0, 0.0], 40), "value": np.arange(80)}
-        right["who" if by else "other"] = np.arange(80) % 2
-        found = engine.host(engine.asof(left, engine.frame(right), "at", by))["value"].to_numpy()
-        np.testing.assert_array_equal(found, [38, 39, np.nan] if by else [39, 39, 39])
-
-    @pytest.mark.parametrize("by", [None, "who"])
-    def test_asof_with_nothing_to_find_finds_nothing(self, engine, by):
-        some = {"at": np.array([1.0, 2.0]), "who": np.array([0, 1])}
-        none = {name: column[:0] for name, column in some.items()}
-        extra = {"value": np.empty(0)}
-        keys = ("at", "who") if by else ("at",)
-        left, right = engine.frame(some), engine.frame({name: none[name] for name in keys} | extra)
-        assert engine.host(engine.asof(left, right, "at", by))["value"].isna().tolist() == [True, True]
-        left, right = engine.frame(none), engine.frame({name: some[name] for name in keys} | {"value": np.ones(2)})
-        found = engine.host(engine.asof(left, right, "at", by))
-        assert (len(found), list(found.columns)) == (0, ["at", "who", "value", "at_right"])
-
-    @pytest.mark.parametrize("seed", SEEDS)
     @pytest.mark.parametrize("by", [["a"], ["a", "b"]])
     def test_quantiles_are_those_of_each_groups_numbers(self, engine, by, seed):
         dice = np.random.default_rng(seed)

@@ -14,7 +14,7 @@ import pytest
 from lltm_ray._prefix import END_BYTES, hash_prefixes
 from lltm_ray.analytics.columns import encode, find, floats, ints, seconds, span_ids
 from lltm_ray.analytics.frames import choose_engine
-from lltm_ray.analytics.ingest import build_trace
+from lltm_ray.analytics.ingest import COLUMNS, build_trace
 from lltm_ray.analytics.trace import FRAMES, Trace
 from lltm_ray.telemetry import semconv
 from lltm_ray.telemetry.batch import SCHEMAS, pack
@@ -24,7 +24,7 @@ from lltm_ray.telemetry.profiles import PROFILES
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow, SpanRow
 from lltm_ray.telemetry.spans import Spans
 from tests.fleet_rows import Plan, fleet_rows, many_spans
-from tests.unit.telemetry.rows_made import attempt_row, gpu_row, queue_row, request_row, server_row, slot_row
+from tests.unit.telemetry.rows_made import attempt_row, gpu_row, queue_row, request_row, server_row
 
 NOW = 1_790_000_000_000_000_000
 NAN = math.nan
@@ -213,6 +213,15 @@ def test_attempts_know_the_gpu_of_their_engine() -> None:
     assert len(trace.engines) == 4
 
 
+def test_engines_and_samples_know_the_product_of_their_gpu() -> None:
+    samples = [gpu_row(uuid=uuid, name=name) for uuid, name in (("GPU-1", "Large"), ("GPU-2", "Small"), ("GPU-3", ""))]
+    places = {"a": "GPU-2", "b": "GPU-1", "c": "", "d": "GPU-9", "e": "GPU-3"}
+    servers = [server_row(engine=engine, gpu_uuids=uuid) for engine, uuid in places.items()]
+    trace = trace_of({"servers": servers, "gpus": samples})
+    assert trace.names.decode("device", trace.engines["device"]) == ["Small", "Large", "", "", ""]
+    assert trace.names.decode("device", trace.gpus["device"]) == ["Large", "Small", ""]
+
+
 def test_an_engine_on_two_gpus_has_a_row_for_each() -> None:
     trace = trace_of({"servers": [server_row(gpu_uuids="GPU-9"), server_row(gpu_uuids="GPU-1,GPU-2", share=2.0)]})
     assert trace.names.decode("gpu", trace.engines["gpu"]) == ["GPU-1", "GPU-2"]
@@ -265,6 +274,17 @@ def test_without_a_window_all_rows_are_in_it() -> None:
     assert (trace.requests["ended_s"] < trace.length_s).all()
 
 
+def test_what_it_reads_is_told_by_kind_and_column() -> None:
+    tables = fleet_rows(Plan(seconds=10))
+    for kind, columns in COLUMNS.items():
+        assert {name: SCHEMAS[kind].field(name).type for name in columns} == columns
+    needed = {kind: tables[kind].select(list(columns)) for kind, columns in COLUMNS.items()}
+    whole, part = (build_trace(each, choose_engine("pandas")) for each in (tables, needed))
+    assert whole.names == part.names
+    for name in FRAMES:
+        assert getattr(whole, name).equals(getattr(part, name)), name
+
+
 # --- rows that lack something
 
 
@@ -283,7 +303,6 @@ def test_empty_tables_and_any_kind_alone_can_be_read() -> None:
         "spans": SpanRow("ab", "1" * 16, "", "load", "internal", NOW, NOW + 5, "", "", "engine-0", ""),
         "gpus": gpu_row(),
         "servers": server_row(),
-        "slots": slot_row(),
         "queues": queue_row(),
     }
     for kind, row in alone.items():
@@ -308,7 +327,7 @@ def test_columns_that_are_missing_or_null_read_as_nothing() -> None:
     for tables in (older, null):
         trace = build_trace(tables, choose_engine("pandas"))
         request, attempt = trace.requests.iloc[0], trace.attempts.iloc[0]
-        assert (request["tenant"], request["prompt"], request["is_stream"], request["error"]) == (-1, 0, 0, -1)
+        assert (request["tenant"], request["prompt"], request["error"]) == (-1, 0, -1)
         assert (attempt["engine"], attempt["is_continued"], attempt["slot"]) == (-1, 0, -1)
         assert math.isnan(request["ttft_s"])
         assert math.isnan(attempt["decode_s"])
