@@ -11,6 +11,7 @@ timers have (RFC 6298).
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -38,6 +39,9 @@ _SAME = 0.15
 _ODD = 0.5
 """How far apart an engine must be from the mean for its speed to decide where a short request goes."""
 _MEAN_WEIGHT, _DEVIATION_WEIGHT = 1 / 8, 1 / 4
+_MISSED_TURNS = 32
+"""An engine that had no reply while others had so many each is as unknown as a new one: a slow engine that is passed
+over for good could never show that it has recovered. While it has not, that costs one reply in a hundred or so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +104,13 @@ class _Line:
 class _Learner:
     """The readings of one engine, or of the whole model."""
 
-    __slots__ = ("count", "line", "overhead_s", "prefill_s", "prefill_tokens", "speed", "stands_out", "trust")
+    __slots__ = ("count", "last", "line", "overhead_s", "prefill_s", "prefill_tokens", "speed", "stands_out", "trust")
 
     def __init__(self, speed: Speed, trust: float) -> None:
         self.speed = speed
         self.trust = trust
         self.stands_out = False
-        self.count = 0
+        self.count = self.last = 0
         self.prefill_tokens = 0.0
         self.prefill_s = 0.0
         self.overhead_s: float | None = None
@@ -179,7 +183,7 @@ class Rates:
     def __init__(self, prior: Speed = _PRIOR, output_tokens: float = 256.0) -> None:
         self._prior = prior
         self._model = _Learner(prior, _MODEL_TRUST)
-        self._engines: dict[str, _Learner] = {}
+        self._engines: OrderedDict[str, _Learner] = OrderedDict()
         service_s = prior.prefill_s(512) + output_tokens * prior.decode_first_s
         self._service = _Mean(service_s, service_s / 2)
         self._output = _Mean(output_tokens, output_tokens / 2)
@@ -215,6 +219,16 @@ class Rates:
         self._tokens = self._tokens * _KEEP + timings.prompt_n + timings.predicted_n
         self._held_s = self._held_s * _KEEP + held_s
         self.requests += 1
+        own.last = self.requests
+        self._forget_one()
+
+    def _forget_one(self) -> None:
+        """Look whether one engine, each in its turn, has been passed over for too long."""
+        name, own = next(iter(self._engines.items()))
+        if self.requests - own.last > _MISSED_TURNS * len(self._engines):
+            self.forget(name)
+        else:
+            self._engines.move_to_end(name)
 
     def forget(self, engine: str) -> None:
         """The engine left, or is another one under the old name."""

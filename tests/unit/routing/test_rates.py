@@ -162,3 +162,18 @@ def test_replies_that_took_no_time_by_our_clock_tell_no_throughput():
     rates = Rates()
     rates.learn("a", reply(), busy=1, held_s=0.0)
     assert rates.throughput_tokens_s() == 0.0
+
+
+def test_an_engine_that_is_passed_over_for_long_gets_another_chance():
+    rates = Rates()
+    for _ in range(20):
+        rates.learn("quick", reply(), busy=1)
+        rates.learn("slow", reply(token_s=0.04), busy=1)
+    assert "slow" in rates.odd
+    assert rates.decode_s("slow", 1) > 2 * rates.decode_s("quick", 1)
+    for _ in range(70):
+        rates.learn("quick", reply(), busy=1)
+    assert "slow" not in rates.odd
+    assert rates.decode_s("slow", 1) == rates.decode_s("unknown", 1)
+    rates.learn("slow", reply(token_s=0.04), busy=1)
+    assert rates.decode_s("slow", 1) > 1.5 * rates.decode_s("quick", 1), "it is as slow as before and nobody noticed"

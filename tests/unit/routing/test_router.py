@@ -1,7 +1,7 @@
 import asyncio
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 
@@ -456,3 +456,23 @@ async def test_a_claims_bookkeeping_is_done_when_the_request_is_on_its_way():
     assert settled == []
     await asyncio.sleep(0)
     assert settled == ["a"]
+
+
+async def test_an_engine_that_was_slow_gets_its_share_again_once_it_has_recovered():
+    router = Router(8, 5.0)
+    router.update([engine(f"e{number}", slots=4) for number in range(4)])
+
+    async def serve(requests: int, slow: str) -> Counter[str]:
+        took: Counter[str] = Counter()
+        for _ in range(requests):
+            lease = await router.acquire(Ask(model="m", max_tokens=64))
+            took[lease.engine.name] += 1
+            factor = 3.0 if lease.engine.name == slow else 1.0
+            told = Timings(prompt_n=400, prompt_ms=200 * factor, predicted_n=64, predicted_ms=640 * factor)
+            router.release(lease, Served(timings=told, reply=b""))
+        return took
+
+    await serve(200, "e0")
+    assert (await serve(800, "e0"))["e0"] <= 40
+    await serve(800, "")
+    assert (await serve(400, ""))["e0"] >= 60
