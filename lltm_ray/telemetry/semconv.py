@@ -132,6 +132,7 @@ TOKENS_DRAFTED: Final = "lltm.tokens.drafted"
 TOKENS_ESTIMATED: Final = "lltm.tokens.estimated"
 TOKENS_GENERATED: Final = "lltm.tokens.generated"
 TOKENS_PREDICTED: Final = "lltm.tokens.predicted_cached"
+TIME_IN_GATEWAY: Final = "lltm.latency.time_in_gateway"
 WHY: Final = "lltm.routing.why"
 
 CHAT: Final = "chat"
@@ -214,7 +215,7 @@ ATTRIBUTES: Final = (
     *_rows("metrics", "required", "1.41", TOKEN_TYPE),
     *_rows("metrics", "required", "genai-dev", TOKEN_MODALITY),
     *_rows("request", "recommended", "1.41", HTTP_ROUTE, HTTP_STATUS),
-    *_rows("request", "recommended", "lltm", ATTEMPTS, TENANT, TOKENS_DELIVERED),
+    *_rows("request", "recommended", "lltm", ATTEMPTS, TENANT, TIME_IN_GATEWAY, TOKENS_DELIVERED),
     *_rows("route", "recommended", "lltm", POLICY, WHY, TOKENS_PREDICTED),
     *_rows("attempt route", "recommended", "lltm", ENGINE, ATTEMPT_NUMBER),
     *_rows("attempt", "recommended", "lltm", ATTEMPT_CONTINUED, ATTEMPT_OUTCOME, SLOT_ID, SERVER_PID),

@@ -116,6 +116,7 @@ class TelemetryService:
         spans += [self._spans.of_row(row) for row in self._others.get(request.trace_id, ())]
         shown = [_shown(span, request.arrived_unix_nano) for span in spans]
         row = {name: value if value == value else None for name, value in request._asdict().items()}  # noqa: PLR0124
+        del row["prefix"]  # for analytics alone
         return {"request": row, "joules": self._joules.of_request(request.span_id), "spans": shown}
 
     def metrics(self, *, is_open: bool = False) -> bytes:

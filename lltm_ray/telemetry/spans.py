@@ -179,12 +179,14 @@ class _Tree:
     def server(self, attempts: Sequence[AttemptRow], phases: Sequence[Phases]) -> Span:
         """The whole request."""
         row = self._request
+        below_s = sum(seconds(each.route) + seconds(each.client) for each in phases)
         of_request = {
             names.HTTP_ROUTE: row.route,
             names.REQUEST_ID: row.request_id,
             names.ATTEMPTS: sum(bool(each.engine) for each in attempts),
             names.LATENCY_E2E: row.total_s,
             names.LATENCY_QUEUE: sum(seconds(each.route) + seconds(each.queue) for each in phases),
+            names.TIME_IN_GATEWAY: max(0.0, row.total_s - below_s),
         }
         optional = (
             (names.REQUEST_MODEL, row.model_asked[:_MAX_CHARS] or row.model),

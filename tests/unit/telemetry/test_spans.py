@@ -81,6 +81,8 @@ def test_latencies_are_those_of_the_phases():
         assert spans[0].attributes[names.LATENCY_INFERENCE] == pytest.approx(prefill + decode)
         assert spans[0].attributes[names.LATENCY_TTFT] == 0.05
         assert spans[0].attributes[names.LATENCY_E2E] == 0.25
+        below_s = sum(map(lasted, (*named(spans, "route"), *named(spans, "client"))))
+        assert spans[0].attributes[names.TIME_IN_GATEWAY] == pytest.approx(0.25 - below_s, abs=1e-6)
 
 
 def test_phases_nobody_saw_are_counted_back_from_the_servers_own_times_and_say_so():
