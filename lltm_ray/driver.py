@@ -157,7 +157,7 @@ class Cluster:
         the fleet's analytics, which takes a few seconds; see `AnalyticsConfig`.
 
         Args:
-            window_s: None: all that analytics, or else telemetry, has in memory.
+            window_s: None: `analytics.window_s`. Where rows are kept of less, the report begins with the first one.
             until_unix_s: the window's end; None: the newest row that telemetry has.
 
         Raises:
@@ -176,7 +176,7 @@ class Cluster:
             after: likewise.
 
         Raises:
-            ConfigError: no request ended in one of them; else as `report`.
+            ConfigError: in one of them no request ended, or rows are kept of less than half of it; else as `report`.
         """
         return FleetAnalytics(self._fleet).compare(before, after)
 

@@ -1,8 +1,9 @@
 """A simulated fleet's telemetry, with or without a planted fault: what analytics is tested on.
 
 A discrete-event simulation, small but honest: engines with slots behind one gateway queue; each decode slows with busy
-slots and with what is before it, and crawls while a neighbour's prompt is read; each engine caches the conversations and system prompts it has
-served last. All that rows tell (times, tokens, counters, power, hashes of prompts) comes out of that one course.
+slots and with what is before it, and crawls while a neighbour's prompt is read; each engine caches the conversations
+and system prompts it has served last. All that rows tell (times, tokens, counters, power, hashes of prompts) comes out
+of that one course.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Plan:
     """Engines forget shared system prompts: each request that begins with one, and is no later turn, computes it."""
 
     long_talks: str = ""
-    """Engine that has all conversations that are 16,000 tokens long already, and no others; no fault of its own."""
+    """Engine that has all conversations that are 16,000 tokens long already, and no others: no fault. At most at 8
+    requests a second, or it forgets some."""
     lesser: str = ""
     """GPU of a slower product: its engines are `factor` slower from the start; no fault either."""
     late_share: float = 0.0

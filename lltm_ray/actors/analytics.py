@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # who only starts or asks the actor does without pandas
     from lltm_ray.analytics.compare import Comparison
     from lltm_ray.analytics.report import Report
     from lltm_ray.analytics.service import AnalyticsService
+    from lltm_ray.telemetry.store import Page
 
 log = logging.getLogger(__name__)
 
@@ -38,18 +39,24 @@ _PAGE_ROWS = 20_000
 _TELEMETRY_S = 30.0
 START_S = 60.0
 """To import cuDF and make its memory pool on a cold machine."""
+_MOST_ASKED = 2
+"""One question is at work, one waits for its turn: who has given up waiting must not leave a pile of work behind."""
 
 
 class AnalyticsActor:
-    """Named `lltm:<fleet>:analytics`. All work is done in one thread, so that the event loop always answers."""
+    """Named `lltm:<fleet>:analytics`.
+
+    Questions are worked on in one thread, rows and hints in another, so that a long report lets no hint expire.
+    """
 
     def __init__(self, fleet: str, config: AnalyticsConfig) -> None:
         self._fleet, self._config = fleet, config
         self._telemetry: Any | None = None
-        self._cursor = 0
+        self._cursor, self._is_level, self._asked = 0, False, 0
         self._service: AnalyticsService | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="analytics")
-        self._reading = asyncio.Lock()
+        self._questions = ThreadPoolExecutor(1, thread_name_prefix="questions")
+        self._reading, self._turn = asyncio.Lock(), asyncio.Lock()
         works = {"follow telemetry": self._follow} if config.enabled else {}
         works |= {"make hints": self._advise} if config.hints else {}
         self._tasks = [asyncio.create_task(keep_going(*each)) for each in works.items()]
@@ -67,19 +74,30 @@ class AnalyticsActor:
         """As `AnalyticsService.report`, over all that telemetry has by now.
 
         Raises:
-            FleetError: telemetry does not answer.
+            FleetError: telemetry does not answer; or one question is at work and another one waits.
         """
-        await self._catch_up()
-        return await self._do(lambda: self._ensure_service().report(window_s, until_unix_s))
+        return await self._answer(lambda service: service.report(window_s, until_unix_s))
 
     async def compare(self, before: tuple[float, float], after: tuple[float, float]) -> Comparison:
         """As `AnalyticsService.compare`; raises `FleetError` as `report`."""
-        await self._catch_up()
-        return await self._do(lambda: self._ensure_service().compare(before, after))
+        return await self._answer(lambda service: service.compare(before, after))
 
     async def status(self) -> dict[str, object]:
         """Engine, reason, rows kept."""
         return await self._do(lambda: self._ensure_service().status())
+
+    async def _answer(self, work: Callable[[AnalyticsService], _T]) -> _T:
+        if self._asked >= _MOST_ASKED:
+            why = f"analytics of fleet {self._fleet!r} is busy: one report is being made and another one waits"
+            raise FleetError(f"{why}; ask again later, or for a shorter window")
+        self._asked += 1
+        try:
+            async with self._turn:
+                await self._catch_up()
+                service = await self._do(self._ensure_service)
+                return await asyncio.get_running_loop().run_in_executor(self._questions, work, service)
+        finally:
+            self._asked -= 1
 
     def _ensure_service(self) -> AnalyticsService:
         if self._service is None:
@@ -114,24 +132,31 @@ class AnalyticsActor:
     async def _catch_up(self) -> None:
         """Read what telemetry has, page by page."""
         async with self._reading:
-            while True:
+            is_first, rows = True, _PAGE_ROWS
+            while rows >= _PAGE_ROWS:
                 page = await self._read()
-                rows = sum(table.num_rows for table in page.tables.values())
-                missed = page.missed_rows if self._cursor else 0  # what went before we looked is not of our window
-                self._cursor = page.cursor
-                await self._do(lambda tables, missed: self._ensure_service().add(tables, missed), page.tables, missed)
-                if rows < _PAGE_ROWS:
-                    return
+                # what went before we looked is not of our window; what a later page misses, the first one has counted
+                missed = page.missed_rows if self._is_level and is_first else 0
+                rows = await self._do(self._take, page, missed)
+                self._cursor, is_first = page.cursor, False
+            self._is_level = True
 
-    async def _read(self) -> Any:
-        from lltm_ray.analytics.service import KINDS
+    def _take(self, page: Page, missed_rows: int) -> int:
+        from lltm_ray.analytics.window import own
+
+        self._ensure_service().add(own(page.tables), missed_rows, is_gap=page.missed_rows > 0)
+        return sum(table.num_rows for table in page.tables.values())
+
+    async def _read(self) -> Page:
+        from lltm_ray.analytics.service import COLUMNS
 
         try:
             if self._telemetry is None:
                 self._telemetry = await asyncio.to_thread(ray.get_actor, names.telemetry(self._fleet), names.NAMESPACE)
             telemetry: Any = self._telemetry
             async with asyncio.timeout(_TELEMETRY_S):
-                return await telemetry.read_since.remote(self._cursor, KINDS, _PAGE_ROWS)
+                page: Page = await telemetry.read_since.remote(self._cursor, tuple(COLUMNS), _PAGE_ROWS, COLUMNS)
+                return page
         except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
             self._telemetry = None
             why = f"telemetry of fleet {self._fleet!r} does not answer ({type(error).__name__})"
@@ -153,11 +178,18 @@ def _make_engine(config: AnalyticsConfig) -> Any:
     return choose(config.engine, memory_bytes=memory_budget(total, total, config.gpu_share))
 
 
-def make_analytics(config: FleetConfig, *, detached: bool) -> Any:
-    """The actor; it may be pending for want of a GPU, see `wait_for_analytics`."""
+def make_analytics(config: FleetConfig, *, detached: bool, is_shared: bool = False) -> Any:
+    """The actor; it may be pending for want of a GPU, see `wait_for_analytics`.
+
+    Args:
+        config: the fleet's.
+        detached: it outlives the process that makes it.
+        is_shared: take one of this name that somebody else has made meanwhile. A fleet that starts must not: it would
+            be an earlier fleet's.
+    """
     settings = config.analytics
     place = {"num_gpus": settings.gpu_share} if settings.gpu_share else near()
-    own = options(detached=detached) | {"name": names.analytics(config.name), "get_if_exists": True} | place
+    own = options(detached=detached) | {"name": names.analytics(config.name), "get_if_exists": is_shared} | place
     return actor(AnalyticsActor).options(**own).remote(config.name, settings)
 
 
@@ -166,13 +198,18 @@ def wait_for_analytics(handle: Any, config: AnalyticsConfig) -> None:
 
     Raises:
         PlacementError: no GPU is free for it within `START_S`.
+        FleetError: it died, or it needs no GPU and has not started within `START_S`.
         ConfigError, MissingExtraError: as `AnalyticsActor.ready`.
     """
     try:
         ray.get(handle.ready.remote(), timeout=START_S)
+    except ray.exceptions.RayActorError as error:
+        raise FleetError(f"analytics died while it started: {type(error).__name__}") from None
     except ray.exceptions.GetTimeoutError:
+        if not config.gpu_share:
+            raise FleetError(f"analytics has not started within {START_S:g} s") from None
         free = ray.available_resources().get("GPU", 0.0)  # type: ignore[no-untyped-call]
-        raise PlacementError(f"{config.gpu_share:g} GPUs (analytics.gpu_share)", f"{free:g} of {START_S:g} s") from None
+        raise PlacementError(f"{config.gpu_share:g} GPUs (analytics.gpu_share)", f"{free:g}") from None
     except ray.exceptions.RayTaskError as error:
         raise cause_of(error) from None
 

@@ -75,7 +75,7 @@ def end_leftovers(fleet: str) -> None:
     for name in engine_names(fleet):
         log.warning("ending %s, which an earlier fleet %r left", name, fleet)
         end_engine(fleet, name)
-    for name in (names.controller(fleet), names.telemetry(fleet)):
+    for name in (names.controller(fleet), names.telemetry(fleet), names.analytics(fleet)):
         handle = find(name)
         if handle is not None:
             ray.kill(handle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -76,9 +76,18 @@ class FleetTelemetry:
         text: bytes = self._ask("metrics", is_open=is_open)
         return text.decode()
 
-    def read_since(self, cursor: int = 0, kinds: Sequence[str] | None = None, limit: int = 10_000) -> Page:
-        """Rows that came at or after a cursor, as Arrow tables by kind; `Page.cursor` is where to go on."""
-        page: Page = self._ask("read_since", cursor, kinds, limit)
+    def read_since(
+        self,
+        cursor: int = 0,
+        kinds: Sequence[str] | None = None,
+        limit: int = 10_000,
+        columns: Mapping[str, Collection[str]] | None = None,
+    ) -> Page:
+        """Rows that came at or after a cursor, as Arrow tables by kind; `Page.cursor` is where to go on.
+
+        `columns`: kind -> those that are wanted of it; None: all.
+        """
+        page: Page = self._ask("read_since", cursor, kinds, limit, columns)
         return page
 
     def summary(self, by: Sequence[str] = ("model",), *, window_s: float | None = None) -> Any:
@@ -95,11 +104,11 @@ class FleetTelemetry:
         until_unix_s = None if window_s is None else time.time()
         return summarize(self.tables("requests", "attempts"), by=by, window_s=window_s, until_unix_s=until_unix_s)
 
-    def tables(self, *kinds: str) -> dict[str, pa.Table]:
-        """All rows of these kinds that are in memory, in the order they came."""
-        pages = [self.read_since(0, kinds, _PAGE_ROWS)]
+    def tables(self, *kinds: str, columns: Mapping[str, Collection[str]] | None = None) -> dict[str, pa.Table]:
+        """All rows of these kinds that are in memory, in the order they came; `columns` as in `read_since`."""
+        pages = [self.read_since(0, kinds, _PAGE_ROWS, columns)]
         while any(table.num_rows for table in pages[-1].tables.values()):
-            pages.append(self.read_since(pages[-1].cursor, kinds, _PAGE_ROWS))
+            pages.append(self.read_since(pages[-1].cursor, kinds, _PAGE_ROWS, columns))
         return {kind: pa.concat_tables([page.tables[kind] for page in pages]) for kind in kinds}
 
     def _ask(self, method: str, *args: Any, **options: Any) -> Any:
@@ -137,16 +146,44 @@ class FleetAnalytics:
         name = fleet.config.name
         if fleet.telemetry is None:
             raise FleetError(f"telemetry of fleet {name!r} is off: start it with telemetry.enabled = true")
-        if fleet.analytics is None:
-            fleet.analytics = find_analytics(name) or make_analytics(fleet.config, detached=False)
-            wait_for_analytics(fleet.analytics, fleet.config.analytics)
         try:
-            return ray.get(getattr(fleet.analytics, method).remote(*args), timeout=_REPORT_S)
+            return self._call(method, *args)
+        except ray.exceptions.RayActorError:  # it has ended, for one with the driver that had made it
+            self._let_go()
+        try:
+            return self._call(method, *args)
+        except ray.exceptions.RayActorError as error:
+            raise FleetError(f"analytics of fleet {name!r} does not answer: {type(error).__name__}") from None
+
+    def _call(self, method: str, *args: Any) -> Any:
+        try:
+            return ray.get(getattr(self._reach(), method).remote(*args), timeout=_REPORT_S)
         except ray.exceptions.RayTaskError as error:
             raise cause_of(error) from None
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
-            fleet.analytics = None
-            raise FleetError(f"analytics of fleet {name!r} does not answer: {type(error).__name__}") from None
+        except ray.exceptions.GetTimeoutError:
+            why = f"analytics of fleet {self._fleet.config.name!r} has not answered within {_REPORT_S:g} s"
+            raise FleetError(f"{why} and is still at work; ask later, or for a shorter window") from None
+
+    def _reach(self) -> Any:
+        """The running one, or one that is made now; after an error there is none that was made here."""
+        fleet = self._fleet
+        if fleet.analytics is None:
+            found = find_analytics(fleet.config.name)
+            handle = found or make_analytics(fleet.config, detached=False, is_shared=True)
+            try:
+                wait_for_analytics(handle, fleet.config.analytics)
+            except BaseException:
+                if found is None:
+                    ray.kill(handle)  # it would go on waiting for a GPU
+                raise
+            fleet.analytics = handle
+        return fleet.analytics
+
+    def _let_go(self) -> None:
+        """Forget an actor that is gone; of one that Ray restarts our handle stays, with which it would end."""
+        mine, found = self._fleet.analytics, find_analytics(self._fleet.config.name)
+        if mine != found:
+            self._fleet.analytics = found
 
 
 class WatchedCalls(Calls):

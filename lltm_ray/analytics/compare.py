@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from lltm_ray.analytics import units
+from lltm_ray.analytics.blame import DEADLINE, LOAD, OURS, error_kinds
 from lltm_ray.analytics.bootstrap import SLICES, Draws, cliffs_delta, distance, draw_quantile, draw_slices, draw_whole
 from lltm_ray.analytics.columns import NONE, Floats, Ints
 from lltm_ray.analytics.frames import Frame
@@ -22,12 +23,12 @@ from lltm_ray.analytics.trace import Trace, nanos
 from lltm_ray.errors import ConfigError
 
 BETTER, WORSE, NO_DIFFERENCE, NOT_MEASURED = "better", "worse", "no difference shown", "not measured"
+MORE, LESS = "more", "less"
+"""Of figures that arrivals decide, and no setting: neither is better."""
 _SEED = 20_240_229
 """The same windows shall give the same answer."""
 _DIGITS = 9
 """Of seconds: what is less than a nanosecond is no difference, but rounding."""
-_GONE = "client_gone"
-"""The error of a request whose client left; no failure of ours."""
 _COLUMNS = (
     *("engine", "error", "is_generating", "ended_s", "total_s", "ttft_s", "queue_s", "prefill_s", "decode_s"),
     *("cached", "prompt", "generated"),
@@ -70,7 +71,7 @@ class Row:
     count_before: int
     count_after: int
     verdict: str
-    """`better`, `worse`, `no difference shown`, or `not measured`."""
+    """`better`, `worse`, `more`, `less`, `no difference shown`, or `not measured`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +117,8 @@ class Comparison:
 def compare(before: Trace, after: Trace, *, confidence: float = 0.95) -> Comparison:
     """What is different between two windows.
 
-    Times, tokens and paces are those of requests and attempts without an error. At a confidence of 0.95, one row of
+    Times, tokens and paces are those of requests and attempts without an error. Errors are the fleet's own and
+    requests whose time was up; `refused` are those for which there was no slot. At a confidence of 0.95, one row of
     twenty shows a difference by chance alone.
 
     Args:
@@ -198,8 +200,8 @@ class _Window:
             weights = self.requests[name].astype(np.float64)
             return np.bincount(self.requests["slice"], weights, SLICES).astype(np.float64)
 
-        if metric == "errors":
-            return total("failed"), total("one")
+        if metric in ("errors", "refused"):
+            return total(metric), total("one")
         if metric == "reuse":
             return total("cached"), total("prompt")
         if metric == "energy a token":
@@ -209,14 +211,15 @@ class _Window:
 
 def _of_requests(trace: Trace, length_s: float) -> Mapping[str, Any]:
     frame = _host(trace, trace.requests)
-    gone = trace.names.error.index(_GONE) if _GONE in trace.names.error else NONE
+    whose = np.array([*error_kinds(trace.names), NONE])[frame["error"]]
     fine = np.where(frame["error"] < 0, 1.0, math.nan)
     generating = np.where(frame["is_generating"] > 0, fine, math.nan)
     return {
         **{name: frame[name] for name in ("engine", "cached", "prompt", "generated")},
         "slice": _slices(frame["ended_s"], length_s),
         "one": np.ones(len(fine)),
-        "failed": (frame["error"] >= 0) & (frame["error"] != gone),
+        "errors": (whose == OURS) | (whose == DEADLINE),
+        "refused": whose == LOAD,
         "latency": (frame["total_s"] * fine).round(_DIGITS),
         "TTFT": (frame["ttft_s"] * fine).round(_DIGITS),
         "wait": (frame["queue_s"] * fine).round(_DIGITS),
@@ -264,8 +267,9 @@ def _joules(trace: Trace) -> Floats | None:
 # --- rows
 
 _SAMPLES = ("latency", "TTFT", "wait", "prefill", "decode a token")
-_WHOLES = {"errors": "ratio", "reuse": "ratio", "tokens": "/s", "requests": "/s", "energy a token": "J"}
-_MORE_IS_BETTER = frozenset({"reuse", "tokens", "requests"})
+_RATIOS, _RATES = ("errors", "refused", "reuse"), ("tokens", "requests")
+_WHOLES = dict.fromkeys(_RATIOS, "ratio") | dict.fromkeys(_RATES, "/s") | {"energy a token": "J"}
+_MORE_IS_BETTER = frozenset({"reuse"})
 _QUANTILES = {"median": 0.5, "p95": 0.95}
 
 
@@ -302,12 +306,11 @@ class _Maker:
             ratios = np.where(ones > 0, others / ones, math.nan)
         low, high = self._interval(others - ones)
         ratio_low, ratio_high = self._interval(ratios)
-        is_more, is_less = low > 0, high < 0
         verdict = NO_DIFFERENCE
         if math.isnan(one + other) or min(told["count_before"], told["count_after"]) < LEAST:
             verdict = NOT_MEASURED
-        elif is_more or is_less:
-            verdict = BETTER if is_more == (told["metric"] in _MORE_IS_BETTER) else WORSE
+        elif low > 0 or high < 0:
+            verdict = _verdict(told["metric"], is_more=low > 0)
         return Row(
             **told,
             before=one,
@@ -325,6 +328,12 @@ class _Maker:
         known = draws[~np.isnan(draws)]
         low, high = np.quantile(known, self._ends) if len(known) else (math.nan, math.nan)
         return float(low), float(high)
+
+
+def _verdict(metric: str, *, is_more: bool) -> str:
+    if metric in _RATES:
+        return MORE if is_more else LESS
+    return BETTER if is_more == (metric in _MORE_IS_BETTER) else WORSE
 
 
 # --- the work itself
@@ -361,7 +370,7 @@ def _lines(found: Comparison) -> Iterator[str]:
         yield ""
     sure = f"{found.confidence * 100:g} %"
     yield f"{'':<12}{'':<16}{'':<8}{'before':>10}{'after':>10}  {'ratio, ' + sure:<24}{'effect':>7}  verdict"
-    shown = [row for row in found.rows if not row.scope or row.verdict in (BETTER, WORSE)]
+    shown = [row for row in found.rows if not row.scope or row.verdict not in (NO_DIFFERENCE, NOT_MEASURED)]
     yield from map(_line, shown)
     by_chance = len(found.rows) * (1 - found.confidence)
     yield ""

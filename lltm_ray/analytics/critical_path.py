@@ -14,6 +14,7 @@ from typing import Any
 from lltm_ray.analytics.answer import Answer, Finding, rows, table
 from lltm_ray.analytics.frames import Array, Frame
 from lltm_ray.analytics.trace import ATTEMPT, QUEUE, REQUEST, ROUTE, Trace
+from lltm_ray.analytics.turned_away import REFUSED
 from lltm_ray.analytics.units import count, percent, seconds
 
 NAME = "critical path"
@@ -261,13 +262,16 @@ def _slack(trace: Trace, walked: Frame) -> Any:
 
 
 def _waits(trace: Trace, parts: Frame) -> dict[str, float]:
-    """How long requests waited for slots; those that did not at all count too."""
-    xp, requests = trace.engine.xp, len(trace.requests)
-    waiting = parts[parts["name"].isin([ROUTE, QUEUE])]
-    r, own = trace.engine.array(waiting["r"]), trace.engine.array(waiting["own_s"])
-    waits = xp.bincount(r, weights=own, minlength=requests) if len(r) else xp.zeros(requests)
+    """How long requests waited for slots; those that did not at all count too, those that were refused do not."""
+    xp, column = trace.engine.xp, trace.engine.array
+    is_served = column(trace.requests["status"]) != REFUSED
+    r, name, own = (column(parts[each]) for each in ("r", "name", "own_s"))
+    own = own * is_served[r]
+    waited = own * ((name == ROUTE) | (name == QUEUE))
+    every = xp.bincount(r, weights=waited, minlength=len(is_served)) if len(r) else xp.zeros(len(is_served))
+    waits, requests = every[is_served], int(is_served.sum())
     p50, p95 = (float(xp.percentile(waits, q)) if requests else 0.0 for q in (50, 95))
-    wait_s, path_s = float(own.sum()), float(parts["own_s"].sum())
+    wait_s, path_s = float(waited.sum()), float(own.sum())
     return {
         "requests": float(requests),
         "path_s": path_s,

@@ -227,8 +227,10 @@ def _cascades(trace: Trace, begun: Frame, classes: list[int]) -> Any:
         after_s = float(near.min()) - row.end_s if len(near) else float("nan")
         told = (len(near), part * len(errors), (len(errors) * part * (1 - part)) ** 0.5, after_s)
         found.append((trace.names.of("engine", row.engine), *told, usual_s, now_s, delay_s, len(during)))
-    columns = ("engine", "errors_elsewhere", "chance_elsewhere", "spread_elsewhere", "after_s", "wait_before_s")
-    columns += ("wait_during_s", "delay_s", "requests")
+    columns = (
+        *("engine", "errors_elsewhere", "chance_elsewhere", "spread_elsewhere", "after_s"),
+        *("wait_before_s", "wait_during_s", "delay_s", "requests"),
+    )
     return table(dict(zip(columns, zip(*found, strict=True) if found else ((),) * len(columns), strict=True)))
 
 

@@ -8,14 +8,16 @@ regression for each engine finds the ratio. Prefills that run at once answer for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
 from lltm_ray.analytics.fit import fit_groups
 from lltm_ray.analytics.frames import Array, Frame
+from lltm_ray.analytics.occupancy import read_held
 from lltm_ray.analytics.overlaps import Intervals, Timeline, count_overlaps
+from lltm_ray.analytics.readings import sums
 from lltm_ray.analytics.trace import Trace
 
 NAME = "interference"
@@ -25,14 +27,19 @@ LONG_PREFILL_STEPS = 50
 """One of fewer tokens is long, too, if it took as long as so many tokens of a reply."""
 _LEAST_TOKENS = 8
 """Of a reply that a pace is read from: what a shorter one took is mostly its start."""
-_CLEAR = 4.0
-"""Standard errors below which an engine's ratio is taken for none."""
+_CLEAR, _LEAST_RATIO = 4.0, 1e-3
+"""Standard errors, and ratio, below which an engine's ratio is taken for none."""
+_LEAST_STALLED_S = 1e-3
+"""Of a prefill, or of an answer: less is rounding."""
 _TOP_AGGRESSORS, _TOP_TENANTS = 50, 5
 
 LEAST_SHARE = 0.05
 """Of the decode seconds of its engines that a tenant must have stalled: less is what any mixed load has."""
-LEAST_CONCENTRATION = 2.0
-"""A tenant's part of all stalled seconds over its part of all requests: below it, it is the load, and no tenant."""
+LEAST_CONCENTRATION = 3.0
+"""Odds that a stalled second is a tenant's over the odds that a request is: below it, it is the load, and no tenant. Of
+a tenant with a tenth of the requests this asks for a quarter of the seconds, of one with half of them for three."""
+MOST_OF = 0.5
+"""A tenant's part of all stalled seconds from which it is named where the load is blamed."""
 LEAST_SHARE_OF_ALL = 0.2
 """Of all decode seconds, before the load as a whole is worth a word."""
 LEAST_SIGMA = 4.0
@@ -42,6 +49,20 @@ _ADVICE = (
     "Lower engine.n_batch (to engine.n_ubatch), so that replies get a token in between more often, or give long "
     "prompts engines of their own: another [[models]] entry of the same model under its own served_name"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Decodes, prefills and busy slots, beside each other."""
+
+    own: Timeline
+    """By engine."""
+    shared: Timeline
+    """By GPU, without busy slots."""
+    lost: Intervals
+    """Decodes, by engine."""
+    on_gpu: Intervals
+    """The same, by GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +78,7 @@ class Stalls:
     """engine, gpu; reach: a number that engines share whose prefills are felt by each other's decodes; beside_ratio,
     elsewhere_ratio: stalled seconds in each of those seconds, 0 where that is not clear; beside_error, elsewhere_error:
     their standard errors."""
+    lines: Lines
 
 
 def analyze(trace: Trace) -> Answer:
@@ -71,7 +93,7 @@ def analyze(trace: Trace) -> Answer:
         "share": stalled_s / (decode_s or 1.0),
         "long_prefills": float(len(stalls.prefills)),
     }
-    tables = {"engines": engines, "aggressors": _aggressors(trace, stalls), "tenants": _tenants(trace, stalls, engines)}
+    tables = {"engines": engines, "aggressors": _aggressors(trace, stalls), "tenants": _tenants(trace, stalls)}
     return Answer(tables, figures)
 
 
@@ -93,14 +115,14 @@ def find_stalls(trace: Trace) -> Stalls:
     xp, column, make = trace.engine.xp, trace.engine.array, trace.engine.frame
     decodes, prefills = _decodes(trace), _prefills(trace)
     lost, took = _intervals(trace, decodes), _intervals(trace, prefills)
-    own = Timeline(xp, {"decode": lost, "prefill": took, "busy": _busy(trace)})
+    held = read_held(trace)
+    own = Timeline(xp, {"decode": lost, "prefill": took, "busy": (held.engine, held.slot, held.ended)})
     gpus = _gpus(trace)
     on_gpu, took_gpu = (gpus[lost[0]], *lost[1:]), (gpus[took[0]], *took[1:])
     shared = Timeline(xp, {"decode": on_gpu, "prefill": took_gpu})
-    running = own.level("prefill")
+    lines, running = Lines(own, shared, lost, on_gpu), own.level("prefill")
     beside = own.within((running > 0) * 1.0, *lost)
-    elsewhere = shared.within(shared.level("prefill"), *on_gpu) - own.within(running, *lost)
-    elsewhere = xp.where(elsewhere > 1e-6, elsewhere, 0.0)  # less is rounding
+    elsewhere = _elsewhere(xp, lines)
     ratio, error = _ratios(trace, decodes, lost, (own, beside, elsewhere))
     by_beside, by_elsewhere = ratio[:, 0][lost[0]], ratio[:, 1][lost[0]]
     took_s = own.within(own.level("decode", by_beside) * (running > 0) / xp.maximum(running, 1.0), *took)
@@ -116,7 +138,15 @@ def find_stalls(trace: Trace) -> Stalls:
         make(_columns(trace, decodes, lost) | {"reach": reach[lost[0]]} | seconds | {"stalled_s": lost_s}),
         make(_columns(trace, prefills, took) | {"reach": reach[took[0]]} | told),
         make({"engine": xp.arange(len(gpus)), "gpu": _real(trace, gpus), "reach": reach} | ratios | errors),
+        lines,
     )
+
+
+def _elsewhere(xp: Any, lines: Lines, weight: Array | None = None) -> Array:
+    """Seconds of each decode with prefills on other engines of its GPU, added up, or the sum of their weights."""
+    wide = lines.shared.within(lines.shared.level("prefill", weight), *lines.on_gpu)
+    found = wide - lines.own.within(lines.own.level("prefill", weight), *lines.lost)
+    return xp.where(found > 1e-6, found, 0.0)  # less is rounding
 
 
 def _ratios(
@@ -127,11 +157,11 @@ def _ratios(
     engine, start, end = lost
     own, beside, elsewhere = seconds
     generated = trace.engine.array(decodes["generated"]) * 1.0
-    busy = own.within(own.level("busy"), *lost) / xp.maximum(end - start, 1e-9)
+    busy = own.mean(own.level("busy"), *lost)
     terms = (generated, generated * xp.maximum(busy - 1.0, 0.0), beside, elsewhere)
     fit = fit_groups(xp, engine, len(trace.names.engine), terms, end - start, 1.0 / xp.maximum(generated, 1.0))
     ratio, error = xp.minimum(xp.maximum(fit.terms[:, 2:], 0.0), 1.0), fit.errors[:, 2:]
-    return xp.where(ratio > _CLEAR * error, ratio, 0.0), error
+    return xp.where(ratio > xp.maximum(_CLEAR * error, _LEAST_RATIO), ratio, 0.0), error
 
 
 def _decodes(trace: Trace) -> Frame:
@@ -152,15 +182,6 @@ def _prefills(trace: Trace) -> Frame:
     keep = is_long & (each["engine"] >= 0) & (each["prefill_s"] > 0) & each["first_s"].notna()
     found = each[["r", "engine", "headers_s", "first_s", "computed"]][keep]
     return found.rename(columns={"headers_s": "start_s", "first_s": "end_s"}).reset_index(drop=True)
-
-
-def _busy(trace: Trace) -> Intervals:
-    """Slots in use."""
-    each = trace.attempts
-    held = each[["engine", "headers_s", "ended_s"]][(each["engine"] >= 0) & each["headers_s"].notna()]
-    column = trace.engine.array
-    start, end = column(held["headers_s"]), column(held["ended_s"])
-    return column(held["engine"]), start, trace.engine.xp.maximum(start, end)
 
 
 def _intervals(trace: Trace, frame: Frame, group: str = "engine") -> Intervals:
@@ -199,8 +220,8 @@ def _real(trace: Trace, gpus: Array) -> Array:
 def _by_engine(trace: Trace, stalls: Stalls) -> Any:
     host = trace.engine.host
     each = stalls.decodes.assign(decode_s=stalls.decodes["end_s"] - stalls.decodes["start_s"])
-    sums = dict.fromkeys(("stalled_s", "decode_s", "beside_s", "elsewhere_s"), "sum")
-    found = host(each.groupby("engine", sort=True).agg(sums).reset_index())
+    totals = dict.fromkeys(("stalled_s", "decode_s", "beside_s", "elsewhere_s"), "sum")
+    found = host(each.groupby("engine", sort=True).agg(totals).reset_index())
     found = found.merge(host(stalls.engines), on="engine", how="inner")
     error_s = found["beside_error"] * found["beside_s"] + found["elsewhere_error"] * found["elsewhere_s"]
     return table(
@@ -220,7 +241,9 @@ def _by_engine(trace: Trace, stalls: Stalls) -> Any:
 
 
 def _aggressors(trace: Trace, stalls: Stalls) -> Any:
-    top = stalls.prefills[stalls.prefills["stalled_s"] > 0].sort_values(["stalled_s", "r"], ascending=[False, True])
+    top = stalls.prefills[stalls.prefills["stalled_s"] >= _LEAST_STALLED_S].sort_values(
+        ["stalled_s", "r"], ascending=[False, True]
+    )
     top = top.head(_TOP_AGGRESSORS).reset_index(drop=True)
     xp, host, each = trace.engine.xp, trace.engine.host, stalls.decodes
     victims = count_overlaps(xp, _intervals(trace, top, "reach"), _intervals(trace, each, "reach"))
@@ -230,7 +253,7 @@ def _aggressors(trace: Trace, stalls: Stalls) -> Any:
     return table(
         {
             "trace_id": list(ids),
-            "request_id": [trace.request_ids[int(r)].as_py() for r in found["r"]],
+            "request_id": [trace.request_id(r) for r in found["r"]],
             "tenant": trace.names.decode("tenant", found["tenant"]),
             "engine": trace.names.decode("engine", found["engine"]),
             "prefill_tokens": found["computed"].to_numpy(),
@@ -242,55 +265,75 @@ def _aggressors(trace: Trace, stalls: Stalls) -> Any:
     )
 
 
-def _tenants(trace: Trace, stalls: Stalls, engines: Any) -> Any:
-    """The worst few, with what `judge` weighs."""
-    host, requests = trace.engine.host, trace.requests[["r", "tenant"]]
-    took = stalls.prefills[stalls.prefills["stalled_s"] > 0].merge(requests, on="r", how="inner")
-    sums = took.groupby("tenant", sort=True).agg({"stalled_s": "sum", "r": "count"}).reset_index()
-    worst = host(sums.sort_values(["stalled_s", "tenant"], ascending=[False, True]).head(_TOP_TENANTS))
+def _tenants(trace: Trace, stalls: Stalls) -> Any:
+    """The worst few by all that their prefills stalled, with what `judge` weighs.
+
+    `stalled_s`, `share`, `error_s`, `engines` and `victims` are about answers of others alone; `stalled_part` is the
+    tenant's part of all stalled seconds, `request_part` that of all requests.
+    """
+    host, column, requests = trace.engine.host, trace.engine.array, trace.requests[["r", "tenant"]]
+    took = stalls.prefills[stalls.prefills["stalled_s"] >= _LEAST_STALLED_S].merge(requests, on="r", how="inner")
+    totals = took.groupby("tenant", sort=True).agg({"stalled_s": "sum", "r": "count"}).reset_index()
+    worst = host(totals.sort_values(["stalled_s", "tenant"], ascending=[False, True]).head(_TOP_TENANTS))
     tokens = host(trace.engine.quantiles(took, ["tenant"], "computed", [0.5]))
     asked = host(requests.groupby("tenant", sort=True).agg({"r": "count"}).reset_index())
     tokens_of, asked_of = _dict(tokens, "tenant", "q50"), _dict(asked, "tenant", "r")
-    parts = host(took.groupby(["tenant", "reach"], sort=True).agg({"stalled_s": "sum"}).reset_index())
     codes = worst["tenant"].tolist()
-    found = [_tenant(_dict(parts[parts["tenant"] == code], "reach", "stalled_s"), engines) for code in codes]
-    shown = [_shown(trace, stalls.decodes, took[took["tenant"] == code]) for code in codes]
+    whose = column(requests["tenant"])
+    of = tuple(whose[column(frame["r"])] for frame in (stalls.decodes, stalls.prefills))
+    found = [_tenant(trace, stalls, of, code) for code in codes]
     whole = float(took["stalled_s"].sum()) or 1.0
     return table(
         {
             "tenant": trace.names.decode("tenant", codes),
-            "stalled_s": worst["stalled_s"].to_numpy(),
             "requests": worst["r"].to_numpy(),
-            **{name: [each[name] for each in found] for name in ("share", "error_s", "engines")},
-            "victims": [victims for victims, _ in shown],
+            **{name: [each[name] for each in found] for name in _OTHERS},
             "tokens_p50": [tokens_of[code] for code in codes],
             "stalled_part": worst["stalled_s"].to_numpy() / whole,
             "request_part": [asked_of[code] / len(requests) for code in codes],
-            "evidence": [evidence for _, evidence in shown],
+            "evidence": [_evidence(trace, took[took["tenant"] == code]) for code in codes],
         }
     )
+
+
+_OTHERS = ("stalled_s", "share", "error_s", "engines", "victims")
 
 
 def _dict(frame: Any, key: str, value: str) -> dict[int, Any]:
     return dict(zip(frame[key].tolist(), frame[value].tolist(), strict=True))
 
 
-def _tenant(stalled: Mapping[int, float], engines: Any) -> dict[str, Any]:
-    """What one tenant stalled on engines within reach: its share of their decode time, and its error."""
-    hit = engines[engines["reach"].isin(list(stalled)) & (engines["stalled_s"] > 0)]
-    taken_s = sum(stalled.values())
+def _tenant(trace: Trace, stalls: Stalls, of: tuple[Array, ...], code: int) -> dict[str, Any]:
+    """What one tenant's prefills stalled of others' decodes; its share of the decode time of these, and its error."""
+    xp, column, lines = trace.engine.xp, trace.engine.array, stalls.lines
+    decodes, mine = of[0], (of[1] == code) * 1.0
+    engine, start, end = lines.lost
+    own = lines.own
+    beside = own.within(own.level("prefill", mine) / xp.maximum(own.level("prefill"), 1.0), *lines.lost)
+    seconds = {"beside": beside, "elsewhere": _elsewhere(xp, lines, mine)}
+    stalled, error = (
+        sum(column(stalls.engines[f"{name}_{what}"])[engine] * each for name, each in seconds.items())
+        for what in ("ratio", "error")
+    )
+    is_hit, engines = (decodes != code) & (stalled >= _LEAST_STALLED_S), len(trace.names.engine)
+    by_engine = sums(xp, engine, xp.where(is_hit, stalled, 0.0), engines)
+    is_there = (decodes != code) & (by_engine > 0)[engine]
+    stalled_s, decode_s = float(by_engine.sum()), float(((end - start) * is_there).sum())
+    told = trace.engine.host(trace.engine.frame({"engine": xp.arange(engines), "stalled_s": by_engine}))
+    told = told[told["stalled_s"] > 0].sort_values(["stalled_s", "engine"], ascending=[False, True])
     return {
-        "share": taken_s / (float(hit["decode_s"].sum()) or 1.0),
-        "error_s": taken_s * float(hit["error_s"].sum()) / (float(hit["stalled_s"].sum()) or 1.0),
-        "engines": tuple(hit.sort_values(["stalled_s", "engine"], ascending=[False, True])["engine"]),
+        "stalled_s": stalled_s,
+        "share": stalled_s / (decode_s or 1.0),
+        "error_s": float((error * is_hit).sum()),
+        "engines": tuple(trace.names.decode("engine", told["engine"])),
+        "victims": int(is_hit.sum()),
     }
 
 
-def _shown(trace: Trace, decodes: Frame, took: Frame) -> tuple[int, tuple[str, ...]]:
-    """How many decodes a tenant's prefills met, and the requests with the worst of these."""
-    met = count_overlaps(trace.engine.xp, _intervals(trace, decodes, "reach"), _intervals(trace, took, "reach"))
+def _evidence(trace: Trace, took: Frame) -> tuple[str, ...]:
+    """The prefills that stalled most."""
     worst = took.sort_values(["stalled_s", "r"], ascending=[False, True]).head(MOST_EVIDENCE)
-    return int((met > 0).sum()), trace.evidence(trace.engine.host(worst)["r"])
+    return trace.evidence(trace.engine.host(worst)["r"])
 
 
 # --- findings
@@ -299,10 +342,14 @@ def _shown(trace: Trace, decodes: Frame, took: Frame) -> tuple[int, tuple[str, .
 def _is_aggressor(row: Any) -> bool:
     return bool(
         row.share >= LEAST_SHARE
-        and row.stalled_part >= LEAST_CONCENTRATION * row.request_part
+        and _odds(row.stalled_part) >= LEAST_CONCENTRATION * _odds(row.request_part)
         and row.stalled_s >= max(LEAST_SECONDS, LEAST_SIGMA * row.error_s)
         and row.victims >= LEAST_VICTIMS
     )
+
+
+def _odds(part: float) -> float:
+    return part / max(1.0 - part, 1e-9)
 
 
 def _of_tenant(row: Any) -> Finding:
@@ -326,12 +373,23 @@ def _of_all(answer: Answer) -> Finding:
         kind="interference",
         subject="long prefills",
         text=f"{figures['long_prefills']:,.0f} long prefills held up other answers on {_several(engines)} for "
-        f"{figures['stalled_s']:,.0f} s in all ({figures['share']:.0%} of the decode time); no one tenant sends them",
+        f"{figures['stalled_s']:,.0f} s in all ({figures['share']:.0%} of the decode time); {_whose(answer)}",
         advice=f"{_ADVICE}; or add engines (--engines).",
         impact_s=figures["stalled_s"],
         figures=dict(figures),
         evidence=tuple(worst["trace_id"][:MOST_EVIDENCE]),
     )
+
+
+def _whose(answer: Answer) -> str:
+    tenants = list(rows(answer.tables["tenants"]))
+    if not any(row.tenant for row in tenants):
+        return "requests name no tenant"
+    worst = tenants[0]
+    if worst.stalled_part < MOST_OF:
+        return "no one tenant sends them"
+    who = f"tenant {worst.tenant} sends" if worst.tenant else "requests without a tenant bring"
+    return f"{who} {worst.stalled_part:.0%} of that, and {worst.request_part:.0%} of all requests"
 
 
 def _several(names: Sequence[str], most: int = 4) -> str:

@@ -27,10 +27,10 @@ from lltm_ray.analytics.occupancy import (
 )
 from lltm_ray.analytics.readings import sums
 from lltm_ray.analytics.trace import Trace
+from lltm_ray.analytics.turned_away import REFUSED, models_of
 from lltm_ray.analytics.units import count, digits, percent, seconds
 
 NAME = "queueing"
-_TOO_MANY = 429
 TARGET_HEADROOM = 0.3
 """What is advised: 30 % more may come before requests wait for each other, or about one engine of four may fail."""
 
@@ -53,7 +53,8 @@ _ENGINES = (
 )
 _MODELS = (
     *("model", "engines", "slots", "arrivals_per_s", "service_s", "capacity_per_s", "utilization", "knee_per_s"),
-    *("headroom_ratio", "wait_s", "expected_wait_s", "wait_p95_s", "waiting", "requests", "rejected", "evidence"),
+    *("headroom_ratio", "wait_s", "expected_wait_s", "wait_p95_s", "waiting", "requests", "rejected", "waited"),
+    "evidence",
 )
 
 
@@ -67,7 +68,9 @@ def analyze(trace: Trace) -> Answer:
     of when they were taken. `expected_wait_s`: see `expected_wait`.
 
     Models: `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; `headroom_ratio`
-    knee_per_s / arrivals_per_s - 1; `waiting` requests on average; waits are from a request's arrival to its slots.
+    knee_per_s / arrivals_per_s - 1; `waiting` requests on average; `requests` are all that came, `rejected` those that
+    were refused, as rows or gateways tell, `waited` the others in the rows; waits are from a request's arrival to its
+    slots.
     """
     held, engines = read_held(trace), read_engines(trace)
     return Answer(
@@ -137,12 +140,18 @@ def _table_of_models(trace: Trace, held: Held, engines: Engines) -> Any:
             "wait_p95_s": wait.p95_s,
             "evidence": wait.evidence,
             "waiting": queue.waiting,
-            "requests": int(row.requests),
-            "rejected": int(max(queue.rejected, row.refused)),
+            "requests": int(row.requests + _unnamed(row, queue)),
+            "rejected": int(row.refused + _unnamed(row, queue)),
+            "waited": int(row.requests - row.refused),
         }
         for name in _MODELS:
             told[name].append(one[name])
     return table(told)
+
+
+def _unnamed(row: Any, queue: _Queue) -> float:
+    """Requests that the gateways refused of which no row names the model."""
+    return max(queue.rejected - float(row.refused), 0.0)
 
 
 def _flow(row: Any, queue: _Queue, length_s: float, engines: Engines, model: int) -> dict[str, Any]:
@@ -153,7 +162,7 @@ def _flow(row: Any, queue: _Queue, length_s: float, engines: Engines, model: int
     mean = _ratio(row.held_s, row.one)
     slower = min(max(_ratio(row.full_s, row.now_s), 1.0), servers) if row.now_s else 1.0
     service = mean * slower * max(_ratio(row.one, row.served), 1.0)
-    arrivals = _ratio(row.arrived + max(queue.in_hand - row.still, 0.0), length_s)
+    arrivals = _ratio(row.arrived + _unnamed(row, queue) + max(queue.in_hand - row.still, 0.0), length_s)
     return {
         "slots": servers,
         "arrivals_per_s": arrivals,
@@ -173,12 +182,13 @@ def _load(trace: Trace, held: Held, engines: Engines, queues: Mapping[int, _Queu
     of_attempts = {"one": took * 0.0 + 1.0, "held_s": took}
     of_attempts["now_s"], of_attempts["full_s"] = at_full_load(trace, held, engines)
     of_attempts["busy_s"] = within(xp, held.slot, held.ended, length)
-    requests = trace.requests[trace.requests["model"] >= 0]
+    requests = trace.requests.assign(model=models_of(trace))
+    requests = requests[requests["model"] >= 0]
     names = ("model", "arrived_s", "ended_s", "engine", "status")
     model, arrived, ended, engine, status = (trace.engine.array(requests[name]) for name in names)
     last = xp.asarray([*(queues.get(code, _NO_QUEUE).last_s for code in range(found)), length])[model]
     of_requests = {"requests": arrived * 0.0 + 1.0, "arrived": (arrived >= 0) * 1.0, "served": (engine >= 0) * 1.0}
-    of_requests |= {"still": ((arrived <= last) & (ended > last)) * 1.0, "refused": (status == _TOO_MANY) * 1.0}
+    of_requests |= {"still": ((arrived <= last) & (ended > last)) * 1.0, "refused": (status == REFUSED) * 1.0}
     known = held.model >= 0
     columns = {name: sums(xp, held.model[known], each[known], found) for name, each in of_attempts.items()}
     columns |= {name: sums(xp, model, each, found) for name, each in of_requests.items()}
@@ -195,7 +205,7 @@ class _Wait(NamedTuple):
 def _waits(trace: Trace) -> Mapping[int, _Wait]:
     """Of requests by model; those that were refused did not wait."""
     known = trace.requests[(trace.requests["model"] >= 0) & trace.requests["queue_s"].notna()]
-    known = known[known["status"] != _TOO_MANY][["model", "r", "queue_s"]]
+    known = known[known["status"] != REFUSED][["model", "r", "queue_s"]]
     means = known.groupby("model", sort=True).agg({"queue_s": "mean"}).reset_index()
     host = trace.engine.host(trace.engine.quantiles(known, ("model",), "queue_s", (0.95,)))
     host = host.merge(trace.engine.host(means), on="model")
@@ -273,13 +283,14 @@ def _saturation(row: Any) -> Finding:
             f"{row.engines} (`--engines {wanted}`, or `max_engines` where they come and go). More slots an engine "
             "(`n_parallel`) help only while its GPU has time left."
         ),
-        impact_s=max(row.wait_s - would, 0.0) * (row.requests - row.rejected),
+        impact_s=max((row.wait_s - would) * row.waited, 0.0),
         figures={
             **{name: float(getattr(row, name)) for name in ("arrivals_per_s", "capacity_per_s", "knee_per_s")},
             **{name: float(getattr(row, name)) for name in ("headroom_ratio", "wait_s", "wait_p95_s", "rejected")},
             "slots_needed": float(needed),
             "engines_needed": float(wanted),
         },
+        explains=(("waiting", "slots"), ("rejections", row.model), ("deadlines", row.model)),
         evidence=tuple(row.evidence),
     )
 

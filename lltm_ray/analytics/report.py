@@ -192,6 +192,8 @@ def timelines(trace: Trace, trace_ids: Iterable[str]) -> dict[str, Any]:
 def request_ids(trace: Trace, trace_ids: Iterable[str]) -> dict[str, str]:
     """Trace id -> the request id of the trace's first request."""
     known = _codes(trace, trace_ids)
+    if not known:
+        return {}
     asked = trace.requests[["r", "trace", "arrived_s"]]
     asked = trace.engine.host(asked[asked["trace"].isin(list(known))]).sort_values(["arrived_s", "r"])
     first = asked.drop_duplicates("trace")

@@ -74,7 +74,7 @@ def peers_of(trace: Trace, engine: Array, model: Array) -> tuple[Array, list[tup
     key = model * products + xp.asarray(device_of(trace))[engine] + 1
     used = xp.bincount(key) > 0
     pairs = [divmod(each, products) for each in xp.flatnonzero(used).tolist()]
-    return (xp.cumsum(used) - 1)[key], [(model, device - 1) for model, device in pairs]
+    return (xp.cumsum(used * 1) - 1)[key], [(model, device - 1) for model, device in pairs]
 
 
 def find_busy(trace: Trace) -> tuple[Frame, Array, Array]:
@@ -85,9 +85,23 @@ def find_busy(trace: Trace) -> tuple[Frame, Array, Array]:
     held = each[_COLUMNS][is_held].reset_index(drop=True)
     engine, start, first, end = (column(held[name]) for name in ("engine", "headers_s", "first_s", "ended_s"))
     end = xp.maximum(end, first)
-    line = Timeline(xp, {"busy": (engine, start, end), "prefill": (engine, start, first)})
+    whole = _whole(trace)
+    busy, reading = (
+        tuple(xp.concatenate(both) for both in zip(each, whole, strict=True))
+        for each in ((engine, start, end), (engine, start, first))
+    )
+    line = Timeline(xp, {"busy": busy, "prefill": reading})
     busy = line.within(line.level("busy"), engine, first, end) / xp.maximum(end - first, 1e-9)
     return held, xp.maximum(busy, 1.0), line.within((line.level("prefill") > 0) * 1.0, engine, first, end)
+
+
+def _whole(trace: Trace) -> Intervals:
+    """Attempts without phases, such as embeddings: they hold a slot, and read, from their sending to their end."""
+    each = trace.attempts[["r", "engine", "sent_s", "ended_s"]]
+    each = each[(each["engine"] >= 0) & each["sent_s"].notna() & each["ended_s"].notna()]
+    r, engine, sent, ended = (trace.engine.array(each[name]) for name in each.columns)
+    keep = trace.engine.array(trace.requests["is_generating"])[r] == 0
+    return engine[keep], sent[keep], trace.engine.xp.maximum(sent, ended)[keep]
 
 
 def decodes(trace: Trace, held: Frame, busy: Array, beside: Array) -> Frame:

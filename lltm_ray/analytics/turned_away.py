@@ -11,13 +11,15 @@ from lltm_ray.analytics.frames import Array
 from lltm_ray.analytics.trace import Trace, nanos
 from lltm_ray.analytics.units import clock
 
+REFUSED = 429
+"""Status of a request for which there was no slot."""
 LEAST_REJECTED, LEAST_REJECTED_RATIO = 10, 0.01
 """Of a model's requests, refused or cut."""
 CONCENTRATED = 0.5
 """An engine's part of all cut attempts from which it is named, if it is twice its part of all attempts."""
 
 
-def _models(trace: Trace) -> Array:
+def models_of(trace: Trace) -> Array:
     """Of requests; those that were refused before theirs was read are for the only one, if there is only one."""
     xp, model = trace.engine.xp, trace.engine.array(trace.requests["model"])
     return xp.maximum(model, 0) if len(trace.names.model) == 1 else model
@@ -29,7 +31,7 @@ def _turned_away(trace: Trace, kind: Array, which: int) -> tuple[dict[str, Any],
     Models that requests do not name share a row, in which `requests` are all of the window.
     """
     host = trace.engine.host
-    each = trace.requests[["r", "arrived_s", "total_s"]].assign(kind=kind, model=_models(trace))
+    each = trace.requests[["r", "arrived_s", "total_s"]].assign(kind=kind, model=models_of(trace))
     ended = each[each["kind"] == which]
     by = ended.groupby("model", sort=True)
     found = host(by.agg({"r": "count", "arrived_s": "min", "total_s": "sum"}).reset_index())
@@ -56,7 +58,7 @@ def rejections(trace: Trace, kind: Array) -> Any:
 def deadlines(trace: Trace, kind: Array) -> Any:
     """Requests of each model whose time was up, and the engine that had most of them."""
     told, found = _turned_away(trace, kind, DEADLINE)
-    each = trace.requests[["engine"]].assign(model=_models(trace), one=1, cut=(kind == DEADLINE) * 1)
+    each = trace.requests[["engine"]].assign(model=models_of(trace), one=1, cut=(kind == DEADLINE) * 1)
     by = each[each["engine"] >= 0].groupby(["model", "engine"], sort=True)
     sums = trace.engine.host(by.agg({"one": "sum", "cut": "sum"}).reset_index())
     worst = [_worst(sums[sums["model"] == code]) for code in found["model"]]

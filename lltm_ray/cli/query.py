@@ -13,13 +13,15 @@ from lltm_ray import _optional
 from lltm_ray.cli._endpoint import NameOption
 from lltm_ray.cli._output import ERR, JsonFlag, errors_end_the_command, print_json, print_table
 from lltm_ray.cli._source import (
+    MEMORY_GIB,
     AddressOption,
+    MemoryOption,
     SegmentsOption,
     WindowOption,
-    last_window,
     read_age,
     read_fleet,
     read_segments,
+    service_of,
 )
 
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)))
@@ -36,7 +38,7 @@ class Graph(StrEnum):
 _MAKERS = {Graph.SPANS: "span_graph", Graph.DEPENDENCIES: "dependency_graph", Graph.PREFIXES: "prefix_graph"}
 _Query = Annotated[str, typer.Argument(metavar="QUERY", help="Cypher, or a JSON list of GFQL operations.")]
 _Graph = Annotated[Graph, typer.Option("--graph", help="What to ask.")]
-_Engine = Annotated[str, typer.Option(help="pandas, or cudf on a GPU that no engine needs; auto: cudf if usable.")]
+_Engine = Annotated[str, typer.Option(help="pandas, or cudf on a GPU that has room; auto: cudf if usable.")]
 _Limit = Annotated[int, typer.Option(min=1, help="Rows to show; JSON has all.")]
 
 
@@ -48,6 +50,7 @@ def query(
     window: WindowOption = "1h",
     segments: SegmentsOption = None,
     engine: _Engine = "pandas",
+    memory_gib: MemoryOption = MEMORY_GIB,
     limit: _Limit = 100,
     name: NameOption = "default",
     address: AddressOption = None,
@@ -77,8 +80,9 @@ def query(
     What Cypher's RETURN gives is rows; GRAPH { MATCH ... } and GFQL give a part of the graph.
     """  # noqa: D301 - click keeps lines as they are after the character \b
     window_s = read_age("window", window)
-    tables = read_segments(segments) if segments else read_fleet(name, address)
-    asked = _graphistry(_MAKERS[graph])(last_window(tables, engine, window_s))
+    tables = read_segments(segments, window_s) if segments else read_fleet(name, address)
+    service = service_of(tables, engine, memory_gib, str(segments or name))
+    asked = service.answer(_graphistry(_MAKERS[graph]), window_s)
     found = _graphistry("query")(asked, text)
     parts = {"nodes": _host(found._nodes)}
     if _graphistry("is_graph")(found, asked):

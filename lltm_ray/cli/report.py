@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,20 +13,25 @@ import typer
 from lltm_ray.cli._endpoint import NameOption
 from lltm_ray.cli._output import ERR, errors_end_the_command
 from lltm_ray.cli._source import (
+    MEMORY_GIB,
     AddressOption,
+    MemoryOption,
     SegmentsOption,
     WindowOption,
     analytics,
-    last_window,
     read_age,
     read_segments,
-    window_of,
+    service_of,
 )
 from lltm_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from lltm_ray.analytics.compare import Comparison
     from lltm_ray.analytics.report import Report
+    from lltm_ray.analytics.service import AnalyticsService
+    from lltm_ray.driver import Cluster
+
+    Windows = tuple[()] | tuple[tuple[float, float], tuple[float, float]]
 
 _Html = Annotated[Path | None, typer.Option("--html", help="Write one self-contained page with all charts.")]
 _Json = Annotated[Path | None, typer.Option("--json", help="Write all findings, tables and figures; - is stdout.")]
@@ -34,7 +39,9 @@ _Compare = Annotated[
     tuple[str, str] | None,
     typer.Option("--compare", help="Two windows, before and after a change, each FROM..TO: 60m..30m 30m..now."),
 ]
-_Engine = Annotated[str, typer.Option(help="With --segments: auto, cudf or pandas.")]
+_Engine = Annotated[
+    str, typer.Option(help="With --segments: pandas, or cudf on a GPU that has room; auto: cudf if usable.")
+]
 
 
 @errors_end_the_command()
@@ -45,88 +52,65 @@ def report(
     json: _Json = None,
     compare: _Compare = None,
     segments: SegmentsOption = None,
-    engine: _Engine = "auto",
+    engine: _Engine = "pandas",
+    memory_gib: MemoryOption = MEMORY_GIB,
     name: NameOption = "default",
     address: AddressOption = None,
 ) -> None:
     """What should an operator know? Findings in plain words, the worst first, with the setting to change.
 
-    The text goes to standard output. Windows end with the newest row of telemetry; FROM and TO of --compare are an
-    age (30m, now) or a moment in UTC (2026-11-21T14:02:00).
+    The text goes to standard output. Windows end with the newest row of telemetry. FROM and TO of --compare are a
+    moment in UTC (2026-11-21T14:02:00), or an age (30m, now): counted back from this moment, with --segments from the
+    newest row.
     """
-    window_s = read_age("window", window)
-    windows = None if compare is None else (read_window(compare[0]), read_window(compare[1]))
-    source = _Stored(segments, engine) if segments else _Running(name, address)
-    try:
-        comparison = None if windows is None else source.compare(*windows)
-        found = source.report(window_s)
-    finally:
-        source.close()
-    _show(found, comparison, html, json)
+    window_s, now_s = read_age("window", window), time.time()
+    earliest_s = min((start for start, _ in _read_windows(compare, now_s)), default=now_s)
+    if segments:
+        tables = read_segments(segments, max(window_s, now_s - earliest_s))
+        service = service_of(tables, engine, memory_gib, str(segments))
+        answers = _ask(service, window_s, _read_windows(compare, service.newest_unix_nano / 1e9))
+    else:
+        with closing(_connect(name, address)) as cluster:
+            answers = _ask(cluster, window_s, _read_windows(compare, now_s))
+    _show(*answers, html, json)
 
 
-def read_window(text: str) -> tuple[float, float]:
-    """`FROM..TO` as seconds since the epoch.
+def _connect(name: str, address: str | None) -> Cluster:
+    from lltm_ray.driver import Cluster
+
+    return Cluster.connect(name, address=address)
+
+
+def _ask(source: AnalyticsService | Cluster, window_s: float, windows: Windows) -> tuple[Report, Comparison | None]:
+    comparison = source.compare(*windows) if windows else None
+    return source.report(window_s), comparison
+
+
+def _read_windows(compare: tuple[str, str] | None, now_s: float) -> Windows:
+    return (read_window(compare[0], now_s), read_window(compare[1], now_s)) if compare else ()
+
+
+def read_window(text: str, now_s: float) -> tuple[float, float]:
+    """`FROM..TO` as seconds since the epoch; ages are counted back from `now_s`.
 
     Raises:
         ConfigError: it is not two moments, or they are in the wrong order.
     """
     start, dots, end = text.partition("..")
-    window = _moment(text, start), _moment(text, end)
+    window = _moment(text, start, now_s), _moment(text, end, now_s)
     if not dots or not window[0] < window[1]:
         raise ConfigError("compare", text, "must be FROM..TO, the earlier first, as in 60m..30m")
     return window
 
 
-def _moment(window: str, text: str) -> float:
+def _moment(window: str, text: str, now_s: float) -> float:
     if text == "now":
-        return time.time()
+        return now_s
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
-        return time.time() - read_age("compare", text or window)
+        return now_s - read_age("compare", text or window)
     return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
-
-
-class _Running:
-    """A fleet's analytics."""
-
-    def __init__(self, name: str, address: str | None) -> None:
-        from lltm_ray.driver import Cluster
-
-        self._cluster = Cluster.connect(name, address=address)
-
-    def report(self, window_s: float) -> Report:
-        return self._cluster.report(window_s)
-
-    def compare(self, before: tuple[float, float], after: tuple[float, float]) -> Comparison:
-        return self._cluster.compare(before, after)
-
-    def close(self) -> None:
-        self._cluster.close()
-
-
-@dataclass
-class _Stored:
-    """Segments on disk."""
-
-    folder: Path
-    engine: str
-
-    def report(self, window_s: float) -> Report:
-        trace = last_window(read_segments(self.folder), self.engine, window_s)
-        report: Report = analytics("report:make_report")(trace, fleet=str(self.folder))
-        return report
-
-    def compare(self, before: tuple[float, float], after: tuple[float, float]) -> Comparison:
-        tables = read_segments(self.folder)
-        windows = [(round(start * 1e9), round(end * 1e9)) for start, end in (before, after)]
-        traces = [window_of(tables, self.engine, *window) for window in windows]
-        found: Comparison = analytics("compare:compare")(*traces)
-        return found
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 def _show(found: Report, comparison: Comparison | None, html: Path | None, json: Path | None) -> None:

@@ -8,13 +8,13 @@ no reader sees half of one. Written without fsync: after a power cut the newest 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
-import sys
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -39,20 +39,63 @@ _MOST_NEW_ROWS = 100_000
 """Of each kind that wait for a flush, which a disk may hold up."""
 
 
-def read_folder(folder: Path) -> dict[str, pa.Table]:
-    """All rows of a folder of segments, in order; for analysis, also while telemetry writes there.
+def read_folder(
+    folder: Path, *, columns: Mapping[str, Collection[str]] | None = None, back_s: float = math.inf
+) -> dict[str, pa.Table]:
+    """Rows of a folder of segments, in order; for analysis, also while telemetry writes there.
 
     Args:
         folder: what `telemetry.segment_dir` names.
+        columns: kind -> the columns that are wanted of it; None: all of all kinds.
+        back_s: segments that were last written longer before the newest one hold no row that is wanted.
 
     Raises:
         ConfigError: it is no folder.
     """
     if not folder.is_dir():
         raise ConfigError("segments", str(folder), "is no folder; by default it is <cache>/telemetry/<fleet>")
-    segments = Segments(folder, 0, 0.0, 1)
-    found = segments.read_newest(sys.maxsize, is_ours=False)
-    return {kind: pa.Table.from_batches(batches).drop_columns([SEQUENCE]) for kind, batches in found.items() if batches}
+    wanted = SCHEMAS if columns is None else {kind: _some(SCHEMAS[kind], names) for kind, names in columns.items()}
+    files = [(path, status) for path, status in _files(folder) if _kind(path) in wanted]
+    newest = max((status.st_mtime for _, status in files), default=0.0)
+    recent = (path for path, status in files if status.st_mtime >= newest - back_s - _OPEN_S)
+    found: dict[str, list[pa.Table]] = defaultdict(list)
+    for path in sorted(recent):
+        rows = _read_columns(path, wanted[_kind(path)])
+        if rows is not None:
+            found[_kind(path)].append(rows)
+    return {kind: pa.concat_tables(tables, promote_options="default") for kind, tables in found.items()}
+
+
+def _some(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
+    return pa.schema([schema.field(name) for name in names])
+
+
+def _kind(path: Path) -> str:
+    return path.name.partition("-")[0]
+
+
+def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
+    found = []
+    for path in folder.glob("*.parquet"):
+        if _NAME.match(path.name):
+            with suppress(FileNotFoundError):
+                found.append((path, path.stat()))
+    return found
+
+
+def _read_columns(path: Path, schema: pa.Schema, *, is_whole: bool = False) -> pa.Table | None:
+    """The columns of a schema that a segment has; None where that is none, or not the `is_whole` schema."""
+    try:
+        with pq.ParquetFile(path) as file:
+            rows = file.read([name for name in schema.names if name in file.schema_arrow.names])
+    except (OSError, pa.ArrowException) as error:
+        _log.warning("a torn telemetry segment is left out: %s: %s", path, error)
+        return None
+    is_known = rows.num_columns > 0 and all(schema.field(column.name).equals(column) for column in rows.schema)
+    if not is_known or (is_whole and len(rows.schema) < len(schema)):
+        _log.warning("a telemetry segment of other columns is left out: %s", path)
+        return None
+    return rows
 
 
 class Segments:
@@ -190,7 +233,7 @@ class Segments:
 
     def _retain(self) -> None:
         still_open = {self._path(kind, rows) for kind, rows in self._open.items()}
-        oldest_first = sorted((status.st_mtime, status.st_size, path) for path, status in self._files())
+        oldest_first = sorted((status.st_mtime, status.st_size, path) for path, status in _files(self._folder))
         total = sum(size for _, size, _ in oldest_first)
         for written_at, size, path in oldest_first:
             is_old = written_at < time.time() - self._max_age_s
@@ -198,47 +241,26 @@ class Segments:
                 path.unlink(missing_ok=True)
                 total -= size
 
-    def _files(self) -> list[tuple[Path, os.stat_result]]:
-        found = []
-        for path in self._folder.glob("*.parquet"):
-            if _NAME.match(path.name):
-                with suppress(FileNotFoundError):
-                    found.append((path, path.stat()))
-        return found
-
-    def read_newest(self, max_rows: int, *, is_ours: bool = True) -> dict[str, list[pa.RecordBatch]]:
-        """What an earlier process wrote: of each kind the newest segments that make up `max_rows`, in order.
-
-        Args:
-            max_rows: of each kind.
-            is_ours: nobody else writes there, so a draft is what a kill left.
-        """
+    def read_newest(self, max_rows: int) -> dict[str, list[pa.RecordBatch]]:
+        """What an earlier process wrote: of each kind the newest segments that make up `max_rows`, in order."""
         try:
             for draft in self._folder.glob("*.draft"):
-                if is_ours and _NAME.match(draft.with_suffix(".parquet").name):
+                if _NAME.match(draft.with_suffix(".parquet").name):  # what a kill left
                     draft.unlink()
-            names = sorted((path.name for path, _ in self._files()), reverse=True)
+            newest_first = sorted((path for path, _ in _files(self._folder)), reverse=True)
         except OSError as error:
             self._complain(error)
             return {}
         found: dict[str, list[pa.RecordBatch]] = defaultdict(list)
-        for name in names:
-            kind = name.partition("-")[0]
+        for path in newest_first:
+            kind = _kind(path)
             if kind in SCHEMAS and sum(map(len, found[kind])) < max_rows:
-                found[kind][:0] = self._read(kind, self._folder / name)
+                found[kind][:0] = self._read(path, SCHEMAS[kind].append(pa.field(SEQUENCE, pa.int64())))
         return found
 
-    def _read(self, kind: str, path: Path) -> list[pa.RecordBatch]:
-        try:
-            rows = pq.ParquetFile(path).read()
-        except (OSError, pa.ArrowException) as error:
-            _log.warning("a torn telemetry segment is left out: %s: %s", path, error)
-            return []
-        wanted = SCHEMAS[kind].append(pa.field(SEQUENCE, pa.int64()))
-        if not rows.schema.equals(wanted):
-            _log.warning("a telemetry segment of other columns is left out: %s", path)
-            return []
-        batches: list[pa.RecordBatch] = rows.combine_chunks().to_batches()
+    def _read(self, path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
+        rows = _read_columns(path, schema, is_whole=True)
+        batches: list[pa.RecordBatch] = [] if rows is None else rows.combine_chunks().to_batches()
         return batches
 
     def counts(self) -> dict[str, int]:

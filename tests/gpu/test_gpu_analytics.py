@@ -1,8 +1,9 @@
 """cuDF and cuGraph on a real GPU: the checks of every engine, and the same answers as pandas from all analyses.
 
 Equal means: the same tables with the same rows, whatever the order of those that tie; names and counts equal, other
-numbers within 1e-5 of themselves (sums add up in another order, and cuGraph's betweenness has 32 bits). Communities of
-a graph are never the same ones twice: their modularity is within 0.05.
+numbers within 1e-5 of themselves (sums add up in another order, and cuGraph's betweenness has 32 bits). What a fit says
+of a unit is within 1e-4: its terms are nearly in line with each other, which magnifies that. Communities of a graph are
+never the same ones twice: their modularity is within 0.05.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ PLANS = {
 }
 COMMUNITIES = "classes"
 MODULARITY_WITHIN = 0.05
+FITTED, FITTED_RELATIVE = "seconds_per_unit", 1e-4
 SPANS, TIGHT_BYTES = 1_200_000, 16 << 20
 """One column of the spans takes 9.6 MB."""
 ROWS = 4000
@@ -123,7 +125,8 @@ def same_numbers(mine, theirs, what):
     for name in mine.columns:
         a, b = mine[name].to_numpy(), theirs[name].to_numpy()
         if b.dtype.kind == "f":
-            np.testing.assert_allclose(a.astype(float), b, rtol=RELATIVE, atol=1e-9, err_msg=f"{what}: {name}")
+            within = FITTED_RELATIVE if name == FITTED else RELATIVE
+            np.testing.assert_allclose(a.astype(float), b, rtol=within, atol=1e-9, err_msg=f"{what}: {name}")
         else:
             assert a.tolist() == b.tolist(), f"{what}: {name}"
 

@@ -4,17 +4,25 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import ray
 import requests
+from ray.util.placement_group import placement_group, remove_placement_group
+from typer.testing import CliRunner
 
 import lltm_ray
-from lltm_ray.actors.analytics import find_analytics
+from lltm_ray.actors.analytics import find_analytics, make_analytics, wait_for_analytics
+from lltm_ray.actors.crew import end_leftovers
+from lltm_ray.actors.fleet import Fleet, find_fleet
+from lltm_ray.actors.observe import FleetAnalytics
 from lltm_ray.analytics.report import MODULES
 from lltm_ray.analytics.text import to_json, to_text
-from lltm_ray.errors import ConfigError, FleetError
+from lltm_ray.cli import app
+from lltm_ray.config import AnalyticsConfig, FleetConfig
+from lltm_ray.errors import ConfigError, FleetError, PlacementError
 from lltm_ray.telemetry.segments import read_folder
 from tests.ray.conftest import HI, until
 
@@ -51,22 +59,61 @@ def test_a_window_and_two_of_them_that_cannot_be_are_told(asked):
     with pytest.raises(ConfigError, match="window_s"):
         asked.report(-1)
     now = time.time()
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="rows exist from"):
         asked.compare((now - 7200, now - 7100), (now - 600, now))
 
 
-def test_a_killed_analytics_actor_is_made_anew_by_the_next_question(asked):
+def test_a_report_of_an_hour_of_a_fleet_that_is_younger_counts_its_age_only(asked):
+    report = asked.report(3600)
+    length_s = (report.end_unix_nano - report.start_unix_nano) / 1e9
+    assert 0 < length_s < 1000, length_s
+    status = ray.get(find_analytics(asked.name).status.remote())
+    assert 0 < status["bytes"] < 5000 * report.requests + 200_000, status
+
+
+def test_a_killed_analytics_actor_is_made_anew_for_two_drivers_that_ask_at_once(asked):
     assert asked.report(600).requests >= 12
+    both = [FleetAnalytics(find_fleet(asked.name)) for _ in range(2)]
     ray.kill(find_analytics(asked.name))
-    until(lambda: _answers(asked))
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda driver: driver.report(600, None), both))
+    assert all(report.requests >= 12 for report in reports)
     chat(asked, "and after it?")
 
 
-def _answers(cluster) -> bool:
+def test_analytics_that_finds_no_gpu_leaves_nothing_that_waits_for_one(asked, monkeypatch):
+    monkeypatch.setattr("lltm_ray.actors.analytics.START_S", 1.0)
+    taken = placement_group([{"GPU": ray.cluster_resources()["GPU"]}])
+    ray.get(taken.ready(), timeout=60)
+    config = FleetConfig(name="waiting", analytics=AnalyticsConfig(gpu_share=1.0))
+    fleet = Fleet(config=config, run_id="", directory=None, telemetry=asked._fleet.telemetry)
     try:
-        return cluster.report(600).requests >= 12
-    except FleetError:
-        return False
+        with pytest.raises(PlacementError, match=r"analytics\.gpu_share"):
+            FleetAnalytics(fleet).report(None, None)
+    finally:
+        remove_placement_group(taken)
+    assert fleet.analytics is None
+    until(lambda: find_analytics("waiting") is None)
+
+
+def test_an_earlier_fleets_analytics_is_ended_and_never_taken_over(ray_cluster):
+    config = FleetConfig(name="earlier")
+    left = make_analytics(config, detached=True)
+    wait_for_analytics(left, config.analytics)
+    with pytest.raises(ValueError, match="already"):
+        make_analytics(config, detached=True)
+    end_leftovers("earlier")
+    assert find_analytics("earlier") is None
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(left.status.remote(), timeout=30)
+
+
+def test_a_query_asks_what_a_running_fleet_has_in_memory(asked):
+    question = "MATCH (n) WHERE n.name = 'request' RETURN n.tenant, count(*) AS requests"
+    done = CliRunner().invoke(app, ["query", question, "--name", asked.name, "--window", "10m", "--json"])
+    assert done.exit_code == 0, done.output
+    assert sum(row["requests"] for row in json.loads(done.stdout)) >= 12
+    assert len(asked.status().engines) == 2, "the command has let go of the fleet and not of the test's Ray"
 
 
 def test_the_command_reads_a_folder_of_segments_without_a_fleet(asked, cache, tmp_path):

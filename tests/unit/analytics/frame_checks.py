@@ -7,7 +7,6 @@ cuGraph computes the betweenness of a graph without weights in 32 bits.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 
 import numpy as np

@@ -40,11 +40,13 @@ class Asked:
     error: str = ""
 
 
-def trace_of(requests: list[Asked], gpus: dict[str, str] | None = None, length_s: float | None = None) -> Trace:
+def trace_of(
+    requests: list[Asked], gpus: dict[str, str] | None = None, length_s: float | None = None, since_s: float = 0.0
+) -> Trace:
     """A window of these requests, on engines that have these GPUs."""
     kinds = {"requests": _requests(requests), "attempts": _attempts(requests), "servers": _servers(gpus or {})}
     end = None if length_s is None else ZERO + int(length_s * 1e9)
-    return build_trace(kinds, PANDAS, start_unix_nano=ZERO, end_unix_nano=end)
+    return build_trace(kinds, PANDAS, start_unix_nano=ZERO + int(since_s * 1e9), end_unix_nano=end)
 
 
 def _requests(requests: list[Asked]) -> pa.Table:

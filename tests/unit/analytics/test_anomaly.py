@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lltm_ray.analytics import anomaly
-from lltm_ray.analytics.fit import fit_groups
+from lltm_ray.analytics.fit import fit_groups, fit_positive
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.stragglers import find_busy
 from tests.fleet_rows import DECODE_S, PREFILL_S, START_UNIX_NANO, Plan, fleet_rows
@@ -39,6 +39,14 @@ def test_the_fit_is_least_squares_of_each_group_and_a_tenth_of_gross_errors_does
     broken = np.where(dice.random(3000) < 0.1, y + 50, y)
     robust = fit_groups(np, group, groups, columns, broken, scale)
     assert robust.terms == pytest.approx(truth, abs=0.05)
+
+
+def test_terms_that_come_out_negative_are_left_out_for_their_group_alone():
+    dice = np.random.default_rng(1)
+    group, columns = np.arange(2000) % 2, [np.ones(2000), dice.random(2000)]
+    y = 5.0 + np.where(group == 0, -2.0, 3.0) * columns[1] + dice.normal(0, 0.1, 2000)
+    fit = fit_positive(np, group, 2, columns, y, np.ones(2000))
+    assert fit.terms == pytest.approx(np.array([[np.median(y[group == 0]), 0], [5, 3]]), abs=0.05)
 
 
 def test_a_fit_of_no_rows_has_terms_of_zero():
@@ -75,6 +83,25 @@ def test_the_latency_model_finds_what_a_token_costs(seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
+def test_the_latency_model_finds_what_a_long_conversation_costs(seed):
+    plan = Plan(seed=seed, long_talks="engine-3", context_drag=0.03, rate=8.0)
+    answer = anomaly.analyze(build_trace(fleet_rows(plan), PANDAS))
+    model = answer.tables["model"].set_index("term")["seconds_per_unit"]
+    assert model["generated token, each 1,000 before it"] == pytest.approx(0.03 * DECODE_S, rel=0.2)
+    row = answer.tables["engines"].set_index("engine").loc["engine-3"]
+    assert row["decode_ms_token"] > 1.4 * answer.tables["engines"]["decode_ms_token"].median()
+    assert (row["ratio"], row["prefill_ratio"]) == pytest.approx((1.0, 1.0), abs=0.08)
+
+
+def test_each_product_of_gpu_has_a_latency_model_of_its_own():
+    answer = anomaly.analyze(build_trace(fleet_rows(Plan(lesser="GPU-1")), PANDAS))
+    token = answer.tables["model"].set_index(["term", "device"])["seconds_per_unit"]["generated token"]
+    assert token["NVIDIA Test"] == pytest.approx(DECODE_S, rel=0.1)
+    assert token["NVIDIA Test Lite"] == pytest.approx(1.8 * DECODE_S, rel=0.1)
+    assert answer.tables["engines"]["peers"].tolist() == [1] * 4
+
+
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("factor", [1.4, 2.5])
 def test_a_straggler_is_found_with_its_factor_and_its_beginning(seed, factor):
     answer = anomaly.analyze(build_trace(fleet_rows(Plan(seed=seed, straggler="engine-2", factor=factor)), PANDAS))
@@ -104,7 +131,7 @@ def test_engines_that_read_long_prompts_are_no_stragglers(seed):
     assert [finding for finding in anomaly.judge(answer) if finding.kind == "straggler"] == []
 
 
-def fleet(slow, models=("m", "m", "m", "m"), seconds=600):
+def fleet(slow, models=("m", "m", "m", "m"), seconds=600, window=None):
     """Engines that each serve two requests a second, at 10 ms a token times `slow(engine, at_s, dice)`."""
     dice, requests = random.Random(7), []
     for engine, model in enumerate(models):
@@ -119,7 +146,8 @@ def fleet(slow, models=("m", "m", "m", "m"), seconds=600):
             }
             one = Try(engine=f"engine-{engine}", computed=200, generated=tokens, **moments)
             requests.append(Asked(tries=(one,), model=model))
-    return anomaly.analyze(trace_of(requests, length_s=float(seconds + 10)))
+    since_s, until_s = window or (0, seconds + 10)
+    return anomaly.analyze(trace_of(requests, length_s=float(until_s), since_s=since_s))
 
 
 def test_a_straggler_that_recovered_is_told_from_when_to_when():
@@ -131,6 +159,18 @@ def test_a_straggler_that_recovered_is_told_from_when_to_when():
     assert "was a straggler" in finding.text
     assert "drain" not in finding.advice
     assert finding.impact_s == pytest.approx(200 * 50 * 0.01, rel=0.15)
+
+
+def test_an_engine_that_was_never_faster_on_hardware_nobody_knows_is_not_to_be_drained():
+    (finding,) = anomaly.judge(fleet(lambda engine, *_: 1.8 if engine == 2 else 1.0))
+    assert (finding.kind, finding.subject) == ("slower engine", "engine-2")
+    assert "engine-2 is a slower engine: decode 1.6x its peers" in finding.text
+    assert "drain" not in finding.advice
+    (known,) = anomaly.judge(anomaly.analyze(build_trace(fleet_rows(STRAGGLER_EVER), PANDAS)))
+    assert (known.kind, known.subject) == ("straggler", "engine-2")
+
+
+STRAGGLER_EVER = Plan(straggler="engine-2", fault_from=0.0)
 
 
 def test_of_two_engines_the_slower_is_blamed_only_if_the_gap_is_large():
@@ -159,7 +199,23 @@ def test_slow_requests_of_an_engine_that_is_no_straggler_are_found_with_the_phas
     assert set(worst["engine"]) == {"engine-2"}
     assert worst["why"].str.startswith("decode: ").all()
     assert set(finding.evidence) <= set(worst["trace_id"]) | set(finding.evidence[3:])
-    assert finding.evidence[0] in finding.advice
+    assert f"lltm-ray explain r-{int(finding.evidence[0], 16) - 1} " in finding.advice
+
+
+@pytest.mark.parametrize("since_s", [150, 270, 285])
+def test_slow_requests_that_arrived_long_before_the_window_are_counted_at_its_begin(since_s):
+    def slow(engine, at, dice):
+        return 9.0 if engine == 2 and at < 300 and dice.random() < 0.4 else 1.0
+
+    (row,) = fleet(slow, window=(since_s, since_s + 30)).tables["clusters"].itertuples()
+    assert row.engine == "engine-2"
+    assert ZERO + since_s * 10**9 == row.since_unix_nano < row.until_unix_nano <= ZERO + (since_s + 30) * 10**9
+    assert row.requests >= row.outliers > 0
+
+
+def test_embeddings_beside_a_decode_are_known_as_what_slows_it():
+    answer = anomaly.analyze(build_trace(fleet_rows(Plan(embeddings=4.0, rate=8.0)), PANDAS))
+    assert answer.tables["engines"]["ratio"].tolist() == pytest.approx([1.0] * 4, abs=0.1)
 
 
 def test_waiting_that_a_failed_attempt_caused_is_the_reason_told():

@@ -111,6 +111,71 @@ def test_what_clients_do_is_no_failure_of_ours(error):
     assert failures.judge(answer) == []
 
 
+@pytest.mark.parametrize("error", ["timeout_error", ""])
+def test_attempts_that_their_deadline_cut_are_not_the_engines_fault(error):
+    asked = [
+        Asked(
+            tries=(told(engine=f"engine-{i % 4}", asked=i * 0.5, ended=i * 0.5 + 2, outcome=_cut(i)),),
+            error=error if _cut(i) == "deadline" else "",
+        )
+        for i in range(2000)
+    ]
+    answer = failures.analyze(trace_of(asked))
+    assert len(answer.tables["origins"]) == 0
+    assert answer.tables["engines"]["failed"].sum() == 0
+    assert answer.figures["error_ratio"] == 0
+    found = failures.judge(answer)
+    assert [each.kind for each in found] == (["deadlines"] if error else [])
+    for finding in found:
+        assert "40 of 2,000 requests for m were cut at their deadline" in finding.text
+        assert "x-lltm-deadline-ms" in finding.advice
+        assert "far more than its part" not in finding.text
+        assert finding.impact_s == pytest.approx(80)
+
+
+def _cut(i):
+    return "deadline" if i % 50 == i // 50 % 50 else "ok"
+
+
+def test_an_engine_on_which_most_deadlines_pass_is_named():
+    asked = [
+        Asked(tries=(told(engine=f"engine-{i % 4}", asked=i * 0.5, ended=i * 0.5 + 2),), error=_late(i))
+        for i in range(400)
+    ]
+    (finding,) = failures.judge(failures.analyze(trace_of(asked)))
+    assert finding.kind == "deadlines"
+    assert "on engine-2, far more than its part" in finding.text
+
+
+def _late(i):
+    return "timeout_error" if i % 12 == 2 else ""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_errors_that_come_by_chance_do_not_follow_each_other(seed):
+    dice = np.random.default_rng(seed)
+    asked = []
+    for i in range(7200):
+        engine, at = f"engine-{dice.integers(4)}", i * 0.5
+        outcome = "failed" if dice.random() < 0.015 else "ok"
+        asked.append(Asked(tries=(told(engine=engine, asked=at, ended=at + 1, outcome=outcome),)))
+    found = failures.judge(failures.analyze(trace_of(asked)))
+    assert {each.subject for each in found} <= {f"engine-{i}" for i in range(4)}
+    assert len(found) >= 2
+    assert not any("others" in each.text for each in found)
+
+
+def test_refused_requests_of_which_no_model_is_known_are_those_of_the_only_one():
+    refused = [Asked(tries=(Try(engine="", asked=i, ended=i),), model="", error="overloaded_error") for i in range(30)]
+    fine = [Asked(tries=(told(asked=i, ended=i + 1),)) for i in range(70)]
+    (finding,) = failures.judge(failures.analyze(trace_of(refused + fine)))
+    assert (finding.subject, "30 of 100 requests for m were refused" in finding.text) == ("m", True), finding.text
+    others = [Asked(tries=(told(asked=i, ended=i + 1),), model="n") for i in range(50)]
+    (finding,) = failures.judge(failures.analyze(trace_of(refused + fine + others)))
+    assert finding.text.startswith("30 of 150 requests were refused")
+    assert "unknown" not in finding.text
+
+
 def told(*, engine="engine-0", asked=0.0, ended=1.0, outcome="ok", **more):
     return Try(engine=engine, asked=asked, headers=asked + 0.1, first=asked + 0.3, ended=ended, outcome=outcome, **more)
 
@@ -164,6 +229,7 @@ def test_what_follows_on_other_engines_is_told():
     answer = failures.analyze(cascade())
     row = answer.tables["cascades"].set_index("engine").loc["a"]
     assert (row["errors_elsewhere"], row["requests"]) == (2, 22)
+    assert row["chance_elsewhere"] + 3 * row["spread_elsewhere"] < 2
     assert row["after_s"] == pytest.approx(24.0 - 20.2)
     assert (row["wait_before_s"], row["wait_during_s"]) == pytest.approx((0.1, 1.2))
     finding = failures.judge(answer)[0]

@@ -6,6 +6,7 @@ import itertools
 import random
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from lltm_ray.analytics import interference
@@ -60,6 +61,19 @@ def test_a_timeline_of_nothing_has_no_seconds():
     assert line.within(line.level("none"), np.array([0]), np.array([1.0]), np.array([2.0])).tolist() == [0.0]
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_time_outside_all_layers_is_no_other_groups(seed):
+    dice = np.random.default_rng(seed)
+    some = intervals(dice, 20)
+    line = Timeline(np, {"some": some})
+    group = np.array([0, 1, 2, 0, 1])
+    start, end = np.array([-90.0, -5, 28, 500, -70]), np.array([400.0, 55, 31, 900, -60])
+    seconds = pairs((group, start, end), some).sum(axis=1)
+    assert line.within(line.level("some"), group, start, end) == pytest.approx(seconds)
+    assert line.mean(line.level("some"), group, start, end) == pytest.approx(seconds / (end - start))
+    assert seconds[:2].min() > 0 == seconds[3:].max()
+
+
 def by_hand(stalls):
     """Stalled seconds of each prefill, summed over slices of time in which nothing begins or ends."""
     decodes, prefills, engines = stalls.decodes, stalls.prefills, stalls.engines
@@ -106,6 +120,62 @@ def test_the_tenant_with_long_prompts_is_named_with_what_it_cost(seed):
     assert (worst["victims"] > 0).all()
     for name, columns in ANSWER.items():
         assert columns <= set(answer.tables[name].columns)
+
+
+def given(tenant_of, **plan):
+    """A fleet whose requests are given to tenants anew, by those they had."""
+    tables = fleet_rows(Plan(**plan))
+    requests = tables["requests"]
+    told = pa.array([tenant_of(name) for name in requests["tenant"].to_pylist()], pa.string())
+    tables["requests"] = requests.set_column(requests.column_names.index("tenant"), "tenant", told)
+    return tables
+
+
+def test_a_tenant_with_most_of_the_requests_is_named_if_the_long_prompts_are_its_own():
+    own = ("batch", "tenant-0", "tenant-1", "tenant-2")
+    tables = given(lambda name: "big" if name in own else name, aggressor="batch")
+    answer = interference.analyze(build_trace(tables, PANDAS))
+    row = answer.tables["tenants"].set_index("tenant").loc["big"]
+    assert row["request_part"] > 0.5
+    (finding,) = interference.judge(answer)
+    assert finding.subject == "big"
+
+
+def test_a_tenant_with_most_of_the_requests_is_no_aggressor_for_its_part_of_the_load():
+    tables = given(lambda name: "other" if name == "tenant-0" else "big", spread_prefix=True)
+    answer = interference.analyze(build_trace(tables, PANDAS))
+    (finding,) = interference.judge(answer)
+    assert finding.subject == "long prefills"
+    assert "tenant big sends" in finding.text
+
+
+def test_a_fleet_without_tenants_is_told_that_its_load_stalls_itself():
+    answer = interference.analyze(build_trace(given(lambda _: "", spread_prefix=True), PANDAS))
+    assert answer.tables["tenants"]["stalled_s"].sum() == 0
+    (finding,) = interference.judge(answer)
+    assert (finding.subject, "requests name no tenant" in finding.text) == ("long prefills", True), finding.text
+
+
+def test_only_answers_of_others_count_as_held_up():
+    tables = given(lambda name: "batch" if name in ("batch", "tenant-0") else "rest", aggressor="batch")
+    trace = build_trace(tables, PANDAS)
+    stalls = interference.find_stalls(trace)
+    whose = trace.requests["tenant"].to_numpy()
+    batch = trace.names.tenant.index("batch")
+    all_of = stalls.prefills["stalled_s"][whose[stalls.prefills["r"]] == batch].sum()
+    row = interference.analyze(trace).tables["tenants"].set_index("tenant").loc["batch"]
+    assert 0.3 * all_of < row["stalled_s"] < 0.95 * all_of
+    others = stalls.decodes[(whose[stalls.decodes["r"]] != batch) & (stalls.decodes["stalled_s"] > 0)]
+    assert row["victims"] <= len(others)
+    assert row["stalled_s"] <= others["stalled_s"].sum() + 1e-6
+
+
+def test_prefills_that_stalled_next_to_nothing_are_no_rows():
+    answer = interference.analyze(build_trace(fleet_rows(Plan(seed=1, aggressor="batch", aggressor_rate=0.1)), PANDAS))
+    assert len(answer.tables["aggressors"]) > 0
+    assert (answer.tables["aggressors"]["stalled_s"] >= 1e-3).all()
+    ratios = answer.tables["engines"][["beside_ratio", "elsewhere_ratio"]].to_numpy()
+    assert ((ratios == 0) | (ratios >= 1e-3)).all()
 
 
 def test_long_prefills_of_all_tenants_are_the_load_and_no_tenants_fault():

@@ -1,8 +1,10 @@
-"""Faults planted in a simulated fleet are found and named first of their kind; a clean fleet gives no finding."""
+"""Faults planted in a simulated fleet are found and named first of their kind; a clean fleet gives no finding, and
+whatever part of a run is looked at, no analysis fails."""
 
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from functools import cache
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 from lltm_ray._prefix import HASH_BYTES
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Finding
 from lltm_ray.analytics.frames import choose_engine
+from lltm_ray.analytics.hints import make_hints
 from lltm_ray.analytics.ingest import build_trace
-from lltm_ray.analytics.report import load_analyses
+from lltm_ray.analytics.report import Analysis, load_analyses, make_report
 from lltm_ray.analytics.trace import Trace
+from lltm_ray.records import Hints
 from tests.fleet_rows import FAMILY_TOKENS, START_UNIX_NANO, Plan, family_hashes, fleet_rows
 
 SEEDS = range(3)
@@ -30,6 +34,20 @@ PLANTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "a full queue": ({"overload": 3.2, "seconds": 90.0}, "failures", "rejections", "tiny"),
 }
 """What is planted -> how, the analysis that must tell, and the kind and subject of its finding."""
+NO_FAULTS: dict[str, dict[str, Any]] = {
+    "long conversations on one engine": {"long_talks": "engine-3", "context_drag": 0.03, "rate": 8.0},
+    "the same without a GPU": {"long_talks": "engine-0", "context_drag": 0.03, "rate": 8.0, "gpus": 0},
+    "two GPUs, one of them of a slower product": {"lesser": "GPU-1"},
+    "four GPUs, one of them of a slower product": {"lesser": "GPU-3", "gpus": 4, "rate": 10.0},
+}
+MIXED: dict[str, dict[str, Any]] = {
+    "all faults": {"straggler": "engine-0", "throttle": "GPU-1", "cascade": "engine-1", "aggressor": "greedy"},
+    "too much load": {"overload": 4.0, "scatter": True},
+    "all sorts of requests": {"late_share": 0.1, "embeddings": 3.0, "skew_s": 20.0, "spread_prefix": True},
+    "one engine": {"engines": 1, "gpus": 0, "rate": 3.0, "straggler": "engine-0"},
+}
+WINDOWS = ((50, 90), (0, 1), (30, 30.5), (-20, 3), (85, 130), (20, 20), (200, 300), (0, 1e-9), (39.9, 40))
+"""Begins and ends in seconds of a run of 100."""
 
 
 @cache
@@ -86,6 +104,35 @@ def test_a_clean_fleet_gives_no_finding(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("plan", NO_FAULTS)
+def test_engines_that_are_slower_for_a_good_reason_are_not_blamed(plan: str, seed: int) -> None:
+    trace = trace_of(Plan(seed=seed, **NO_FAULTS[plan]))
+    assert findings_of(Plan(seed=seed, **NO_FAULTS[plan])) == []
+    assert make_hints(trace, Hints(), now_unix_nano=0, valid_s=1.0).slow == {}
+
+
+@pytest.mark.parametrize("plan", MIXED)
+@pytest.mark.parametrize("analysis", load_analyses(), ids=lambda each: each.NAME)
+def test_any_part_of_a_run_can_be_analysed(analysis: Analysis, plan: str) -> None:
+    for trace in windows_of(plan):
+        for finding in analysis.judge(analysis.analyze(trace)):
+            assert 0 <= finding.impact_s < math.inf, finding
+            assert set(finding.evidence) <= set(trace.trace_ids.to_pylist()), finding
+
+
+@cache
+def windows_of(plan: str) -> list[Trace]:
+    """Of a run, and such that begin and end with a request's arrival or end."""
+    rows, engine = fleet_rows(Plan(seconds=100.0, **MIXED[plan])), choose_engine("pandas")
+    dice, requests = random.Random(plan), rows["requests"]
+    arrived = requests["arrived_unix_nano"].to_pylist()
+    ended = [at + round(s * 1e9) for at, s in zip(arrived, requests["total_s"].to_pylist(), strict=True)]
+    windows = [tuple(START_UNIX_NANO + round(at * 1e9) for at in each) for each in WINDOWS]
+    windows += [tuple(sorted(dice.sample(arrived + ended, 2))) for _ in range(4)]
+    return [build_trace(rows, engine, start_unix_nano=start, end_unix_nano=end) for start, end in windows]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_straggler_is_dated_to_its_start(seed: int) -> None:
     plan = Plan(seed=seed, straggler="engine-2")
     answer = next(each for each in load_analyses() if each.NAME == "anomalies").analyze(trace_of(plan))
@@ -99,6 +146,10 @@ def test_findings_of_many_faults_at_once_can_be_read_checked_and_acted_on() -> N
     many: dict[str, Any] = {"straggler": "engine-0", "throttle": "GPU-1", "cascade": "engine-1", "scatter": True}
     plan = Plan(rate=7.0, aggressor="greedy", aggressor_rate=0.3, **many)
     traces, found = set(trace_of(plan).trace_ids.to_pylist()), findings_of(plan)
+    rows = fleet_rows(plan)["requests"]
+    ids = dict(zip(rows["trace_id"].to_pylist(), rows["request_id"].to_pylist(), strict=True))
+    told = make_report(trace_of(plan)).request_ids
+    assert told == {trace: ids[trace] for finding in found for trace in finding.evidence}
     assert {"straggler", "throttling", "interference", "affinity", "errors"} <= {each.kind for each in found}
     for finding in found:
         assert finding.text, finding

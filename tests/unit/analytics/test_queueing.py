@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pytest
 
 from lltm_ray.analytics import queueing
+from lltm_ray.analytics.answer import Answer
 from lltm_ray.analytics.erlang import KNEE_UTILIZATION, expected_wait, knee, slots_for, waiting_probability
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
@@ -249,6 +250,28 @@ def test_a_fleet_past_its_knee_is_told_how_many_engines_it_needs(overload):
     assert f"--engines {math.ceil(slots / 4)}`" in finding.advice
     assert finding.impact_s == pytest.approx(row["wait_s"] * (row["requests"] - row["rejected"]), rel=0.05)
     assert 1 <= len(finding.evidence) <= 5
+
+
+def test_refused_requests_of_unknown_model_count_as_the_only_ones_and_never_as_waiting():
+    tables = fleet_rows(Plan(seed=2, seconds=90, overload=3.2))
+    requests = tables["requests"]
+    names = pc.if_else(pc.equal(requests["status"], 429), "", pc.cast(requests["model"], "string"))
+    unnamed = requests.set_column(requests.column_names.index("model"), "model", names)
+    want, found = (queueing.analyze(build_trace(tables | {"requests": each}, ENGINE)) for each in (requests, unnamed))
+    (row,), (same,) = (answer.tables["models"].to_dict("records") for answer in (want, found))
+    assert row == same
+    assert row["requests"] == requests.num_rows == row["waited"] + row["rejected"]
+
+
+def test_what_saturation_costs_is_never_less_than_nothing():
+    answer = queueing.analyze(build_trace(fleet_rows(Plan(seed=2, seconds=90, overload=3.2)), ENGINE))
+    models = answer.tables["models"]
+    many = Answer(answer.tables | {"models": models.assign(rejected=models["requests"] * 9)})
+    (finding,), (alike,) = queueing.judge(answer), queueing.judge(many)
+    assert finding.impact_s == alike.impact_s > 0
+    assert ("waiting", "slots") in finding.explains
+    none = Answer(answer.tables | {"models": models.assign(wait_s=0.0)})
+    assert [each.impact_s for each in queueing.judge(none)] == [0.0]
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from lltm_ray.analytics import units
-from lltm_ray.analytics.answer import Answer, table
+from lltm_ray.analytics.answer import Answer, Finding, table
+from lltm_ray.analytics.html import to_html
 from lltm_ray.analytics.text import to_json, to_text
 from tests.unit.analytics.made_report import HOSTILE, START, empty_report, made_report
 
@@ -24,6 +25,40 @@ def test_the_worst_finding_comes_first_with_what_to_do_and_where_to_look():
     assert "2026-11-21 13:00:00 to 14:00:00 UTC: 25,310 requests, 152,000 spans" in text
     assert "Analysed with pandas in 1.83 s (cuDF is not usable here" in text
     assert all(len(line) <= 100 for line in text.splitlines())
+
+
+def told(kind, impact_s, explains=()):
+    return Finding(kind=kind, subject="x", text="t", advice="a", impact_s=impact_s, explains=explains)
+
+
+def of_findings(*findings):
+    made = made_report()
+    results = {name: replace(each, findings=()) for name, each in made.results.items()}
+    results["prefixes"] = replace(results["prefixes"], findings=findings)
+    return replace(made, results=results)
+
+
+def test_what_another_finding_explains_comes_right_behind_it_and_counts_once():
+    cause = told("cause", 60.0, explains=(("effect", "x"), ("absent", "x")))
+    report = of_findings(told("effect", 100.0), told("other", 90.0), cause, told("last", 1.0))
+    assert [each.kind for each in report.findings] == ["other", "cause", "effect", "last"]
+    assert report.lost_s == 151
+    text = to_text(report)
+    assert "together at most 2 min 31 s" in text
+    assert "3. EFFECT x: 100 s lost; explained by 2" in text
+    assert 'Explained by <a href="#finding-2">' in to_html(report)
+
+
+def test_a_finding_that_costs_far_more_than_what_would_explain_it_stands_by_itself():
+    cause = told("cause", 40.0, explains=(("effect", "x"),))
+    report = of_findings(told("effect", 100.0), cause)
+    assert [each.kind for each in report.findings] == ["effect", "cause"]
+    assert report.lost_s == 140
+
+
+def test_findings_that_explain_each_other_are_both_counted():
+    one, other = told("one", 5.0, explains=(("other", "x"),)), told("other", 6.0, explains=(("one", "x"),))
+    assert of_findings(one, other).lost_s == 11
 
 
 def test_figures_follow_the_findings():

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lltm_ray.telemetry.batch import SCHEMAS, pack, unpack
+from lltm_ray.telemetry.segments import read_folder
 from lltm_ray.telemetry.store import Store
 from tests.unit.telemetry.rows_made import queue_row, request_row, slot_row
 
@@ -138,6 +139,54 @@ def test_rows_are_written_by_a_thread_of_its_own(make_store, tmp_path):
     while not store.counts()["written"] and time.monotonic() < end:
         time.sleep(0.01)
     assert pq.read_table(segments(tmp_path / "t")[0]).column("request_id").to_pylist() == ["1"]
+
+
+def test_a_reader_that_names_columns_gets_no_others(make_store):
+    store = make_store()
+    store.add({"requests": requests(1, 2), "slots": slots(7)})
+    page = store.read_since(0, ["requests", "slots"], columns={"requests": ("total_s", "request_id")})
+    assert page.tables["requests"].column_names == ["total_s", "request_id"]
+    assert page.tables["requests"]["request_id"].to_pylist() == ["1", "2"]
+    assert page.tables["slots"].schema.equals(SCHEMAS["slots"])
+    assert store.read_since(page.cursor, ["requests"], columns={"requests": ["model"]}).tables["requests"].num_rows == 0
+    with pytest.raises(KeyError):
+        store.read_since(0, ["requests"], columns={"requests": ["nothing"]})
+
+
+def test_a_folder_is_read_only_as_far_back_and_as_wide_as_asked(make_store, tmp_path):
+    folder = tmp_path / "t"
+    store = make_store(folder, segment_rows=1)
+    for number in range(4):
+        store.add({"requests": requests(number), "slots": slots(number)})
+        store.flush()
+    written = [path for path in segments(folder) if path.name.startswith("requests")]
+    for hours, path in enumerate(reversed(written)):
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+    found = read_folder(folder, columns={"requests": ("request_id",)}, back_s=7300)
+    assert list(found) == ["requests"]
+    assert found["requests"].column_names == ["request_id"]
+    assert found["requests"]["request_id"].to_pylist() == ["1", "2", "3"]
+    whole = read_folder(folder)
+    assert whole["requests"].schema.equals(SCHEMAS["requests"])
+    assert [whole[kind].num_rows for kind in ("requests", "slots")] == [4, 4]
+
+
+def test_a_folder_of_an_older_release_is_read_without_its_missing_columns(make_store, tmp_path, caplog):
+    folder = tmp_path / "t"
+    store = make_store(folder, segment_rows=1)
+    for number in range(3):
+        store.add({"requests": requests(number)})
+        store.flush()
+    older, strange, _ = segments(folder)
+    pq.write_table(pq.read_table(older).drop_columns(["policy", "prefix"]), older)
+    rows = pq.read_table(strange)
+    column = rows.schema.get_field_index("status")
+    pq.write_table(rows.set_column(column, "status", pa.array(["many"])), strange)
+    found = read_folder(folder)["requests"]
+    assert found["request_id"].to_pylist() == ["0", "2"]
+    assert found["policy"].to_pylist()[0] is None
+    assert "other columns is left out" in caplog.text
+    assert strange.name in caplog.text
 
 
 def test_a_store_finds_its_rows_again_and_its_cursors_go_on(make_store, tmp_path):

@@ -14,6 +14,8 @@ from lltm_ray.analytics import hardware
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.readings import GAP_S, POINTS, THROTTLES, Readings
+from lltm_ray.analytics.report import make_report
+from lltm_ray.analytics.text import to_text
 from tests.fleet_rows import START_UNIX_NANO, Plan, fleet_rows, many_spans
 
 ENGINE = choose_engine("pandas")
@@ -150,7 +152,7 @@ def test_seconds_are_told_by_reason_and_idling_or_chosen_clocks_are_none():
     assert sum(THROTTLES.values()) == 0x4 | 0x8 | 0x10 | 0x20 | 0x40 | 0x80 | 0x100
 
 
-@pytest.mark.parametrize(("fault_from", "compared"), [(0.5, "itself"), (0.0, "peers")])
+@pytest.mark.parametrize(("fault_from", "compared"), [(0.7, "itself"), (0.0, "peers")])
 def test_a_hot_gpu_is_found_with_what_it_costs(fault_from, compared):
     plan = Plan(seed=3, seconds=120, throttle="GPU-1", factor=1.8, fault_from=fault_from)
     trace = build_trace(fleet_rows(plan), ENGINE)
@@ -170,6 +172,44 @@ def test_a_hot_gpu_is_found_with_what_it_costs(fault_from, compared):
     slow = {trace.trace_ids[int(t)].as_py() for t in trace.requests["trace"][trace.requests["engine"].isin([2, 3])]}
     assert 1 <= len(finding.evidence) <= 5
     assert set(finding.evidence) <= slow
+
+
+@pytest.mark.parametrize(("bits", "is_found"), [(0x40, True), (0x44, True), (0x4, False)])
+def test_a_gpu_that_is_always_at_its_power_cap_is_not_compared_with_others(bits, is_found):
+    tables = fleet_rows(Plan(seed=3, seconds=120, throttle="GPU-1", factor=1.8, fault_from=0.0))
+    told = [bits if each else 0 for each in tables["gpus"]["throttle"].to_pylist()]
+    trace = build_trace(tables | {"gpus": replaced(tables["gpus"], "throttle", told)}, ENGINE)
+    assert gpus_of(trace)["GPU-1"]["throttled_share"] == pytest.approx(1, abs=0.02)
+    assert math.isnan(gpus_of(trace)["GPU-1"]["slowed_ratio"]) is not is_found
+    assert [each.subject for each in hardware.judge(hardware.analyze(trace))] == ["GPU-1"] * is_found
+
+
+@pytest.mark.parametrize("other", ["NVIDIA Small", ""])
+def test_a_gpu_of_another_product_or_of_none_that_is_known_is_no_peer(other):
+    tables = fleet_rows(Plan(seed=3, seconds=120, throttle="GPU-1", factor=1.8, fault_from=0.0))
+    gpus = tables["gpus"]
+    names = [other if uuid == "GPU-1" else "NVIDIA Big" for uuid in gpus["uuid"].to_pylist()]
+    trace = build_trace(tables | {"gpus": replaced(gpus, "name", names)}, ENGINE)
+    assert math.isnan(gpus_of(trace)["GPU-1"]["slowed_ratio"])
+    assert hardware.judge(hardware.analyze(trace)) == []
+
+
+def test_slots_of_all_engines_of_a_gpu_count_as_busy_beside_a_decode():
+    attempts = [("e", 0.0, 10.0, 20.0, 50), ("f", 0.0, 10.0, 20.0, 50), ("f", 15.0, 15.0, 20.0, 50)]
+    attempts += [("h", 0.0, 10.0, 20.0, 50)]
+    trace = window(readings_of("a") + readings_of("b"), attempts=attempts, engines=[("e", "a"), ("f", "a"), ("h", "b")])
+    found = hardware.paces(trace, Readings(trace), hardware.on_gpus(trace))
+    assert found["beside"].to_list() == [2, 2, 3, 1]  # 2.5 rounds to 2
+
+
+def test_stragglers_of_a_throttled_gpu_are_explained_by_it():
+    trace = build_trace(fleet_rows(Plan(seed=1, throttle="GPU-1")), ENGINE)
+    report = make_report(trace)
+    kinds = [each.kind for each in report.findings]
+    assert kinds[:3] == ["throttling", "straggler", "straggler"]
+    throttling, *rest = report.findings
+    assert report.lost_s == pytest.approx(sum(each.impact_s for each in (throttling, *rest[2:])))
+    assert "explained by 1" in to_text(report)
 
 
 def test_throttling_that_slows_nothing_is_no_finding():
