@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from lltm_ray.analytics.answer import Answer, Finding, rows, table
-from lltm_ray.analytics.frames import Array, Frame
+from lltm_ray.analytics.frames import Array, Engine, Frame
 from lltm_ray.analytics.trace import ATTEMPT, QUEUE, REQUEST, ROUTE, Trace
 from lltm_ray.analytics.turned_away import REFUSED
 from lltm_ray.analytics.units import count, percent, seconds
@@ -84,7 +84,7 @@ def walk(trace: Trace) -> Frame:
     is_request = (of["r"] >= 0) & (of["a"] < 0)
     root, depth = _roots(xp, of["parent"], is_request)
     times = (xp.rint(of[name] * 1e9).astype("int64") for name in ("start_s", "end_s"))
-    trees = _Trees(xp, of["parent"], *times)
+    trees = _Trees(trace.engine, of["parent"], *times)
     below = xp.flatnonzero(is_request[root])
     order = below[xp.argsort(depth[below], kind="stable")]
     done = 0
@@ -121,8 +121,10 @@ def _roots(xp: Any, parent: Array, is_request: Array) -> tuple[Array, Array]:
 class _Trees:
     """What the walk knows of all spans; times are nanoseconds, cut to those of the spans above."""
 
-    def __init__(self, xp: Any, parent: Array, begin: Array, end: Array) -> None:
-        self.xp, self.parent = xp, parent
+    def __init__(self, engine: Engine, parent: Array, begin: Array, end: Array) -> None:
+        xp = self.xp = engine.xp
+        self.parent = parent
+        self._cummin = lambda values: engine.array(engine.frame({"v": values})["v"].cummin())
         self.begin, self.end = begin, end
         self.slack = xp.zeros(len(parent), dtype="int64")
         self.is_on = xp.zeros(len(parent), dtype=bool)
@@ -172,8 +174,9 @@ class _Trees:
         self.is_on[s] = is_taken & self.is_on[parent]
         self._is_taken[s] = is_taken
         is_followed = xp.flatnonzero(parent[at[1:]] == parent[at[:-1]])
-        first, then = at[is_followed], at[is_followed + 1]
-        end[first] = xp.minimum(end[first], begin[then])  # they touch
+        reached = self._cummin(begin[at][::-1])[::-1]  # where the walk is after each, from the end on: they touch
+        end[at[is_followed]] = xp.minimum(end[at], xp.concatenate([reached[1:], reached[-1:]]))[is_followed]
+        begin[at] = reached
         self.end[s] = end - shift
         self.begin[s] = xp.minimum(begin, end) - shift
         return s

@@ -74,8 +74,8 @@ async def test_a_front_that_trips_over_a_table_takes_it_again(monkeypatch, caplo
     monkeypatch.setattr(fronts, "watch_fleet", tables)
     front, router = Front.__new__(Front), Router(1, 1.0)
     front._fleet, front._name, front._ledger, front._others = "f", "g", None, SimpleNamespace(names=())
-    front._sender = None
-    front._router = SimpleNamespace(update=Flaky(router.update))
+    front._sender = front._tracing = None
+    front._router = SimpleNamespace(update=Flaky(router.update), hint=router.hint)
     front.app = SimpleNamespace(leveller=SimpleNamespace(run=asyncio.Event().wait))
     following = asyncio.create_task(front.follow())
     await until(router.ready)

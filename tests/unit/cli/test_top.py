@@ -36,7 +36,7 @@ def look_of(**changed: list[Any]) -> dict[str, Any]:
     """A look of a service that took these rows."""
     now = time.time_ns()
     rows: dict[str, list[Any]] = {
-        "requests": [request_row(arrived_unix_nano=now - 10**9)],
+        "requests": [request_row(arrived_unix_nano=now - 3 * 10**9)],  # a second that is over
         "attempts": [attempt_row()],
         "servers": [server_row(at_unix_nano=now, gpu_memory_bytes=9 * 2**30)],
         "slots": [
