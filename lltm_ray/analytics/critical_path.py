@@ -123,8 +123,7 @@ class _Trees:
 
     def __init__(self, engine: Engine, parent: Array, begin: Array, end: Array) -> None:
         xp = self.xp = engine.xp
-        self.parent = parent
-        self._cummin = lambda values: engine.array(engine.frame({"v": values})["v"].cummin())
+        self._engine, self.parent = engine, parent
         self.begin, self.end = begin, end
         self.slack = xp.zeros(len(parent), dtype="int64")
         self.is_on = xp.zeros(len(parent), dtype=bool)
@@ -174,7 +173,8 @@ class _Trees:
         self.is_on[s] = is_taken & self.is_on[parent]
         self._is_taken[s] = is_taken
         is_followed = xp.flatnonzero(parent[at[1:]] == parent[at[:-1]])
-        reached = self._cummin(begin[at][::-1])[::-1]  # where the walk is after each, from the end on: they touch
+        back = self._engine.frame({"at": begin[at][::-1]})  # where the walk is after each, from the end on: they touch
+        reached = self._engine.array(back["at"].cummin())[::-1]
         end[at[is_followed]] = xp.minimum(end[at], xp.concatenate([reached[1:], reached[-1:]]))[is_followed]
         begin[at] = reached
         self.end[s] = end - shift
