@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lltm_ray.errors import LltmRayError
+from lltm_ray.errors import DeadlineError, LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.records import Completion, Embeddings, StreamEvent, Timings, Usage
 from lltm_ray.routing.ledger.entry import Outcome
@@ -162,7 +162,8 @@ def _ending(caught: BaseException) -> _Ending:
         return _Ending(0, "client_gone", "client gone", Outcome.CLIENT_GONE)
     error = cut_error(tell_error(caught))
     if isinstance(caught, LltmRayError):
-        return _Ending(caught.http_status, caught.code, error, Outcome.FAILED)
+        outcome = Outcome.DEADLINE if isinstance(caught, DeadlineError) else Outcome.FAILED  # the caller's, not its own
+        return _Ending(caught.http_status, caught.code, error, outcome)
     return _Ending(500, type(caught).__name__, error, Outcome.FAILED)
 
 

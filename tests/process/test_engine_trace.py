@@ -11,7 +11,7 @@ import pytest
 from gateway_harness import Engine
 
 from lltm_ray.actors.engine_trace import EngineTrace
-from lltm_ray.errors import ConfigError, UpstreamError
+from lltm_ray.errors import ConfigError, DeadlineError, UpstreamError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.records import EngineInfo, StreamEvent
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow
@@ -132,3 +132,11 @@ async def test_a_whole_stream_is_counted_as_its_server_counts_it(handle: Handle)
     assert events[-1].usage is not None
     assert attempt.generated_tokens == request.delivered_tokens == events[-1].usage.output_tokens == 12
     assert (request.status, attempt.outcome, attempt.is_estimate) == (200, "ok", False)
+
+
+async def test_a_call_that_its_caller_gave_too_little_time_is_no_fault_of_the_engine(handle: Handle) -> None:
+    with pytest.raises(DeadlineError):
+        async with handle._trace.call("/v1/chat/completions", 30.0, {}, None):
+            raise DeadlineError("an answer", 0.1)
+    request, attempt = handle.rows()
+    assert (request.status, attempt.outcome) == (504, "deadline")

@@ -30,7 +30,8 @@ export const bytes = told((value) =>
 export const seconds = told((value) => {
   if (value < 0.9995) return `${value < 0.00995 ? (value * 1000).toFixed(1) : whole.format(value * 1000)} ms`;
   if (value < 119.5) return `${digits(value)} s`;
-  return `${Math.floor(value / 60)} min ${Math.round(value % 60)} s`;
+  const rounded = Math.round(value);
+  return `${Math.floor(rounded / 60)} min ${rounded % 60} s`;
 });
 
 const times = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
