@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from types import FrameType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import requests
 import typer
@@ -157,11 +154,9 @@ class Conversation:
         last = StreamEvent()
         stopped = False
         try:
-            with _Interrupts() as interrupts:
-                for last in self.endpoint.stream(sent):
-                    _show(last)
-                    parts.append(last.text)
-                    interrupts.check()
+            for last in self.endpoint.stream(sent):
+                _show(last)
+                parts.append(last.text)
         except KeyboardInterrupt:
             stopped = True
         finally:
@@ -175,37 +170,6 @@ class Conversation:
     def reset(self) -> None:
         """Forget all but the system message."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
-
-
-class _Interrupts:
-    """Remembers Ctrl-C: Python drops the exception where it is raised within a destructor or a callback of C code.
-
-    It leaves the signal alone where it is ignored, where a handler of C code has it, and off the main thread.
-    """
-
-    def __init__(self) -> None:
-        self._seen = False
-        before = signal.getsignal(signal.SIGINT)
-        is_main = threading.current_thread() is threading.main_thread()
-        self._before = before if is_main and before is not signal.SIG_IGN else None
-
-    def __enter__(self) -> Self:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._take)
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _take(self, _number: int, _frame: FrameType | None) -> None:
-        self._seen = True
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        """Raise what was dropped."""
-        if self._seen:
-            raise KeyboardInterrupt
 
 
 def converse(talk: Conversation) -> None:

@@ -24,7 +24,9 @@ import requests
 
 from lltm_ray.models.tiny import ensure_tiny
 
-CHAT = (sys.executable, "-c", "from lltm_ray.cli import main; main()", "chat")
+_OWN_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+"""Also where the tests themselves run in a shell's background, whose children ignore Ctrl-C."""
+CHAT = (sys.executable, "-c", f"{_OWN_CTRL_C}; from lltm_ray.cli import main; main()", "chat")
 
 
 @pytest.fixture(scope="module")
