@@ -8,8 +8,15 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.ready
 	$(BIN)/lltm-ray demo
 
+ifdef ARGS
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
+else
+test: $(VENV)/.ready # those of analytics are arithmetic: they take the CPU that the others leave
+	@nice -n 19 $(BIN)/python -m pytest tests/unit/analytics > $(VENV)/analytics-tests.log 2>&1 & arithmetic=$$!; \
+	  $(BIN)/python -m pytest --ignore tests/unit/analytics; others=$$?; \
+	  wait $$arithmetic; arithmetic=$$?; cat $(VENV)/analytics-tests.log; exit $$((others | arithmetic))
+endif
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -14,6 +14,7 @@ import math
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,11 @@ class Plan:
 
 def fleet_rows(plan: Plan) -> dict[str, pa.Table]:
     """The rows that such a fleet's telemetry would hold: kind -> table as in `lltm_ray.telemetry.batch.SCHEMAS`."""
+    return dict(_simulated(plan))
+
+
+@lru_cache(maxsize=128)  # a few MB each; the same plans come again in one file after the other
+def _simulated(plan: Plan) -> dict[str, pa.Table]:
     rows = _Fleet(plan).run()
     return {kind: pa.Table.from_batches([pack(kind, rows[kind])]) for kind in _KINDS}
 

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lltm_ray.analytics.compare import Comparison, Mix, Row
@@ -224,6 +224,7 @@ def test_a_label_is_cut_and_cannot_be_a_tag():
 NAMES = st.lists(st.text("abcdef", min_size=1, max_size=3), min_size=1, max_size=12, unique=True)
 
 
+@settings(deadline=None)
 @given(NAMES, st.lists(st.tuples(st.integers(0, 11), st.integers(0, 11)), max_size=20))
 def test_every_node_of_any_forest_has_a_place_of_its_own(names: list[str], pairs: list[tuple[int, int]]):
     links = [(names[one % len(names)], names[other % len(names)]) for one, other in pairs]
@@ -240,6 +241,7 @@ def test_a_family_stands_right_of_what_it_grew_from_and_between_its_children():
     assert places["a"][1] == (places["b"][1] + places["c"][1]) / 2
 
 
+@settings(deadline=None)
 @given(st.permutations(range(6)))
 def test_layers_are_ordered_so_that_parallel_edges_do_not_cross(order: list[int]):
     layers = [[f"a{n}" for n in range(6)], [f"b{n}" for n in order]]
