@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ STRAGGLER_Z = 6.0
 """Standard errors: the slowest of 60 buckets is looked at, for each engine and phase, so that 3 come by chance."""
 STRAGGLER_REQUESTS, STRAGGLER_REQUESTS_OF_TWO = 20, 50
 STRAGGLER_LOST_S = 3.0
+EPISODE_S = 10.0
+"""An engine that was slow for less and is no more had a hiccup: nobody would drain it for that."""
 OUTLIER_Z, OUTLIER_S = 6.0, 0.5
 """A request that took that much longer, by both measures, is an outlier; those of a straggler are its own matter."""
 CLUSTER_REQUESTS, CLUSTER_SHARE, CLUSTER_S = 10, 0.3, 10.0
@@ -272,7 +275,8 @@ def _is_straggler(row: Any) -> bool:
     least = STRAGGLER_RATIO_OF_TWO if of_two else STRAGGLER_RATIO
     is_slow = any(ratio >= least and z >= STRAGGLER_Z for ratio, z in _phases(row))
     enough = row.requests >= (STRAGGLER_REQUESTS_OF_TWO if of_two else STRAGGLER_REQUESTS)
-    return bool(is_slow and enough and row.lost_s >= STRAGGLER_LOST_S)
+    lasted_s = (row.until_unix_nano - row.since_unix_nano) / 1e9 if row.is_over else math.inf
+    return bool(is_slow and enough and row.lost_s >= STRAGGLER_LOST_S and lasted_s >= EPISODE_S)
 
 
 def _phases(row: Any) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -120,10 +120,12 @@ class AnalyticsService:
         """Two windows, each as its start and end in seconds since the epoch.
 
         Raises:
-            ConfigError: one of them has no requests, or the rows of less than half of it are kept.
+            ConfigError: one of them has no requests, or the rows of less than half of it are kept; they are not two
+                moments each, overlap, or come in the wrong order.
         """
         from lltm_ray.analytics.compare import compare
 
+        _check_order(before, after)
         parts = [self._covered(name, *each) for name, each in (("before", before), ("after", after))]
         return self._on_engine(lambda engine: compare(*(part.trace(engine) for part in parts)))
 
@@ -184,3 +186,13 @@ class AnalyticsService:
             why = f"{self._engine.name} had no memory left for it ({self._engine.reason})"
         _log.warning("%s; it is done with pandas", why)
         return work(choose_engine("pandas", reason=why))
+
+
+def _check_order(before: tuple[float, float], after: tuple[float, float]) -> None:
+    for name, window in (("before", before), ("after", after)):
+        is_pair = len(window) == 2 and all(isinstance(each, int | float) for each in window)
+        if not is_pair or not window[0] < window[1]:
+            raise ConfigError(name, window, "must be start and end, in seconds since the epoch, the earlier first")
+    if before[1] > after[0]:
+        shown = units.window(*(round(each * 1e9) for each in after))
+        raise ConfigError("after", shown, "must begin when the window before it has ended: a change lies between them")

@@ -11,6 +11,7 @@ from typing import Any
 
 from lltm_ray.analytics import units
 from lltm_ray.analytics.answer import Answer, Finding, causes_of, rows
+from lltm_ray.analytics.compare import Comparison
 from lltm_ray.analytics.report import Report, Result
 from lltm_ray.analytics.units import plain
 
@@ -167,9 +168,10 @@ def _answer(report: Report, analysis: str) -> Answer | None:
 # --- JSON
 
 
-def to_json(report: Report) -> str:
-    """All of it: findings, tables as lists of records, timelines. What cannot be told is null."""
-    return json.dumps(_plain_json(_document(report)), ensure_ascii=False, allow_nan=False, indent=1)
+def to_json(report: Report, comparison: Comparison | None = None) -> str:
+    """All of it: findings, tables as lists of records, timelines, the comparison. What cannot be told is null."""
+    compared = {} if comparison is None else {"comparison": comparison.as_dict()}
+    return json.dumps(_plain_json(_document(report) | compared), ensure_ascii=False, allow_nan=False, indent=1)
 
 
 def _document(report: Report) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _moment(window: str, text: str, now_s: float) -> float:
 
 def _show(found: Report, comparison: Comparison | None, html: Path | None, json: Path | None) -> None:
     if json is not None:
-        text = analytics("text:to_json")(found)
+        text = analytics("text:to_json")(found, comparison)
         if str(json) == "-":
             typer.echo(text)
         else:

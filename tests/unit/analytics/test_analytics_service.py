@@ -245,3 +245,18 @@ def test_an_error_of_another_kind_is_not_tried_again():
     with pytest.raises(RuntimeError, match="of another kind"):
         service.answer(fail)
     assert len(tries) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "field"),
+    [
+        ((20.0, 10.0), (30.0, 40.0), "before"),
+        ((10.0, 20.0), (15.0, 40.0), "after"),
+        (("3m", "1m"), (1.0, 2.0), "before"),
+    ],
+)
+def test_windows_that_are_none_or_out_of_order_are_told_apart(before, after, field):
+    service = AnalyticsService(AnalyticsConfig(), choose_engine("pandas"))
+    with pytest.raises(ConfigError) as told:
+        service.compare(before, after)
+    assert told.value.field == field

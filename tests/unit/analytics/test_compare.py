@@ -26,6 +26,8 @@ from lltm_ray.analytics.bootstrap import (
 from lltm_ray.analytics.compare import BETTER, LESS, MORE, NO_DIFFERENCE, NOT_MEASURED, WORSE, compare
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
+from lltm_ray.analytics.report import make_report
+from lltm_ray.analytics.text import to_json
 from lltm_ray.errors import ConfigError
 from tests.fleet_rows import Plan, fleet_rows
 
@@ -261,3 +263,10 @@ def test_engines_of_one_window_alone_are_left_out(clean):
     tables["attempts"] = tables["attempts"].set_column(place, "engine", pa.chunked_array(names.chunks, pa.string()))
     found = compare(clean[0], build_trace(tables, ENGINE))
     assert {row.scope for row in found.rows} == {"", "engine-0", "engine-1", "engine-2"}
+
+
+def test_a_comparison_is_part_of_the_reports_json():
+    trace = build_trace(fleet_rows(Plan(seconds=40.0)), choose_engine("pandas"))
+    told = json.loads(to_json(make_report(trace), compare(trace, trace)))
+    assert told["comparison"]["rows"]
+    assert "comparison" not in json.loads(to_json(make_report(trace)))
