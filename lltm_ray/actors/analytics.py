@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # who only starts or asks the actor does without pandas
 log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+_NICENESS = 19
+"""Engines and gateways on this machine come first: a report may take what CPU they leave."""
 _PAGE_ROWS = 20_000
 _TELEMETRY_S = 30.0
 START_S = 60.0
@@ -50,6 +52,7 @@ class AnalyticsActor:
     """
 
     def __init__(self, fleet: str, config: AnalyticsConfig) -> None:
+        os.nice(_NICENESS)
         self._fleet, self._config = fleet, config
         self._telemetry: Any | None = None
         self._cursor, self._is_level, self._asked = 0, False, 0
