@@ -94,6 +94,7 @@ class Front:
         is_on = telemetry is not None and telemetry.enabled
         self._sender = _make_sender(fleet, name) if is_on else None
         self._status = FleetStatus(name="")
+        self._has_table = asyncio.Event()
         self._recorder = _open_trace(config, name)
         self._router = Router(
             config.queue_limit,
@@ -141,6 +142,10 @@ class Front:
         """Another gateway gave an engine's adapters other scales."""
         self._router.rescale(engine, scales)
 
+    async def has_table(self) -> None:
+        """Once `follow` has heard of the fleet; before, a request would be told that there are no engines."""
+        await self._has_table.wait()
+
     async def follow(self) -> None:
         """Keep the router's table true, for ever."""
         async with asyncio.TaskGroup() as group:
@@ -159,6 +164,7 @@ class Front:
             self._others.names = tuple(each.name for each in status.gateways)
             self._router.update(status.engines, status.models, self._share(status))
             self._router.hint(status.hints, status.salt)
+            self._has_table.set()
 
     async def serve_unseen(self) -> None:
         """`follow`, and be known to the directory, where nobody else tells it of us."""

@@ -86,6 +86,7 @@ class GatewayActor:
             try:
                 self._config = await self._last_port() if self._is_revived else self._config
                 self._front = self._front or self._follow()
+                await self._front.has_table()
                 await self._serve(self._front)
             except Exception as error:  # the actor's border: whoever awaits ready() gets it
                 log.exception("gateway %s does not serve", self._name)

@@ -41,6 +41,7 @@ class _Ingress:
         replica = serve.get_replica_context().replica_id.unique_id
         self._front = Front(config, await holder.name.remote(), f"serve-{replica}", telemetry)
         self._following = asyncio.create_task(self._front.serve_unseen())
+        await self._front.has_table()
 
     def check_health(self) -> None:
         """Unhealthy when nobody keeps its table true any more."""

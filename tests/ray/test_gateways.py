@@ -1,7 +1,10 @@
 """Two gateway processes on one port, each with its own part of every engine's slots; and a model that is cold."""
 
+import asyncio
+import json
 import os
 import signal
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +12,10 @@ import ray
 
 import lltm_ray
 from lltm_ray.actors import names
+from lltm_ray.actors.gateway import GatewayActor
+from lltm_ray.actors.remote import actor
+from lltm_ray.config import GatewayConfig
+from lltm_ray.records import FleetStatus, ModelInfo, ModelState
 from tests.ray.conftest import post, until
 from tests.ray.load import Load
 
@@ -72,3 +79,26 @@ def test_a_request_for_a_cold_model_starts_it_and_is_answered(ray_cluster):
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [4] * 4
         until(lambda: fleet.status().models[0].state == "cold")
         assert post(f"{fleet.endpoint}/v1/chat/completions", ask)["usage"]["completion_tokens"] == 4
+
+
+class LateDirectory:
+    """Tells its table when two seconds have gone, as on a busy machine."""
+
+    async def watch(self, version, timeout_s=10.0):
+        await asyncio.sleep(timeout_s if version else 2.0)
+        return FleetStatus(name="late", models=(ModelInfo(name="tiny", state=ModelState.COLD),), version=1)
+
+    async def register_gateway(self, info):
+        """Its heartbeats are of no interest here."""
+
+
+def test_a_gateway_takes_no_connection_before_it_has_heard_of_its_fleet(ray_cluster):
+    directory = actor(LateDirectory).options(name=names.directory("late"), namespace=names.NAMESPACE).remote()
+    gateway = actor(GatewayActor).remote("gateway-0", "late", GatewayConfig(port=0, ledger=False))
+    try:
+        url = ray.get(gateway.ready.remote(), timeout=60).url
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+            assert [model["id"] for model in json.load(answer)["data"]] == ["tiny"]
+    finally:
+        for each in (gateway, directory):
+            ray.kill(each)
