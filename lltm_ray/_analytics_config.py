@@ -30,11 +30,11 @@ class AnalyticsConfig:
     read_every_s: float = 2.0
     """How often new rows are fetched from telemetry."""
     hints: bool = False
-    """Whether routers are told what was found: engines to spare, and where prefix families live. Needs `enabled`."""
+    """Whether routers are told where prefix families live. Needs `enabled`."""
     hints_every_s: float = 5.0
     """How often, over the last `hints_window_s`."""
     hints_window_s: float = 60.0
-    """What hints are judged by: long enough for a few hundred requests, short enough to let an engine back in."""
+    """What hints are judged by: long enough for a few hundred requests, short enough that caches still hold them."""
 
     def __post_init__(self) -> None:
         _check_choice("engine", self.engine, ANALYTICS_ENGINES)

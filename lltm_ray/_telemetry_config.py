@@ -18,8 +18,9 @@ class TelemetryConfig:
     """Any of `otlp` (as the environment says; nothing where no `OTEL_EXPORTER_OTLP_*ENDPOINT` is set), `otlp-grpc`,
     `otlp-http`, `console`, and the names of entry points in the group `lltm_ray.exporters`. The two OTLP ones take an
     endpoint of their own after `=`, as `otlp-grpc=http://collector:4317`; all else is OpenTelemetry's environment."""
-    sample_ratio: float = 1.0
-    """Share of ordinary requests whose spans are exported, chosen by trace id; errors are always exported."""
+    sample_ratio: float | None = None
+    """Share of ordinary requests whose spans are exported, chosen by trace id; errors and the slowest are exported
+    besides. None: as `OTEL_TRACES_SAMPLER` and `OTEL_TRACES_SAMPLER_ARG` say where the fleet is started, else 1."""
     slow_ratio: float = 0.01
     """Share of each model's requests that are exported for being its slowest."""
     keep_unsampled: bool = False

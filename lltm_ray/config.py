@@ -235,6 +235,11 @@ class FleetConfig:
     """Failed restarts in a row after which an engine is left `failed`."""
     drain_timeout_s: float = 30.0
     """How long running requests may finish before an engine is stopped."""
+    shelf_mib: int = 4096
+    """Disk on each node for slots of models that are stopped to the last engine, kept until somebody goes on with them;
+    the oldest go first. 0 keeps none."""
+    shelf_age_s: float = 21_600.0
+    """How long they are kept."""
     log_dir: str | None = None
     """Where servers log. None: `<cache>/logs/<fleet>`."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -257,6 +262,8 @@ class FleetConfig:
             start_timeout_s=(0.1, 10**6),
             restart_limit=(0, 10**6),
             drain_timeout_s=(0, 10**5),
+            shelf_mib=(0, 2**31),
+            shelf_age_s=(0, 10**9),
         )
         self._check_models()
 

@@ -12,18 +12,16 @@ on one background event loop, so that a `Cluster` may be used from any thread.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 
+from lltm_ray._loop import Loop
 from lltm_ray.actors import names
 from lltm_ray.actors.calls import Messages
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
@@ -33,7 +31,7 @@ from lltm_ray.actors.precheck import check_here
 from lltm_ray.actors.remote import take_auth_mode
 from lltm_ray.actors.runstate import RunState
 from lltm_ray.config import FleetConfig, build, read_environment
-from lltm_ray.errors import ConfigError, FleetError, LltmRayError
+from lltm_ray.errors import ConfigError, LltmRayError
 from lltm_ray.records import Completion, Embeddings, FleetStatus, RerankHit, StreamEvent
 
 if TYPE_CHECKING:
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
     from lltm_ray.analytics.report import Report
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class Cluster:
@@ -51,7 +48,7 @@ class Cluster:
         self._fleet = fleet
         self._started = started
         self._owns_ray = owns_ray
-        self._loop = _Loop()
+        self._loop = Loop("Cluster", "start or connect another one")
         self._calls = WatchedCalls(fleet)
         self._loop.run(self._calls.open())
 
@@ -208,7 +205,7 @@ class Cluster:
         """
         return self._loop.run(self._calls.batch(prompts, timeout_s=timeout_s, **params))
 
-    def stream(self, messages: Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Iterator[StreamEvent]:
+    def stream(self, messages: Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Generator[StreamEvent]:
         """A chat answer event by event; leaving the loop early frees the slot."""
         events = self._calls.stream(messages, timeout_s=timeout_s, **params)
         try:
@@ -229,6 +226,12 @@ class Cluster:
         call = self._calls.call("rerank", query, documents, timeout_s=timeout_s, top_n=top_n)
         hits: tuple[RerankHit, ...] = self._loop.run(call)
         return hits
+
+    def count_tokens(self, messages: Messages, *, model: str = "", timeout_s: float = CALL_TIMEOUT_S) -> int:
+        """Tokens of chat messages as the model's template writes them; takes no slot."""
+        call = self._calls.ask_any("count_tokens", messages, model=model, timeout_s=timeout_s)
+        count: int = self._loop.run(call)
+        return count
 
     # life -------------------------------------------------------------------------------------------------------
 
@@ -261,38 +264,6 @@ class Cluster:
             self.stop()
         else:
             self.close()
-
-
-class _Loop:
-    """An event loop on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="lltm-ray-driver", daemon=True)
-        self._thread.start()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run on the loop, wait here; Ctrl-C here cancels it there."""
-        if self.is_closed:
-            work.close()
-            raise FleetError("this Cluster object is closed: start or connect another one")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result()
-        except CancelledError:
-            raise FleetError("this Cluster object was closed while the call ran") from None
-        except BaseException:
-            future.cancel()
-            raise
-
-    @property
-    def is_closed(self) -> bool:
-        return self._loop.is_closed()
-
-    def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
 
 
 def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from lltm_ray._shelf import Shelf
+
 
 class EngineState(StrEnum):
     """Where an engine is in its life; see `llamacpp.lifecycle`."""
@@ -220,6 +222,8 @@ class EngineInfo:
     """Its slots share one KV buffer, and an idle one is cleared when another starts."""
     slot_folder: str = ""
     """Where its server saves slots, on its own node; empty where it saves none."""
+    slot_seal: str = ""
+    """Tells by whom its saved slots can be restored: engines of the same model file and settings; see `launch`."""
     has_own_slot_folder: bool = False
     """Nobody chose that folder: it is for moving conversations, not for what clients would save in it."""
     adapters: tuple[Adapter, ...] = ()
@@ -340,24 +344,15 @@ class Hints:
     """0: there are none."""
     valid_s: float = 0.0
     """From when a router gets them."""
-    slow: Mapping[str, float] = field(default_factory=dict)
-    """Engines to be spared: how many times slower each is than its peers."""
     families: tuple[PrefixFamily, ...] = ()
-    apart: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Tenants whose long prompts hold others up: the engines they should keep to."""
 
     def __bool__(self) -> bool:
         """Whether anything is told."""
-        return bool(self.slow or self.families or self.apart)
+        return bool(self.families)
 
     def public(self) -> dict[str, Any]:
-        """As JSON; of families and tenants only how many there are."""
-        return {
-            "made_unix_nano": self.made_unix_nano,
-            "slow": dict(self.slow),
-            "families": len(self.families),
-            "apart": len(self.apart),
-        }
+        """As JSON; of families only how many there are."""
+        return {"made_unix_nano": self.made_unix_nano, "families": len(self.families)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,15 +368,17 @@ class FleetStatus:
     salt: bytes = field(default=b"", repr=False)
     """What its gateways hash prompts with (see `_prefix`); a secret, made by whoever started the fleet."""
     hints: Hints = field(default_factory=Hints)
+    shelf: Shelf = field(default_factory=Shelf)
 
     def public(self) -> dict[str, Any]:
-        """As JSON: `{"name", "models": [...], "engines": [...], "gateways": [...], "hints"}`, without keys."""
+        """As JSON: `{"name", "models": [...], "engines": [...], "gateways": [...], "hints", "shelf"}`, without keys."""
         return {
             "name": self.name,
             "models": [asdict(model) for model in self.models],
             "engines": [engine.public() for engine in self.engines],
             "gateways": [asdict(gateway) for gateway in self.gateways],
             "hints": self.hints.public(),
+            "shelf": self.shelf.public(),
         }
 
 

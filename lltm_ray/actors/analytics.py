@@ -19,7 +19,7 @@ import ray
 from lltm_ray._optional import load
 from lltm_ray.actors import names
 from lltm_ray.actors.crew import cause_of
-from lltm_ray.actors.remote import actor, find, near, options
+from lltm_ray.actors.remote import actor, find, get_named, near, options
 from lltm_ray.actors.watch import keep_going, reach_directory
 from lltm_ray.config import AnalyticsConfig, FleetConfig
 from lltm_ray.errors import FleetError, PlacementError
@@ -155,7 +155,7 @@ class AnalyticsActor:
 
         try:
             if self._telemetry is None:
-                self._telemetry = await asyncio.to_thread(ray.get_actor, names.telemetry(self._fleet), names.NAMESPACE)
+                self._telemetry = await asyncio.to_thread(get_named, names.telemetry(self._fleet))
             telemetry: Any = self._telemetry
             async with asyncio.timeout(_TELEMETRY_S):
                 page: Page = await telemetry.read_since.remote(self._cursor, tuple(COLUMNS), _PAGE_ROWS, COLUMNS)

@@ -13,7 +13,7 @@ import ray
 from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, get_engine
-from lltm_ray.actors.watch import watch_fleet
+from lltm_ray.actors.watch import keep_going, watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
 from lltm_ray.records import Completion, FleetStatus, StreamEvent, Timings
 from lltm_ray.routing.adapters import choose
@@ -38,7 +38,7 @@ class Calls:
         """Learn the fleet's table and keep it true from here on."""
         status = await self._fleet.directory.status.remote()
         self._learn(status)
-        self._watch = asyncio.get_running_loop().create_task(self._follow())
+        self._watch = asyncio.get_running_loop().create_task(keep_going("follow the directory", self._follow))
 
     async def close(self) -> None:
         """Cancel whatever runs on this loop, which frees its slots, and wait until that is done."""
@@ -63,6 +63,15 @@ class Calls:
         except TimeoutError:
             raise DeadlineError(f"{method} on fleet {self._fleet.config.name!r}", timeout_s) from None
 
+    async def ask_any(self, method: str, *args: Any, model: str, timeout_s: float) -> Any:
+        """One method of any ready engine's actor, for what takes no slot."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                engine = self._router.pick(model or None)
+                return await _awaited(getattr(self._handle(engine.name), method).remote(*args))
+        except TimeoutError:
+            raise DeadlineError(f"{method} on fleet {self._fleet.config.name!r}", timeout_s) from None
+
     async def batch(self, prompts: Sequence[Any], *, timeout_s: float, **params: Any) -> list[Completion]:
         """One call for each prompt, all at once; the first error cancels the rest."""
         async with _first_error(), asyncio.TaskGroup() as group:
@@ -81,7 +90,7 @@ class Calls:
             lease = await self._router.acquire(ask, exclude=tried)
             delivered, served, text, source = False, None, [], None
             try:
-                handle = self._handle(lease)
+                handle = self._handle(lease.engine.name)
                 params |= _adapters(lease)
                 source = handle.stream.options(num_returns="streaming").remote(messages, timeout_s=timeout_s, **params)
                 while (event := await _next_event(source, deadline, timeout_s)) is not None:
@@ -108,7 +117,7 @@ class Calls:
             try:
                 if method in _PATHS:
                     params |= _adapters(lease)
-                answer = await _awaited(getattr(self._handle(lease), method).remote(*args, **params))
+                answer = await _awaited(getattr(self._handle(lease.engine.name), method).remote(*args, **params))
                 if isinstance(answer, Completion):
                     served = _served(method, answer.timings, answer.text)
                 return answer
@@ -144,8 +153,7 @@ class Calls:
         self._router.suspect(lease.engine)
         return True
 
-    def _handle(self, lease: Lease) -> Any:
-        name = lease.engine.name
+    def _handle(self, name: str) -> Any:
         if name not in self._fleet.engines:
             try:
                 self._fleet.engines[name] = get_engine(self._fleet.config.name, name)

@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 
+from lltm_ray._shelf import SavedSlot
 from lltm_ray.actors import names
 from lltm_ray.actors.crew import Crew, cause_of, end_engine, engine_names, find_engines
-from lltm_ray.actors.handover import move_caches
 from lltm_ray.actors.placement import (
     Reservation,
     demand_of,
@@ -31,6 +31,7 @@ from lltm_ray.actors.placement import (
     reserved,
 )
 from lltm_ray.actors.remote import find, is_revived
+from lltm_ray.actors.shelf import Book
 from lltm_ray.actors.watch import get_directory, keep_going
 from lltm_ray.config import FleetConfig, ModelConfig
 from lltm_ray.errors import LltmRayError, PlacementError
@@ -89,6 +90,7 @@ class Controller:
 
     def __init__(self, spec: ControllerSpec) -> None:
         self._crew, self._fleet = spec.crew, spec.crew.config.name
+        self.book = Book(spec.crew.config, spec.crew.run_id, self.tell_shelf)
         self._models = {model.name: model for model in spec.models}
         self._rules = tuple(rules_of(model) for model in spec.models)
         self._settings = settings_of(spec.crew.config)
@@ -161,6 +163,9 @@ class Controller:
         for action in actions:
             await self._begin(action, engines)
         await self._tell()
+        await self.book.trim()
+        if status.shelf != self.book.shelf:  # or the directory was restarted
+            await self.tell_shelf()
 
     def _engines(self, status: FleetStatus) -> dict[str, EngineInfo]:
         """The directory's table with what is under way. That a start failed, and why, is its own task's to say."""
@@ -264,9 +269,11 @@ class Controller:
     async def _stop(self, engine: EngineInfo) -> None:
         drain_s = self._crew.config.drain_timeout_s
         try:
-            if any(each.model == engine.model and each.name != engine.name for each in self._status.engines):
-                await move_caches(self._fleet, self._status.gateways, engine.name, drain_s)
+            if self._others(engine):
+                await self.book.part(engine, self._status.gateways, drain_s, is_last=False)
             await get_directory(self._fleet).retire.remote(engine.name)
+            if not self._others(engine):
+                await self.book.part(engine, self._status.gateways, drain_s, is_last=True)
             handle = None if engine.state is EngineState.FAILED else find(names.engine(self._fleet, engine.name))
             if handle is not None:
                 await asyncio.sleep(PROPAGATE_S)
@@ -275,6 +282,12 @@ class Controller:
             log.warning("%s of fleet %s is ended without its last words: %s", engine.name, self._fleet, error)
         finally:
             await self._end(engine.name)
+
+    def _others(self, engine: EngineInfo) -> bool:
+        """Whether another engine of its model stays, or comes."""
+        coming = (EngineState.READY, EngineState.STARTING)
+        others = (each for each in self._engines(self._status).values() if each.name != engine.name)
+        return any(each.model == engine.model and each.state in coming for each in others)
 
     async def _end(self, name: str) -> None:
         await asyncio.to_thread(end_engine, self._fleet, name)
@@ -288,6 +301,10 @@ class Controller:
 
     async def _tell(self) -> None:
         await get_directory(self._fleet).note_models.remote(self._notes())
+
+    async def tell_shelf(self) -> None:
+        """Let routers know what is saved."""
+        await get_directory(self._fleet).note_shelf.remote(self.book.shelf)
 
     def _notes(self) -> dict[str, tuple[ModelState, str]]:
         notes: dict[str, tuple[ModelState, str]] = {}
@@ -311,6 +328,20 @@ class ControllerActor:
     async def snapshot(self) -> dict[str, Any]:
         """As `Controller.snapshot`."""
         return self._controller.snapshot()
+
+    async def shelved(self, gateway: str, engine: str, folder: str, files: tuple[SavedSlot, ...]) -> None:
+        """A gateway has saved what it knew of an engine that ends."""
+        self._controller.book.answer(gateway, engine, folder, files)
+
+    async def used(self, filename: str) -> None:
+        """A gateway has restored a saved slot, or could not."""
+        await self._controller.book.drop(filename)
+        await self._controller.tell_shelf()
+
+    async def close(self) -> None:
+        """Last words before the actor is killed: nothing is started or stopped any more, saved slots go."""
+        self._life.cancel()
+        await self._controller.book.close()
 
 
 def rules_of(model: ModelConfig) -> ModelRules:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lltm_ray._shelf import Shelf
 from lltm_ray.actors.launch import adapters_of
 from lltm_ray.actors.node import NodeActor
 from lltm_ray.actors.remote import actor
@@ -39,6 +40,7 @@ from lltm_ray.records import (
     ModelState,
     ServerCounters,
 )
+from lltm_ray.routing.gossip import Board, SlotDigest, SlotSample
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Table:
         self._fleet = fleet
         self._salt = salt
         self._hints = Hints()
+        self._shelf = Shelf()
         self._models = {model.name: model for model in models}
         self._notes: dict[str, tuple[ModelState, str]] = {}
         self._woken: dict[str, int] = {}
@@ -169,6 +172,12 @@ class Table:
         self._hints = hints
         self.version += 1
 
+    def note_shelf(self, shelf: Shelf) -> bool:
+        """What the controller says is saved, and to be saved; after a restart of ours it says so again."""
+        self.version += shelf != self._shelf
+        is_news, self._shelf = shelf != self._shelf, shelf
+        return is_news
+
     def note_models(self, notes: dict[str, tuple[ModelState, str]]) -> bool:
         """What the controller knows of models beyond their engines: why one does not start, or waits."""
         if notes == self._notes:
@@ -202,6 +211,7 @@ class Table:
             version=self.version,
             salt=self._salt,
             hints=self._hints,
+            shelf=self._shelf,
         )
 
     def _changed(self, old: Any, new: Any) -> bool:
@@ -285,6 +295,7 @@ class Directory:
         self._run_dir = read_environment().run_dir(config.name, run_id)
         self._table = Table(config.name, self._run_dir / "directory.json", models_of(config), salt)
         self._news = asyncio.Condition()
+        self._board = Board()
         self._samplers: dict[str, Any] = {}
         self._counters: dict[str, ServerCounters] = {}
         self._expiry = asyncio.create_task(keep_going("look for missed heartbeats", self._expire))
@@ -299,9 +310,15 @@ class Directory:
         """A gateway's heartbeat or change of state."""
         await self._tell(self._table.register_gateway(info, time.monotonic()))
 
-    async def report_busy(self, busy: dict[str, int]) -> None:
-        """Busy slots per engine, from a node's sampler."""
+    async def report_slots(self, busy: dict[str, int], samples: list[SlotSample]) -> None:
+        """Busy slots per engine, and what changed in slots, from a node's sampler."""
         self._table.report_busy(busy)
+        self._board.post("", samples)
+
+    async def exchange_slots(self, gateway: str, told: list[SlotDigest], after: int) -> tuple[int, list[Any]]:
+        """Take what a gateway did with slots; what others did, and samplers saw, since that version of the board."""
+        self._board.post(gateway, told)
+        return self._board.read(gateway, after)
 
     async def report_counters(self, counters: list[ServerCounters]) -> None:
         """Servers' own token counters, from a node's sampler."""
@@ -332,6 +349,10 @@ class Directory:
     async def note_models(self, notes: dict[str, tuple[ModelState, str]]) -> None:
         """The controller's words on models that do not start, or wait for room."""
         await self._tell(self._table.note_models(notes))
+
+    async def note_shelf(self, shelf: Shelf) -> None:
+        """The controller's words on saved slots."""
+        await self._tell(self._table.note_shelf(shelf))
 
     async def hint(self, hints: Hints) -> None:
         """What analytics tells routers."""

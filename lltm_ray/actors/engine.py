@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from lltm_ray.actors.engine_trace import Carrier, EngineTrace
-from lltm_ray.actors.launch import EngineSpec, Launch, adapters_of, plan_launch
+from lltm_ray.actors.launch import EngineSpec, Launch, adapters_of, plan_launch, slot_seal
 from lltm_ray.actors.orphan import end_this_actor, until_orphaned
 from lltm_ray.actors.remote import is_revived, node_ip
 from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, keep_going, watch_fleet
@@ -176,6 +176,7 @@ class Engine:
             n_gpu_layers=launch.plan.n_gpu_layers,
             capabilities=tuple(kinds) or ("completion",),
             slot_folder=launch.slot_folder,
+            slot_seal=slot_seal(self.spec.fleet.engine, launch.model.path, launch.server.argv(0)[0]),
             has_own_slot_folder=launch.slots is not None,
             cache_ram_tokens=launch.cache_ram_tokens,
             slot_similarity_ratio=launch.slot_similarity_ratio,
@@ -217,7 +218,8 @@ class EngineActor:
         self._trace = self._engine.trace = EngineTrace(self._engine, sender)
         loop = asyncio.get_running_loop()
         works = [self._live(revived=is_revived()), self._end_with_fleet()]
-        works += [keep_going("send telemetry", sender.run)] if sender else []
+        if sender is not None:
+            works += [keep_going("send telemetry", sender.run), keep_going("learn the fleet's salt", self._learn_salt)]
         self._tasks = [loop.create_task(work) for work in works]
 
     async def ensure_ready(self) -> EngineInfo:
@@ -233,7 +235,8 @@ class EngineActor:
         **params: Any,
     ) -> Completion:
         """One chat answer; `params` as in llama-server's /v1/chat/completions, `carrier` as in W3C Trace Context."""
-        async with self._trace.call("/v1/chat/completions", timeout_s, params, carrier) as (client, seen):
+        asked = {"messages": messages, **params}
+        async with self._trace.call("/v1/chat/completions", timeout_s, asked, carrier) as (client, seen):
             seen.see(done := await client.chat(messages, **params))
             return replace(done, engine=self._engine.spec.name)
 
@@ -246,7 +249,8 @@ class EngineActor:
         **params: Any,
     ) -> Completion:
         """One completion of a raw prompt; `params` as in llama-server's /completion, `max_tokens` works too."""
-        async with self._trace.call("/completion", timeout_s, params, carrier) as (client, seen):
+        asked = {"prompt": prompt, **params}
+        async with self._trace.call("/completion", timeout_s, asked, carrier) as (client, seen):
             seen.see(done := await client.complete(prompt, **params))
             return replace(done, engine=self._engine.spec.name)
 
@@ -259,8 +263,9 @@ class EngineActor:
         **params: Any,
     ) -> AsyncIterator[StreamEvent]:
         """A chat answer event by event; closing the generator frees the slot."""
+        asked = {"messages": messages, **params}
         async with (
-            self._trace.call("/v1/chat/completions", timeout_s, params, carrier, is_stream=True) as (client, seen),
+            self._trace.call("/v1/chat/completions", timeout_s, asked, carrier, is_stream=True) as (client, seen),
             aclosing(client.chat_stream(messages, **params)) as events,
         ):
             async for event in events:
@@ -297,6 +302,11 @@ class EngineActor:
         """Token ids of a text."""
         return await self._engine.client.tokenize(text, **params)
 
+    async def count_tokens(self, messages: list[Message]) -> int:
+        """Tokens of chat messages as the model's template writes them."""
+        prompt = await self._engine.client.apply_template(messages)
+        return len(await self._engine.client.tokenize(prompt, add_special=True, parse_special=True))
+
     async def detokenize(self, tokens: list[int]) -> str:
         """Text of token ids."""
         return await self._engine.client.detokenize(tokens)
@@ -332,6 +342,13 @@ class EngineActor:
         log.warning("%s ends itself: fleet %r is gone", spec.name, spec.fleet.name)
         await self._engine.stop(0.0)
         await asyncio.to_thread(end_this_actor)
+
+    async def _learn_salt(self) -> None:
+        async with aclosing(watch_fleet(self._engine.spec.fleet.name)) as tables:
+            async for table in tables:
+                if table.salt:
+                    self._trace.salt = table.salt
+                    return
 
     async def _live(self, *, revived: bool) -> None:
         """Heartbeats; and after Ray restarted us the server again, unless the fleet had stopped it."""

@@ -6,16 +6,26 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lltm_ray.errors import DeadlineError, LltmRayError
+from lltm_ray._prefix import hash_prefixes
+from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
-from lltm_ray.records import Completion, Embeddings, StreamEvent, Timings, Usage
+from lltm_ray.records import Adapter, Completion, Embeddings, StreamEvent, Timings, Usage
+from lltm_ray.routing.adapters import Lora, by_ids
 from lltm_ray.routing.ledger.entry import Outcome
-from lltm_ray.telemetry.context import TraceContext, new_span_id, new_trace_id, read_traceparent, write_traceparent
+from lltm_ray.routing.prompt import prompt_key
+from lltm_ray.telemetry.context import (
+    MOST_STATE_BYTES,
+    TraceContext,
+    new_span_id,
+    new_trace_id,
+    read_traceparent,
+    write_traceparent,
+)
 from lltm_ray.telemetry.logs import at_work
 from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow, SpanRow
 from lltm_ray.telemetry.telling import cut_error, tell_error, tell_parameters
@@ -65,6 +75,8 @@ class EngineTrace:
     def __init__(self, engine: Engine, sender: Sender | None) -> None:
         self._engine = engine
         self._sender = sender
+        self.salt = b""
+        """The fleet's, with which beginnings of prompts are hashed; until it is known they are not told."""
 
     @asynccontextmanager
     async def call(
@@ -81,7 +93,7 @@ class EngineTrace:
         Args:
             route: llama-server's route of the same meaning.
             timeout_s: of the whole call.
-            params: what the caller asked for.
+            params: what the caller asked for, as fields of the route's body.
             carrier: the caller's trace.
             is_stream: whether it gets events.
         """
@@ -89,17 +101,18 @@ class EngineTrace:
         sent, failure = NEVER, _WHOLE
         seen, parent = Seen(), _parent(carrier)
         own = parent._replace(trace_id=parent.trace_id or new_trace_id(), span_id=new_span_id())
+        attempt = own._replace(span_id=new_span_id())
         at_work.set(own)  # not reset: every call has its own context
         try:
             async with self._engine.slot(timeout_s) as client:
                 sent = time.monotonic() - began
-                yield client, seen
+                yield client.sending(_headers(attempt if self._sender else parent)), seen
         except BaseException as caught:
             failure = _ending(caught)
             raise
         finally:
             told = _Told(route, params, is_stream, began_unix_nano, sent, time.monotonic() - began, failure)
-            self._note(told, seen, parent, own)
+            self._note(told, seen, parent, (own, attempt))
 
     def loaded(self, start_unix_nano: int, error: str = "") -> None:
         """The server has been started, or could not be."""
@@ -126,22 +139,24 @@ class EngineTrace:
         )
         self._sender.outbox.add("spans", row)
 
-    def _note(self, told: _Told, seen: Seen, parent: TraceContext, own: TraceContext) -> None:
+    def _note(self, told: _Told, seen: Seen, parent: TraceContext, own: tuple[TraceContext, TraceContext]) -> None:
         """Tell of a call that is over."""
         if self._sender is None:
             return
         try:
-            self._add(self._sender, told, seen, parent, own)
+            request, attempt = self._rows(told, seen, parent)
+            call, sent = own
+            attempt = attempt._replace(trace_id=call.trace_id, request_span_id=call.span_id, span_id=sent.span_id)
+            self._sender.outbox.add("attempts", attempt)
+            self._sender.outbox.add("requests", request._replace(trace_id=call.trace_id, span_id=call.span_id))
         except Exception as error:  # noqa: BLE001 - border: parameters of any shape; the call has had its answer
             _log.warning("a call could not be told (%s)", type(error).__name__)  # what it says may be of the prompt
 
-    def _add(self, sender: Sender, told: _Told, seen: Seen, parent: TraceContext, own: TraceContext) -> None:
+    def _rows(self, told: _Told, seen: Seen, parent: TraceContext) -> tuple[RequestRow, AttemptRow]:
+        key = _key(told.route, told.params, self._engine.info.adapters)
+        prefix = hash_prefixes(key, self.salt) if self.salt else b""
         request = told.request(self._engine.info.model, seen, parent)
-        request = request._replace(trace_id=own.trace_id, span_id=own.span_id)
-        attempt = told.attempt(self._engine, seen)
-        attempt = attempt._replace(trace_id=own.trace_id, request_span_id=own.span_id, span_id=new_span_id())
-        sender.outbox.add("attempts", attempt)
-        sender.outbox.add("requests", request)
+        return request._replace(prompt_bytes=len(key), prefix=prefix), told.attempt(self._engine, seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,9 +258,30 @@ class _Told:
 
 def _parent(carrier: Carrier | None) -> TraceContext:
     given = carrier or {}
-    return read_traceparent(given.get("traceparent", ""), given.get("tracestate", "")) or _NO_PARENT
+    state, parent = (str(given.get(name) or "") for name in ("tracestate", "traceparent"))
+    is_sound = state.isascii() and state.isprintable() and len(state) <= MOST_STATE_BYTES
+    return read_traceparent(parent, state if is_sound else "") or _NO_PARENT
 
 
-def write_carrier(trace_id: str, span_id: str, flags: int = 1) -> Carrier:
-    """A carrier that makes `span_id` the parent of what the call does."""
-    return {"traceparent": write_traceparent(trace_id, span_id, flags)}
+def _headers(parent: TraceContext) -> Carrier:
+    """What makes the server's own spans, once it has some, children of `parent`; nothing of none."""
+    if not parent.span_id:
+        return {}
+    headers = {"traceparent": write_traceparent(parent.trace_id, parent.span_id, parent.flags)}
+    return headers | ({"tracestate": parent.state} if parent.state else {})
+
+
+def _key(route: str, params: Mapping[str, Any], adapters: Sequence[Adapter]) -> bytes:
+    """The prompt as a gateway's router compares it. A `lora` that says what the engine does anyway is no choice."""
+    own = [{"id": id_, "scale": each.scale} for id_, each in enumerate(adapters)]
+    chosen = _choice(params.get("lora"), adapters)
+    if chosen is None or chosen != _choice(own, adapters):
+        return prompt_key(route, params, chosen)
+    return prompt_key(route, {name: value for name, value in params.items() if name != "lora"})
+
+
+def _choice(raw: Any, adapters: Sequence[Adapter]) -> Lora | None:
+    try:
+        return by_ids(raw, adapters) if raw and adapters else None
+    except ConfigError:  # the server refuses it too
+        return None

@@ -31,7 +31,7 @@ from lltm_ray.actors.placement import (
     reserve,
     resolve_models,
 )
-from lltm_ray.actors.remote import actor, find, near, options
+from lltm_ray.actors.remote import actor, find, get_named, near, options
 from lltm_ray.actors.telemetry import make_telemetry
 from lltm_ray.config import FleetConfig, GatewayConfig, ModelConfig
 from lltm_ray.errors import EngineStartError, FleetError, PlacementError
@@ -82,6 +82,7 @@ class Fleet:
     def stop(self) -> None:
         """Drain the gateway, then the engines; end every actor and give the shares back."""
         if self.controller is not None:  # first of all: it would start new ones
+            _settle([self.controller.close.remote()], 0.0)
             ray.kill(self.controller)
         self.refresh()
         try:
@@ -210,7 +211,7 @@ def find_directory(name: str) -> Any | None:
 
 def get_engine(fleet: str, name: str) -> Any:
     """Handle of one engine, by name."""
-    return ray.get_actor(names.engine(fleet, name), namespace=names.NAMESPACE)
+    return get_named(names.engine(fleet, name))
 
 
 def _populate(

@@ -19,6 +19,7 @@ import ray
 
 from lltm_ray.actors import names
 from lltm_ray.actors.remote import find
+from lltm_ray.actors.shelf import Clerk
 from lltm_ray.actors.telemetry import RemoteTelemetry
 from lltm_ray.actors.transfer import RayFiles
 from lltm_ray.actors.watch import HEARTBEAT_S, keep_going, reach_directory, watch_fleet
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECONCILE_EVERY_S = 3.0
+GOSSIP_EVERY_S = 0.5
+"""Two such times after a turn ended every gateway knows where; people and most tools take longer for the next."""
 
 
 class OtherGateways:
@@ -120,6 +123,8 @@ class Front:
             tracing=self._tracing,
             telemetry=RemoteTelemetry(fleet) if is_on else None,
         )
+        self._clerk = Clerk(fleet, name, self.app.shelf)
+        self._beating: asyncio.Task[None] | None = None
 
     def snapshot(self) -> dict[str, Any]:
         """Claims and queues of its router."""
@@ -150,6 +155,7 @@ class Front:
         """Keep the router's table true, for ever."""
         async with asyncio.TaskGroup() as group:
             group.create_task(keep_going("follow the directory", self._follow))
+            group.create_task(keep_going("hear of other gateways", self._gossip))
             group.create_task(keep_going("compare the account", self._reconcile))
             group.create_task(keep_going("level the engines", self.app.leveller.run))
             if self._sender is not None:
@@ -164,15 +170,42 @@ class Front:
             self._others.names = tuple(each.name for each in status.gateways)
             self._router.update(status.engines, status.models, self._share(status))
             self._router.hint(status.hints, status.salt)
+            self._clerk.hear(status)
             self._has_table.set()
+
+    async def _gossip(self) -> None:
+        """What gateways do with slots, and what the servers show of them; no request waits for it."""
+        gossip, version, directory = self._router.gossip, 0, None
+        while True:
+            await asyncio.sleep(GOSSIP_EVERY_S)
+            salt = self._status.salt
+            news = await gossip.news(salt) if len(self._others.names) > 1 else []
+            try:
+                directory = directory or await reach_directory(self._fleet)
+                version, told = await directory.exchange_slots.remote(self._name, news, version)
+            except (ray.exceptions.RayError, ValueError) as error:  # it is being restarted
+                log.debug("nobody to gossip with: %s", error)
+                gossip.untell(news)
+                directory = None
+                continue
+            await gossip.hear(told, salt)
 
     async def serve_unseen(self) -> None:
         """`follow`, and be known to the directory, where nobody else tells it of us."""
-        beat = asyncio.create_task(keep_going("tell the directory of this front", self._beat))
+        self._beating = asyncio.create_task(keep_going("tell the directory of this front", self._beat))
         try:
             await self.follow()
         finally:
-            beat.cancel()
+            self._beating.cancel()
+
+    async def leave(self) -> None:
+        """The opposite, when nothing runs here any more: the others get our slots at once."""
+        if self._beating is not None:
+            self._beating.cancel()
+        try:
+            await (await reach_directory(self._fleet)).remove.remote(self._name)
+        except (ray.exceptions.RayError, ValueError) as error:  # they will notice our silence
+            log.warning("gateway %s of %s cannot take its leave: %s", self._name, self._fleet, error)
 
     async def _beat(self) -> None:
         node_id = ray.get_runtime_context().get_node_id()
@@ -266,7 +299,8 @@ def _tracing(sender: Sender | None, config: TelemetryConfig | None) -> Tracing |
     if sender is None or config is None:
         return None
     settled = settle_content(config, os.environ)  # a fleet's start has done so; a front alone asks here
-    return Tracing(sender.outbox.add, make_capture(config.redact) if settled and settled.capture_content else None)
+    capture = make_capture(config.redact) if settled and settled.capture_content else None
+    return Tracing(sender.outbox.add, capture, later=sender.outbox.later)
 
 
 def _open_trace(config: GatewayConfig, name: str) -> TraceRecorder | None:

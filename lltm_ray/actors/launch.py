@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO, EngineConfig, Environment, FleetConfig, read_environment
@@ -21,7 +22,7 @@ from lltm_ray.llamacpp.binary import find_server
 from lltm_ray.llamacpp.command import build_args
 from lltm_ray.llamacpp.process import ServerSpec
 from lltm_ray.llamacpp.slot_folder import OwnedFolder, SlotFolder, own_folder, sweep_folders
-from lltm_ray.models.gguf import read_model
+from lltm_ray.models.gguf import read_model, shard_paths
 from lltm_ray.models.memory import MemoryPlan, plan_fit
 from lltm_ray.models.resolve import ResolvedModel, resolve
 from lltm_ray.records import Adapter, GpuInfo
@@ -118,6 +119,22 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
         slots=slots,
         slot_folder=engine.slot_save_path or "",
     )
+
+
+def slot_seal(engine: EngineConfig, model: Path, executable: str) -> str:
+    """Equal for engines that can restore each other's slots without a doubt.
+
+    llama.cpp refuses a file of another shape, but takes one of other weights. What a share had shrunk, and how a node's
+    cores were divided, does not matter to it.
+
+    Args:
+        engine: the settings as they were given.
+        model: its file, or the first shard; another path, size or time of change makes it another one.
+        executable: whose server it is.
+    """
+    seen = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in shard_paths(model)]
+    facts = (seen, executable, engine)
+    return blake2b(repr(facts).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def _cache_ram_tokens(cache_ram_mib: int, plan: MemoryPlan) -> int:

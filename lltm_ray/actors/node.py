@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from lltm_ray.actors.sampler import Gpus, Servers, counters_of, gpu_rows, read_node
+from lltm_ray.actors.sampler import Gpus, Servers, SlotChanges, counters_of, gpu_rows, read_node
 from lltm_ray.actors.watch import keep_going, reach_directory, watch_fleet
 from lltm_ray.records import ServerCounters
+from lltm_ray.routing.gossip import SlotSample
 
 if TYPE_CHECKING:
     from lltm_ray.actors.sender import Sender
@@ -36,6 +38,7 @@ class NodeActor:
         self._fleet = fleet
         self._node_id = ray.get_runtime_context().get_node_id()
         self._servers = Servers(self._node_id)
+        self._changes = SlotChanges()
         self._gpus = Gpus()
         self._sender = _make_sender(fleet, f"node-{self._node_id[:8]}") if sends else None
         works = {"follow the directory": self._follow, "read slots": self._read_slots, "read meters": self._read_meters}
@@ -50,7 +53,7 @@ class NodeActor:
         while True:
             rows = await self._servers.read_slots()
             busy = self._servers.busy
-            await self._tell(busy=busy)
+            await self._tell(busy=busy, samples=self._changes.of(self._servers.samples()))
             self._note("slots", rows)
             await asyncio.sleep(SLOTS_EVERY_S if any(busy.values()) else SLOTS_IDLE_S)
 
@@ -70,14 +73,20 @@ class NodeActor:
             for row in rows:
                 self._sender.outbox.add(kind, row)
 
-    async def _tell(self, *, busy: dict[str, int] | None = None, counters: list[ServerCounters] | None = None) -> None:
+    async def _tell(
+        self,
+        *,
+        busy: dict[str, int] | None = None,
+        samples: Sequence[SlotSample] = (),
+        counters: list[ServerCounters] | None = None,
+    ) -> None:
         try:
             directory = await reach_directory(self._fleet)
         except ValueError as error:  # it is being restarted
             log.debug("no directory to report to: %s", error)
             return
         if busy:
-            directory.report_busy.remote(busy)
+            directory.report_slots.remote(busy, samples)
         if counters:
             directory.report_counters.remote(counters)
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-import pyarrow as pa
 import ray
 
 from lltm_ray._optional import load
@@ -18,12 +17,13 @@ from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.fleet import Fleet
 from lltm_ray.errors import FleetError
 from lltm_ray.records import StreamEvent
-from lltm_ray.telemetry.store import Page
-from lltm_ray.telemetry.summary import summarize
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # who asks nothing of telemetry does without pyarrow
+    import pyarrow as pa
+
     from lltm_ray.analytics.compare import Comparison
     from lltm_ray.analytics.report import Report
+    from lltm_ray.telemetry.store import Page
 
 _ANSWER_S = 30.0
 _REPORT_S = 300.0
@@ -66,7 +66,7 @@ class FleetTelemetry:
     def timeline(self, request_id: str) -> dict[str, Any] | None:
         """A request's row, joules and spans; `telemetry.timeline_frame(found["spans"])` makes a table of them.
 
-        None: not among the latest 5000.
+        None: its rows are not kept any more, or were not found within 3 s.
         """
         found: dict[str, Any] | None = self._ask("timeline", request_id)
         return found
@@ -101,11 +101,15 @@ class FleetTelemetry:
             ConfigError: nothing to group by has such a name.
             MissingExtraError: pandas is not installed.
         """
+        from lltm_ray.telemetry.summary import summarize
+
         until_unix_s = None if window_s is None else time.time()
         return summarize(self.tables("requests", "attempts"), by=by, window_s=window_s, until_unix_s=until_unix_s)
 
     def tables(self, *kinds: str, columns: Mapping[str, Collection[str]] | None = None) -> dict[str, pa.Table]:
         """All rows of these kinds that are in memory, in the order they came; `columns` as in `read_since`."""
+        import pyarrow as pa
+
         pages = [self.read_since(0, kinds, _PAGE_ROWS, columns)]
         while any(table.num_rows for table in pages[-1].tables.values()):
             pages.append(self.read_since(pages[-1].cursor, kinds, _PAGE_ROWS, columns))

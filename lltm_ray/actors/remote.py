@@ -58,9 +58,20 @@ def near() -> dict[str, Any]:
     return {"scheduling_strategy": strategy, "memory": 1}
 
 
+def get_named(actor_name: str) -> Any:
+    """An actor by name.
+
+    Raises:
+        ValueError: there is none, or this process is in no cluster: Ray would start one to answer.
+    """
+    if not ray.is_initialized():
+        raise ValueError(f"this process has joined no Ray cluster: no actor {actor_name!r}")
+    return ray.get_actor(actor_name, namespace=names.NAMESPACE)
+
+
 def find(actor_name: str) -> Any | None:
     """An actor by name; None when there is none (any more), so that what is left of a fleet can still be ended."""
     try:
-        return ray.get_actor(actor_name, namespace=names.NAMESPACE)
+        return get_named(actor_name)
     except ValueError:
         return None

@@ -18,11 +18,14 @@ from lltm_ray.gpu.meters import GpuSample, read_samples
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.llamacpp.metrics import ServerMetrics, read_metrics
 from lltm_ray.records import EngineInfo, EngineState, ServerCounters, SlotState
+from lltm_ray.routing.gossip import SlotSample
 from lltm_ray.telemetry.rows import GpuRow, NodeRow, ServerRow, SlotRow
 
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 2.0
+REPEAT_S = 3.0
+"""How long a change is told: a router believes no sample that was taken just when it used the slot itself."""
 _NOTHING = ServerMetrics()
 
 
@@ -38,6 +41,7 @@ class Servers:
         self._engines: dict[str, EngineInfo] = {}
         self._clients: dict[str, AsyncLlamaClient] = {}
         self._slots: dict[str, Sequence[SlotState]] = {}
+        self._asked: tuple[int, tuple[EngineInfo, ...]] = 0, ()
 
     def update(self, engines: tuple[EngineInfo, ...]) -> None:
         """Take the directory's table."""
@@ -56,10 +60,28 @@ class Servers:
         """Slots of every server that answers in time."""
         await self._drop_dead_clients()
         engines = self.engines
+        self._asked = time.time_ns(), engines
         found = await asyncio.gather(*(self._read_slots(engine) for engine in engines))
         self._slots = {engine.name: slots for engine, slots in zip(engines, found, strict=True) if slots is not None}
         now = time.time_ns()
         return [_slot_row(name, slot, now) for name, slots in self._slots.items() for slot in slots]
+
+    def samples(self) -> list[SlotSample]:
+        """The last reading as routers are told of it."""
+        asked, engines = self._asked
+        return [
+            SlotSample(
+                engine=engine.name,
+                server_pid=engine.server_pid,
+                slot=slot.id,
+                at_unix_nano=asked,
+                is_busy=slot.is_processing,
+                tokens=slot.prompt_tokens,
+                task_id=slot.task_id,
+            )
+            for engine in engines
+            for slot in self._slots.get(engine.name, ())
+        ]
 
     @property
     def busy(self) -> dict[str, int]:
@@ -109,6 +131,26 @@ class Servers:
         live = {engine.url for engine in self._engines.values()}
         for url in [url for url in self._clients if url not in live]:
             await self._clients.pop(url).aclose()
+
+
+class SlotChanges:
+    """Which samples are news: slots that became busy, idle, or hold something else, for as long as `REPEAT_S`."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], tuple[tuple[object, ...], int]] = {}
+
+    def of(self, samples: Iterable[SlotSample]) -> list[SlotSample]:
+        """Those of a reading of all servers."""
+        before, self._seen = self._seen, {}
+        news = []
+        for each in samples:
+            state = each.server_pid, each.is_busy, each.task_id, 0 if each.is_busy else each.tokens
+            old, since = before.get((each.engine, each.slot), ((), 0))
+            since = since if state == old else each.at_unix_nano
+            self._seen[each.engine, each.slot] = state, since
+            if each.at_unix_nano - since <= REPEAT_S * 1e9:
+                news.append(each)
+        return news
 
 
 def counters_of(engines: Iterable[EngineInfo], told: dict[str, tuple[int, ServerMetrics]]) -> list[ServerCounters]:

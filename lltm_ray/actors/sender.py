@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 EVERY_S = 0.25
 MOST_IN_FLIGHT = 4
 """Batches that wait for the actor; beyond them rows stay here, where the oldest are dropped when room ends."""
+_LAST_WORDS_S = 1.0
 _ANSWER_S = 10.0
 """A batch that is not taken in this time is lost: a hung actor must not hold the next ones up for ever."""
 
@@ -50,6 +51,8 @@ class Sender:
                     await self._flush()
             finally:
                 await self._send_some()
+                if self._in_flight:  # the process may end with us
+                    await asyncio.wait(self._in_flight, timeout=_LAST_WORDS_S)
 
     async def _flush(self) -> None:
         if len(self.outbox) and self._actor is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 import ray
 
 from lltm_ray.actors import names
-from lltm_ray.actors.remote import actor, near, options
+from lltm_ray.actors.remote import actor, get_named, near, options
 from lltm_ray.actors.watch import keep_going, watch_fleet
 from lltm_ray.config import FleetConfig, TelemetryConfig, read_environment
 from lltm_ray.errors import ConfigError
@@ -33,10 +34,15 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _ANSWER_S = 5.0
 _OWN_LOG_EVERY_S = 1.0
+_MOST_RECALLS = 4
+"""Requests that are looked for on disk, or wait for it; more are not found, for most of them do not exist."""
 
 
 class TelemetryActor:
-    """Named `lltm:<fleet>:telemetry`. All work is done in one thread, so that the event loop always answers."""
+    """Named `lltm:<fleet>:telemetry`. All work is done in one thread, so that the event loop always answers.
+
+    Only old rows are read in another, for that takes seconds.
+    """
 
     def __init__(self, fleet: str, config: TelemetryConfig, environ: Mapping[str, str]) -> None:
         from lltm_ray.telemetry.batch import forgo_pandas
@@ -52,8 +58,10 @@ class TelemetryActor:
             self._service = TelemetryService(config, folder, {"lltm.fleet": fleet})
         except ConfigError as error:  # raised here it would reach nobody as itself
             self._refusal = error
-            self._service = TelemetryService(replace(config, exporters=()), folder)
+            self._service = TelemetryService(replace(config, exporters=(), sample_ratio=1.0), folder)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="telemetry")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="recall")
+        self._recalls = 0
         works = {"follow the directory": self._follow, "keep its own log": self._keep_log}
         self._tasks = [asyncio.create_task(keep_going(what, work)) for what, work in works.items()]
 
@@ -77,8 +85,17 @@ class TelemetryActor:
         return await self._do(self._service.look)
 
     async def timeline(self, request_id: str) -> dict[str, Any] | None:
-        """A request's spans, or None."""
-        return await self._do(self._service.timeline, request_id)
+        """A request's spans, or None. Older ones are looked for on disk, beside all other work, a few at a time."""
+        asked_s = time.monotonic()
+        found = await self._do(self._service.timeline, request_id)
+        if found is not None or self._recalls >= _MOST_RECALLS:
+            return found
+        self._recalls += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._reader, self._service.recall, request_id, asked_s)
+        finally:
+            self._recalls -= 1
 
     async def metrics(self, *, is_open: bool = False) -> bytes:
         """Prometheus' or OpenMetrics' text."""
@@ -160,7 +177,7 @@ class RemoteTelemetry:
     async def _ask(self, method: str, *args: Any, **options: Any) -> Any:
         try:
             if self._actor is None:
-                self._actor = await asyncio.to_thread(ray.get_actor, self._name, names.NAMESPACE)
+                self._actor = await asyncio.to_thread(get_named, self._name)
             async with asyncio.timeout(_ANSWER_S):
                 return await getattr(self._actor, method).remote(*args, **options)
         except (ray.exceptions.RayError, ValueError, TimeoutError) as error:

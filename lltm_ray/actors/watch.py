@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from lltm_ray.actors import names
+from lltm_ray.actors.remote import get_named
 from lltm_ray.records import FleetStatus
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def get_directory(fleet: str) -> Any:
     Raises:
         ValueError: no such fleet on this Ray cluster.
     """
-    return ray.get_actor(names.directory(fleet), namespace=names.NAMESPACE)
+    return get_named(names.directory(fleet))
 
 
 async def reach_directory(fleet: str) -> Any:

@@ -27,8 +27,6 @@ _LEAST_REQUESTS = 50
 
 STRAGGLER_RATIO, STRAGGLER_RATIO_OF_TWO = 1.25, 1.5
 """Pace over the peers' that is worth a drain; of two engines either may be the odd one, so the gap must be large."""
-STRAGGLER_Z = 6.0
-"""Standard errors: the slowest of 60 buckets is looked at, for each engine and phase, so that 3 come by chance."""
 STRAGGLER_REQUESTS, STRAGGLER_REQUESTS_OF_TWO = 20, 50
 STRAGGLER_LOST_S = 3.0
 EPISODE_S = 10.0
@@ -211,7 +209,7 @@ def _densest(buckets: Any) -> tuple[int, int]:
 
 _ENGINE = (
     *("engine", "model", "gpu", "device", "peers", "requests", "decode_ms_token", "peers_ms_token", "ratio", "z"),
-    *("prefill_ms_token", "prefill_peers_ms_token", "prefill_ratio", "prefill_z", "residual_ratio"),
+    *("prefill_ms_token", "prefill_peers_ms_token", "prefill_ratio", "prefill_z", "least_z", "residual_ratio"),
     *("since_unix_nano", "until_unix_nano", "is_over", "is_since_ever", "lost_s", "evidence"),
 )
 
@@ -238,7 +236,13 @@ def _engines(trace: Trace, work: tuple[Frame, Frame], asked: Frame) -> Any:
                 *(names.of("engine", code), *what, peers, worse.requests),
                 *(decode.ms_token, decode.ms_token / decode.ratio, decode.ratio, decode.z),
                 *(prefill.ms_token, prefill.ms_token / prefill.ratio, prefill.ratio, prefill.z),
-                *(residuals.get(code, np.nan), nanos(trace, worse.since_s), until, worse.until_s < np.inf),
+                *(
+                    max(decode.least_z, prefill.least_z),
+                    residuals.get(code, np.nan),
+                    nanos(trace, worse.since_s),
+                    until,
+                    worse.until_s < np.inf,
+                ),
                 *(worse.is_since_ever, lost_s, _slowest(trace, rows_of, code, worse)),
             )
         )
@@ -254,12 +258,13 @@ _NO_RUN = Run(0.0, np.inf, 0, 1.0, 0.0, 0.0, np.nan)
 
 
 def _is_worse(decode: Run, prefill: Run) -> bool:
-    return decode.lost_s >= prefill.lost_s if min(decode.z, prefill.z) >= STRAGGLER_Z else decode.z >= prefill.z
+    are_both = decode.z >= decode.least_z and prefill.z >= prefill.least_z
+    return decode.lost_s >= prefill.lost_s if are_both else decode.z >= prefill.z
 
 
 def _slowest(trace: Trace, work: Frame, engine: int, run: Run) -> tuple[str, ...]:
     """Traces of the attempts that lost most, for engines that may be accused."""
-    if run.ratio < SLOW or run.z < STRAGGLER_Z / 2:
+    if run.ratio < SLOW or run.z < run.least_z / 2:
         return ()
     each = work
     mine = each[(each["engine"] == engine) & (each["at_s"] >= run.since_s) & (each["at_s"] < run.until_s)]
@@ -273,7 +278,7 @@ def _slowest(trace: Trace, work: Frame, engine: int, run: Run) -> tuple[str, ...
 def _is_straggler(row: Any) -> bool:
     of_two = row.peers == 1
     least = STRAGGLER_RATIO_OF_TWO if of_two else STRAGGLER_RATIO
-    is_slow = any(ratio >= least and z >= STRAGGLER_Z for ratio, z in _phases(row))
+    is_slow = any(ratio >= least and z >= row.least_z for ratio, z in _phases(row))
     enough = row.requests >= (STRAGGLER_REQUESTS_OF_TWO if of_two else STRAGGLER_REQUESTS)
     lasted_s = (row.until_unix_nano - row.since_unix_nano) / 1e9 if row.is_over else math.inf
     return bool(is_slow and enough and row.lost_s >= STRAGGLER_LOST_S and lasted_s >= EPISODE_S)
@@ -293,7 +298,7 @@ def _of_straggler(row: Any) -> Finding:
     parts = [
         f"{phase} {ratio:.1f}x its peers ({own:.3g} ms a token against {peers:.3g})"
         for phase, (ratio, z), (own, peers) in told
-        if ratio >= SLOW and z >= STRAGGLER_Z
+        if ratio >= SLOW and z >= row.least_z
     ]
     where = f" on {row.gpu}" if row.gpu else ""
     verb, since = ("was", "from") if row.is_over else ("is", "since")
@@ -306,7 +311,13 @@ def _of_straggler(row: Any) -> Finding:
         f"{clock(row.since_unix_nano)}{until}, over {row.requests:,} requests",
         advice=_advice(row),
         impact_s=float(row.lost_s),
-        figures={"ratio": row.ratio, "z": row.z, "prefill_ratio": row.prefill_ratio, "requests": row.requests},
+        figures={
+            "ratio": row.ratio,
+            "z": row.z,
+            "least_z": row.least_z,
+            "prefill_ratio": row.prefill_ratio,
+            "requests": row.requests,
+        },
         evidence=tuple(row.evidence),
     )
 

@@ -25,8 +25,8 @@ WAITING = ("route", "queue")
 """Phases in which a request waits for a slot: at the gateway, and in llama-server."""
 LONG_SHARE = 0.3
 """Busy fleets wait: by M/M/c, 16 slots so much at 91 % load and 4 at 72 %; beyond, it grows without a bound."""
-LONG_WAIT_S = 1.0
-"""Nobody notices shorter waits beside an answer of seconds."""
+LONG_WAIT_RATIO, LONG_WAIT_S = 1.0, 0.1
+"""95th percentile of waits, over the mean time without waiting: nobody notices shorter ones beside an answer."""
 FEWEST_REQUESTS = 50
 """Under so many the 95th percentile is one or two requests."""
 _OWN = {REQUEST: "gateway", ATTEMPT: "engine other"}
@@ -47,7 +47,9 @@ def analyze(trace: Trace) -> Answer:
 def judge(answer: Answer) -> list[Finding]:
     """Waiting for slots, where it bounds latency. Which other phase does is no fault of itself."""
     told = answer.figures
-    if told["requests"] < FEWEST_REQUESTS or told["wait_share"] <= LONG_SHARE or told["wait_p95_s"] <= LONG_WAIT_S:
+    work_s = (told["path_s"] - told["wait_s"]) / max(told["requests"], 1.0)
+    is_long = told["wait_p95_s"] > max(LONG_WAIT_RATIO * work_s, LONG_WAIT_S)
+    if told["requests"] < FEWEST_REQUESTS or told["wait_share"] <= LONG_SHARE or not is_long:
         return []
     of = {row.phase: row for row in rows(answer.tables["phases"])}
     waits = sorted((of[name] for name in WAITING if name in of), key=lambda row: -row.seconds)

@@ -15,7 +15,7 @@ IQR_TO_SIGMA = 0.7413
 _HUBER = 1.345
 """Standard deviations from which a residual counts less; 95 % efficient where the noise is normal (Huber, 1964)."""
 _ROUNDS = 5
-_REFITS = 2
+_REFITS, _BASE_REFITS = 2, 3
 _RIDGE = 1e-9
 """Share of a column's own square that keeps a group solvable in which it never changes."""
 
@@ -74,6 +74,29 @@ def fit_positive(xp: Any, group: Array, groups: int, columns: Sequence[Array], y
         columns = [column * (fit.terms[:, i] >= 0)[group] for i, column in enumerate(columns)]
         fit = fit_groups(xp, group, groups, columns, y, scale)
     return fit
+
+
+def fit_on_base(xp: Any, group: Array, groups: int, columns: Sequence[Array], y: Array, scale: Array) -> Fit:
+    """As `fit_positive`, but the first column, of amounts above 0, always stays.
+
+    Of two columns that look alike in what was seen either may come out negative for the other's sake.
+    """
+    fit = fit_groups(xp, group, groups, columns, y, scale)
+    for turn in range(_BASE_REFITS):
+        if not bool((fit.terms < 0).any()):
+            return fit
+        is_left_out = _left_out(xp, fit.terms, is_last=turn == _BASE_REFITS - 1)
+        columns = [column * ~is_left_out[:, i][group] for i, column in enumerate(columns)]
+        fit = fit_groups(xp, group, groups, columns, y, scale)
+    return fit
+
+
+def _left_out(xp: Any, terms: Array, *, is_last: bool) -> Array:
+    """Columns of each group that are negative but for the first; all but the first where only that is."""
+    is_first = (xp.arange(terms.shape[1]) == 0)[None, :]
+    is_negative = (terms < 0) & ~is_first
+    is_alone = (terms[:, 0] < 0) & (~is_negative.any(axis=1) | is_last)
+    return is_negative | (is_alone[:, None] & ~is_first)
 
 
 def _solve(xp: Any, group: Array, groups: int, columns: Array, target: Array, weight: Array) -> tuple[Array, Array]:

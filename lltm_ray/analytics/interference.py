@@ -45,6 +45,7 @@ LEAST_SHARE_OF_ALL = 0.2
 LEAST_SIGMA = 4.0
 """Standard errors that the stalled seconds must be above zero."""
 LEAST_SECONDS, LEAST_VICTIMS = 5.0, 10
+"""Victims of a tenant; where the load as a whole is worth a word, whoever sends most of it is named in any case."""
 _ADVICE = (
     "Lower engine.n_batch (to engine.n_ubatch), so that replies get a token in between more often, or give long "
     "prompts engines of their own: another [[models]] entry of the same model under its own served_name"
@@ -99,12 +100,14 @@ def analyze(trace: Trace) -> Answer:
 
 def judge(answer: Answer) -> list[Finding]:
     """A tenant whose prompts stall others; or the load as a whole."""
-    tenants = [row for row in rows(answer.tables["tenants"]) if _is_aggressor(row)]
-    if tenants:
-        return [_of_tenant(row) for row in tenants]
     figures = answer.figures
     is_clear = figures["stalled_s"] > max(LEAST_SIGMA * figures["stalled_error_s"], LEAST_SECONDS)
-    return [_of_all(answer)] if is_clear and figures["share"] >= LEAST_SHARE_OF_ALL else []
+    is_much = is_clear and figures["share"] >= LEAST_SHARE_OF_ALL
+    least = 1 if is_much else LEAST_VICTIMS
+    tenants = [row for row in rows(answer.tables["tenants"]) if row.victims >= least and _is_aggressor(row)]
+    if tenants:
+        return [_of_tenant(row) for row in tenants]
+    return [_of_all(answer)] if is_much else []
 
 
 # --- seconds
@@ -344,7 +347,6 @@ def _is_aggressor(row: Any) -> bool:
         row.share >= LEAST_SHARE
         and _odds(row.stalled_part) >= LEAST_CONCENTRATION * _odds(row.request_part)
         and row.stalled_s >= max(LEAST_SECONDS, LEAST_SIGMA * row.error_s)
-        and row.victims >= LEAST_VICTIMS
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lltm_ray.analytics.answer import rows
@@ -18,6 +17,8 @@ _PREFILL_PART = 0.05
 """Seconds of a computed token over those of a generated one, about: only how much a long prompt counts in a fit."""
 _FIT_ROWS = 10_000
 """Attempts that a line is fitted to, taken evenly; more would not move it."""
+CLOCKS_S = (0.0, *(sign * apart for apart in (2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0) for sign in (-1.0, 1.0)))
+"""By so much the clock of an engine's node may be ahead of its gateway's."""
 EDGE, EDGE_S = 0.05, 10.0
 """Samples may lack so much of the window, or so many seconds, at its ends."""
 
@@ -63,8 +64,21 @@ class Engines(NamedTuple):
 
     slots: list[int]
     model: list[int]
-    there_s: list[float]
-    """Seconds of the window in which an engine was there."""
+    there: list[tuple[float, float]]
+    """From when to when of the window an engine was there."""
+
+    def there_s(self, code: int) -> float:
+        """For how many seconds."""
+        return max(self.there[code][1] - self.there[code][0], 1e-9)
+
+    def slots_within(self, model: int, from_s: float, until_s: float) -> float:
+        """Of a model's engines, on average over a part of the window."""
+        parts = (
+            slots * max(min(until_s, there[1]) - max(from_s, there[0]), 0.0)
+            for slots, served, there in zip(self.slots, self.model, self.there, strict=True)
+            if served == model
+        )
+        return sum(parts) / max(until_s - from_s, 1e-9)
 
 
 def slots_of(trace: Trace, changes: Frame | None = None) -> list[int]:
@@ -91,7 +105,7 @@ def read_engines(trace: Trace) -> Engines:
     Within `EDGE` or `EDGE_S` of the whole window, it was there all the time.
     """
     length, found = trace.length_s, len(trace.names.engine)
-    engines = Engines(slots_of(trace), [-1] * found, [length] * found)
+    engines = Engines(slots_of(trace), [-1] * found, [(0.0, length)] * found)
     used = trace.attempts[(trace.attempts["engine"] >= 0) & trace.attempts["sent_s"].notna()]
     used = used.assign(at_s=used["sent_s"], last_s=used["ended_s"])
     told = trace.servers[trace.servers["engine"] >= 0]
@@ -102,25 +116,42 @@ def read_engines(trace: Trace) -> Engines:
         for row in rows(trace.engine.host(frame.groupby("engine", sort=True).agg(most).reset_index())):
             by_engine.setdefault(int(row.engine), []).append(row)
     for code, each in by_engine.items():
-        seen = min(max(row.last_s for row in each), length) - max(min(row.at_s for row in each), 0.0)
+        first, last = max(min(row.at_s for row in each), 0.0), min(max(row.last_s for row in each), length)
         engines.model[code] = next(int(row.model) for row in reversed(each) if row.model >= 0 or row is each[0])
-        engines.there_s[code] = length if seen + max(EDGE_S, EDGE * length) >= length else max(seen, 1e-9)
+        if last - first + max(EDGE_S, EDGE * length) < length:
+            engines.there[code] = (first, last)
     return engines
 
 
-def in_system(trace: Trace, held: Held) -> Mapping[str, Array]:
+class InSystem(NamedTuple):
+    """By engine, each as long as its array."""
+
+    known_s: Array
+    """Seconds between samples."""
+    told_s: Array
+    counted_s: Array
+    """Integrals over them: of what servers told, and of the attempts that are known."""
+    told: Array
+    counted: Array
+    """Sums over the samples."""
+    samples: Array
+
+
+def in_system(trace: Trace, held: Held, ahead_s: float = 0.0) -> InSystem:
     """What servers told of their number of requests against what attempts make of it, over the same time.
 
     Up to the `_LONG` quantile of the attempts' time before the window's end: of later ones, not all are known yet.
 
-    Returns:
-        By engine: known_s: seconds between samples; told_s, counted_s: integrals over them; told, counted: sums over
-        the samples; samples.
+    Args:
+        trace: whose samples.
+        held: its attempts.
+        ahead_s: the samples' clock is so far ahead of the attempts'.
     """
     xp, found = trace.engine.xp, len(trace.names.engine)
     end = trace.length_s - (float(xp.percentile(held.ended - held.sent, 100 * _LONG)) if len(held.sent) else 0.0)
     frame = trace.servers
-    frame = frame[(frame["engine"] >= 0) & frame["processing"].notna() & (frame["at_s"] <= end)]
+    frame = frame[(frame["engine"] >= 0) & frame["processing"].notna()].assign(at_s=frame["at_s"] - ahead_s)
+    frame = frame[(frame["at_s"] <= end) & ((frame["at_s"] >= 0) | (ahead_s == 0))]
     frame = frame.sort_values(["engine", "at_s"]).reset_index(drop=True)
     engine, at = trace.engine.array(frame["engine"]), trace.engine.array(frame["at_s"])
     told = trace.engine.array(frame["processing"] + frame["deferred"].fillna(0.0))
@@ -130,12 +161,26 @@ def in_system(trace: Trace, held: Held) -> Mapping[str, Array]:
     line = Timeline(xp, {"system": (held.engine, held.sent, held.ended), "samples": between})
     counted_s = line.within(line.level("system"), *between)
     counted = count_overlaps(xp, (engine, at, at), (held.engine, held.sent, held.ended))
-    by_interval = {"known_s": until - at[:-1], "counted_s": counted_s}
-    by_interval["told_s"] = (told[1:] + told[:-1]) / 2 * (until - at[:-1])
-    by_sample = {"told": told, "counted": counted * 1.0, "samples": told * 0.0 + 1.0}
-    return {name: sums(xp, engine[:-1], each, found) for name, each in by_interval.items()} | {
-        name: sums(xp, engine, each, found) for name, each in by_sample.items()
-    }
+    told_s = (told[1:] + told[:-1]) / 2 * (until - at[:-1])
+    by_interval = (sums(xp, engine[:-1], each, found) for each in (until - at[:-1], told_s, counted_s))
+    by_sample = (sums(xp, engine, each, found) for each in (told, counted * 1.0, told * 0.0 + 1.0))
+    return InSystem(*by_interval, *by_sample)
+
+
+def least_missing(trace: Trace, held: Held, enough: float) -> Array:
+    """By engine, the share of what its server told that attempts do not make up for, if clocks may be `CLOCKS_S` apart.
+
+    The smallest over all of them, and over both ways to count: of moments and of the time between; others are not
+    looked at once none is above `enough`.
+    """
+    xp, least = trace.engine.xp, trace.engine.xp.full(len(trace.names.engine), 1.0)
+    for ahead_s in CLOCKS_S:
+        one = in_system(trace, held, ahead_s)
+        for told, counted in ((one.told_s, one.counted_s), (one.told, one.counted)):
+            least = xp.minimum(least, xp.where(told > 0, (told - counted) / xp.maximum(told, 1e-9), 0.0))
+        if not bool((least > enough).any()):
+            break
+    return least
 
 
 def at_full_load(trace: Trace, held: Held, engines: Engines) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 An engine is seen as a queue with as many servers as it has slots, a model as one with the slots of all its engines, for
 its requests wait in one queue. Expected waits are those of M/M/c: Poisson arrivals, exponential service, first come
 first served. Real service is less random and real arrivals more; so they are a yardstick, and the knee keeps away from
-where it bends.
+where it bends. What a fleet was seen to serve counts more: neither knee nor capacity is told to be below that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
+from lltm_ray.analytics.busiest import Stretch, Stretches
 from lltm_ray.analytics.erlang import expected_wait, knee, slots_for
 from lltm_ray.analytics.occupancy import (
     EDGE,
@@ -21,24 +22,27 @@ from lltm_ray.analytics.occupancy import (
     Held,
     at_full_load,
     in_system,
+    least_missing,
     read_engines,
     read_held,
     within,
 )
 from lltm_ray.analytics.readings import sums
-from lltm_ray.analytics.trace import Trace
+from lltm_ray.analytics.trace import Trace, nanos
 from lltm_ray.analytics.turned_away import REFUSED, models_of
-from lltm_ray.analytics.units import count, digits, percent, seconds
+from lltm_ray.analytics.units import clock, count, digits, percent, seconds
 
 NAME = "queueing"
 TARGET_HEADROOM = 0.3
 """What is advised: 30 % more may come before requests wait for each other, or about one engine of four may fail."""
 
 LEAST_REQUESTS = 100
-WAIT_RATIO = 0.1
-"""Mean wait over the service time from which people notice it."""
-LEAST_WAIT_S = 0.25
-"""Of the 95th percentile."""
+_FAILED = 400
+"""HTTP status from which a request was not served."""
+WAIT_RATIO, LONG_WAIT_RATIO = 0.1, 0.5
+"""Mean wait over the service time, and its 95th percentile, from which people notice it."""
+LEAST_WAIT_S, LEAST_LOST_S = 0.1, 5.0
+"""Of the 95th percentile, and of all waits; less, nobody does."""
 LITTLE_ERROR = 0.1
 """Above it are requests that take no sampling and no delay to explain."""
 LEAST_LOST = 0.25
@@ -49,11 +53,12 @@ LEAST_SERVICES = 20
 
 _ENGINES = (
     *("engine", "model", "slots", "arrivals_per_s", "service_s", "utilization", "in_system", "little_in_system"),
-    *("little_error", "sampled_error", "wait_s", "expected_wait_s", "attempts", "failed_ratio", "samples", "known_s"),
+    *("little_error", "missing_ratio", "wait_s", "expected_wait_s", "attempts", "failed_ratio", "samples", "known_s"),
 )
 _MODELS = (
     *("model", "engines", "slots", "arrivals_per_s", "service_s", "capacity_per_s", "utilization", "knee_per_s"),
     *("headroom_ratio", "wait_s", "expected_wait_s", "wait_p95_s", "waiting", "requests", "rejected", "waited"),
+    *("busiest_per_s", "busiest_unix_nano", "busiest_s", "busiest_wait_s", "busiest_wait_p95_s", "served_per_s"),
     "evidence",
 )
 
@@ -64,13 +69,14 @@ def analyze(trace: Trace) -> Answer:
     Engines: `service_s` is how long an attempt held its slot, `utilization` the share of slot-seconds that were held,
     `in_system` the mean of the server's own processing + deferred, `little_in_system` arrivals times time in the system
     (J. D. C. Little, 1961) of the attempts that telemetry knows over the same time, `little_error` (in_system -
-    little_in_system) over the larger; `sampled_error` the same at the moments of the samples alone, without the chance
-    of when they were taken. `expected_wait_s`: see `expected_wait`.
+    little_in_system) over the larger; `missing_ratio`: see `least_missing`. `expected_wait_s`: see `expected_wait`.
 
-    Models: `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; `headroom_ratio`
-    knee_per_s / arrivals_per_s - 1; `waiting` requests on average; `requests` are all that came, `rejected` those that
-    were refused, as rows or gateways tell, `waited` the others in the rows; waits are from a request's arrival to its
-    slots.
+    Models: `busiest_*` are of the stretch in which most requests came. `served_per_s` is the most that was ever served
+    in one that lasts; `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; both at
+    the slots of the busiest stretch, and no less than what was served, for the knee with waits below a service time.
+    `headroom_ratio` is knee_per_s / busiest_per_s - 1; `waiting` requests on average; `requests` are all that came,
+    `rejected` those that were refused, as rows or gateways tell, `waited` the others in the rows; waits are from a
+    request's arrival to its slots.
     """
     held, engines = read_held(trace), read_engines(trace)
     return Answer(
@@ -87,12 +93,12 @@ def _table_of_engines(trace: Trace, held: Held, engines: Engines) -> Any:
     columns |= {"held_s": held.ended - held.slot, "wait_s": held.wait, "failed": held.failed}
     columns["busy_s"] = within(xp, held.slot, held.ended, length)
     by_engine = {name: sums(xp, held.engine, values, found) for name, values in columns.items()}
-    by_engine |= in_system(trace, held)
+    by_engine |= in_system(trace, held)._asdict() | {"missing": least_missing(trace, held, LITTLE_ERROR)}
     told: dict[str, list[Any]] = {name: [] for name in _ENGINES}
     for code, row in enumerate(rows(trace.engine.host(trace.engine.frame(by_engine)))):
         if not row.one and engines.slots[code] == 0:
             continue
-        slots, there = engines.slots[code], engines.there_s[code]
+        slots, there = engines.slots[code], engines.there_s(code)
         arrivals, service = row.begun / there if there else math.nan, _ratio(row.held_s, row.one)
         system, little = _ratio(row.told_s, row.known_s), _ratio(row.counted_s, row.known_s)
         one = {
@@ -105,7 +111,7 @@ def _table_of_engines(trace: Trace, held: Held, engines: Engines) -> Any:
             "in_system": system,
             "little_in_system": little,
             "little_error": _apart(system, little),
-            "sampled_error": _apart(row.told, row.counted),
+            "missing_ratio": row.missing,
             "wait_s": _ratio(row.wait_s, row.one),
             "expected_wait_s": expected_wait(arrivals, service, slots),
             "attempts": int(row.one),
@@ -133,7 +139,7 @@ def _table_of_models(trace: Trace, held: Held, engines: Engines) -> Any:
         if not row.requests and code not in engines.model:
             continue
         queue, wait = queues.get(code, _NO_QUEUE), waits.get(code, _Wait())
-        one = _flow(row, queue, trace.length_s, engines, code) | {
+        one = _flow(trace, row, queue, engines, code) | {
             "model": trace.names.of("model", code),
             "engines": engines.model.count(code),
             "wait_s": wait.mean_s,
@@ -154,25 +160,56 @@ def _unnamed(row: Any, queue: _Queue) -> float:
     return max(queue.rejected - float(row.refused), 0.0)
 
 
-def _flow(row: Any, queue: _Queue, length_s: float, engines: Engines, model: int) -> dict[str, Any]:
+def _flow(trace: Trace, row: Any, queue: _Queue, engines: Engines, model: int) -> dict[str, Any]:
     """What comes to a model against what its slots can take."""
-    mine = (each for each, served in enumerate(engines.model) if served == model)
-    slots = _ratio(sum(engines.slots[each] * engines.there_s[each] for each in mine), length_s)
-    servers = max(round(slots), 1) if slots > 0 else 0
+    length_s = trace.length_s
     mean = _ratio(row.held_s, row.one)
+    busiest, waits, served = _busiest(trace, model, mean)
+    slots = engines.slots_within(model, busiest.from_s, busiest.until_s)
+    servers = max(round(slots), 1) if slots > 0 else 0
     slower = min(max(_ratio(row.full_s, row.now_s), 1.0), servers) if row.now_s else 1.0
     service = mean * slower * max(_ratio(row.one, row.served), 1.0)
     arrivals = _ratio(row.arrived + _unnamed(row, queue) + max(queue.in_hand - row.still, 0.0), length_s)
+    most = max(busiest.per_s, arrivals)
+    bend = max(knee(service, servers), served[1]) if slots > 0 else math.nan
     return {
         "slots": servers,
         "arrivals_per_s": arrivals,
         "service_s": service,
-        "capacity_per_s": _ratio(slots, service),
-        "utilization": _ratio(row.busy_s, slots * length_s),
-        "knee_per_s": knee(service, servers),
-        "headroom_ratio": _ratio(knee(service, servers), arrivals) - 1,
+        "capacity_per_s": max(_ratio(slots, service), served[0]),
+        "utilization": _ratio(row.busy_s, engines.slots_within(model, 0.0, length_s) * length_s),
+        "knee_per_s": bend,
+        "headroom_ratio": _ratio(bend, most) - 1,
         "expected_wait_s": expected_wait(_ratio(row.one, length_s), mean, servers),
+        "busiest_per_s": most,
+        "busiest_unix_nano": nanos(trace, busiest.from_s),
+        "busiest_s": busiest.until_s - busiest.from_s,
+        "busiest_wait_s": waits[0],
+        "busiest_wait_p95_s": waits[1],
+        "served_per_s": served[0],
     }
+
+
+def _busiest(trace: Trace, model: int, service_s: float) -> tuple[Stretch, tuple[float, float], tuple[float, float]]:
+    """When most requests of a model came.
+
+    Returns:
+        That stretch; the mean wait of those who came then, and its 95th percentile; the most requests a second that
+        were served in any stretch, and in one in which they waited for less than their service.
+    """
+    xp, service_s = trace.engine.xp, 0.0 if math.isnan(service_s) else service_s
+    mine = trace.requests.assign(model=models_of(trace))
+    mine = mine[mine["model"] == model]
+    names = ("arrived_s", "ended_s", "queue_s", "status", "engine")
+    arrived, ended, wait, status, engine = (trace.engine.array(mine[name]) for name in names)
+    wait, is_served = xp.nan_to_num(wait), (engine >= 0) & (status < _FAILED)
+    busiest = Stretches(xp, xp.sort(arrived), trace.length_s, service_s).fullest()
+    then = wait[(arrived >= busiest.from_s) & (arrived <= busiest.until_s) & (status != REFUSED)]
+    waits = (float(then.mean()), float(xp.percentile(then, 95))) if len(then) else (math.nan, math.nan)
+    order = xp.argsort(ended[is_served])
+    done = Stretches(xp, ended[is_served][order], trace.length_s, service_s, is_lasting=True)
+    freely = done.fullest(wait[is_served][order], service_s)
+    return busiest, waits, (done.fullest().per_s, freely.per_s)
 
 
 def _load(trace: Trace, held: Held, engines: Engines, queues: Mapping[int, _Queue]) -> Any:
@@ -260,33 +297,47 @@ def judge(answer: Answer) -> list[Finding]:
 
 
 def _is_full(row: Any) -> bool:
-    is_waiting = row.wait_s >= WAIT_RATIO * row.service_s and row.wait_p95_s >= LEAST_WAIT_S
+    is_long = row.busiest_wait_p95_s >= max(LONG_WAIT_RATIO * row.service_s, LEAST_WAIT_S)
+    is_waiting = is_long and row.busiest_wait_s >= WAIT_RATIO * row.service_s and _lost_s(row) >= LEAST_LOST_S
     return bool(row.headroom_ratio < 0 and row.requests >= LEAST_REQUESTS and (is_waiting or row.rejected > 0))
 
 
+def _needed(row: Any) -> int:
+    """Slots."""
+    return slots_for(row.busiest_per_s, row.service_s, TARGET_HEADROOM)
+
+
+def _lost_s(row: Any) -> float:
+    """Waits, less what they would be with the slots that are needed."""
+    would = expected_wait(row.busiest_per_s, row.service_s, max(_needed(row), row.slots))
+    return float(max((row.wait_s - would) * row.waited, 0.0))
+
+
 def _saturation(row: Any) -> Finding:
-    needed = slots_for(row.arrivals_per_s, row.service_s, TARGET_HEADROOM)
+    needed = _needed(row)
     each = max(row.slots / max(row.engines, 1), 1.0)
     wanted = max(math.ceil(needed / each), row.engines + 1)
-    would = expected_wait(row.arrivals_per_s, row.service_s, max(needed, row.slots))
     refused = f"; {count(row.rejected)} were refused" if row.rejected else ""
     return Finding(
         kind="saturation",
         subject=row.model,
         text=(
-            f"{row.model} gets {digits(row.arrivals_per_s)} requests a second; its {row.slots} slots serve "
-            f"{digits(row.capacity_per_s)} at most, and from {digits(row.knee_per_s)} on they wait for each other. "
-            f"They waited {seconds(row.wait_s)} on average, one in twenty {seconds(row.wait_p95_s)} or more{refused}."
+            f"{row.model} gets {digits(row.busiest_per_s)} requests a second in its busiest {seconds(row.busiest_s)}, "
+            f"from {clock(row.busiest_unix_nano)} on; its {row.slots} slots serve {digits(row.capacity_per_s)} at "
+            f"most, and from {digits(row.knee_per_s)} on they wait for each other. Then they waited "
+            f"{seconds(row.busiest_wait_s)} on average, one in twenty {seconds(row.busiest_wait_p95_s)} or more"
+            f"{refused}."
         ),
         advice=(
             f"For {TARGET_HEADROOM * 100:.0f} % of headroom it needs {needed} slots: run {wanted} engines instead of "
             f"{row.engines} (`--engines {wanted}`, or `max_engines` where they come and go). More slots an engine "
             "(`n_parallel`) help only while its GPU has time left."
         ),
-        impact_s=max((row.wait_s - would) * row.waited, 0.0),
+        impact_s=_lost_s(row),
         figures={
-            **{name: float(getattr(row, name)) for name in ("arrivals_per_s", "capacity_per_s", "knee_per_s")},
-            **{name: float(getattr(row, name)) for name in ("headroom_ratio", "wait_s", "wait_p95_s", "rejected")},
+            **{name: float(getattr(row, name)) for name in ("arrivals_per_s", "busiest_per_s", "served_per_s")},
+            **{name: float(getattr(row, name)) for name in ("capacity_per_s", "knee_per_s", "headroom_ratio")},
+            **{name: float(getattr(row, name)) for name in ("wait_s", "wait_p95_s", "rejected")},
             "slots_needed": float(needed),
             "engines_needed": float(wanted),
         },
@@ -297,7 +348,7 @@ def _saturation(row: Any) -> Finding:
 
 def _is_apart(row: Any) -> bool:
     return bool(
-        min(row.little_error, row.sampled_error) > LITTLE_ERROR
+        row.missing_ratio > LITTLE_ERROR
         and row.in_system - row.little_in_system >= LEAST_LOST
         and row.samples >= LEAST_SAMPLES
         and row.attempts >= LEAST_REQUESTS
@@ -311,7 +362,7 @@ def _little(row: Any) -> Finding:
         subject=row.engine,
         text=(
             f"{row.engine} had {digits(row.in_system)} requests in hand on average, but those that telemetry knows "
-            f"come to {digits(row.little_in_system)} (arrivals times time there): {percent(row.little_error)} are "
+            f"come to {digits(row.little_in_system)} (arrivals times time there): {percent(row.missing_ratio)} are "
             "missing, so other figures of this engine are too low."
         ),
         advice=(
@@ -321,6 +372,6 @@ def _little(row: Any) -> Finding:
         impact_s=0.0,
         figures={
             name: float(getattr(row, name))
-            for name in ("in_system", "little_in_system", "little_error", "sampled_error", "samples")
+            for name in ("in_system", "little_in_system", "little_error", "missing_ratio", "samples")
         },
     )

@@ -80,6 +80,12 @@ class Report:
     request_ids: Mapping[str, str] = field(default_factory=dict)
     """Trace id -> what `lltm-ray explain` takes, of each finding's evidence; a trace's first request."""
 
+    def __str__(self) -> str:
+        """As text for a terminal."""
+        from lltm_ray.analytics.text import to_text
+
+        return to_text(self)
+
     @property
     def ranked(self) -> tuple[tuple[Result, Finding], ...]:
         """Findings with the analysis that made them, the worst first; those that one explains come right behind it."""

@@ -67,7 +67,6 @@ class AnalyticsService:
         self._lock = threading.Lock()
         self._config, self._engine, self._fleet = config, engine, fleet
         self._missed_rows = 0
-        self._hints = Hints()
 
     def add(self, tables: Mapping[str, pa.Table], missed_rows: int = 0, *, is_gap: bool = False) -> None:
         """Take in rows.
@@ -130,17 +129,16 @@ class AnalyticsService:
         return self._on_engine(lambda engine: compare(*(part.trace(engine) for part in parts)))
 
     def hints(self, now_unix_nano: int) -> Hints:
-        """What routers should know, by the last `hints_window_s` and by what they were told before.
+        """What routers should know, by the last `hints_window_s`.
 
         They end with the newest row, as reports do, unless that is long ago.
         """
         until = max(self.newest_unix_nano + 1, now_unix_nano - SLACK_NANO)
         part = self._part(self._config.hints_window_s, until)
-        told, valid_s = self._hints, HINTS_VALID * self._config.hints_every_s
-        self._hints = self._on_engine(
-            lambda engine: make_hints(part.trace(engine), told, now_unix_nano=now_unix_nano, valid_s=valid_s)
+        valid_s = HINTS_VALID * self._config.hints_every_s
+        return self._on_engine(
+            lambda engine: make_hints(part.trace(engine), now_unix_nano=now_unix_nano, valid_s=valid_s)
         )
-        return self._hints
 
     def status(self) -> dict[str, object]:
         """For people: plain values."""

@@ -9,26 +9,32 @@ same bucket, show runs of slow ones; the run with most behind it is judged.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lltm_ray.analytics.fit import IQR_TO_SIGMA, MAD_TO_SIGMA, fit_positive
+from lltm_ray.analytics.fit import IQR_TO_SIGMA, MAD_TO_SIGMA
 from lltm_ray.analytics.frames import Array, Frame
 from lltm_ray.analytics.overlaps import Intervals, Timeline
+from lltm_ray.analytics.paces import Paces
 from lltm_ray.analytics.trace import Trace
 
 SLOW = 1.2
 """Pace over the peers' from which a bucket counts as slow: noise of a bucket's median is a few percent."""
 _MOST_BUCKETS, _BUCKET_ATTEMPTS = 60, 10
 _MANY_ENGINES = 32
+_FIT_ROWS = 10_000
+"""Attempts that peers' work is fitted to, taken evenly; more would not move it."""
 _LEAST_IN_BUCKET = 3
 """Attempts, for a median to say anything."""
 _DECODE_TOKENS, _PREFILL_TOKENS = 8, 64
 """Of attempts with fewer the start is most of the time."""
 _MOST_STALLED = 0.7
 """Share of a decode beside prefills: above it, its own pace cannot be told."""
+_CHANCE = 1e-3
+"""Of a window without a straggler that one is told all the same."""
 _MEDIAN_ERROR = 1.2533
 """Standard error of a median over that of a mean, where the noise is normal."""
 _LEAST_SPREAD = 0.02
@@ -53,6 +59,8 @@ class Run:
     z: float
     lost_s: float
     ms_token: float
+    least_z: float = 0.0
+    """Chance alone hardly ever makes a `z` above it."""
     is_since_ever: bool = False
     """It was never seen to be as fast as its peers before."""
 
@@ -80,7 +88,7 @@ def peers_of(trace: Trace, engine: Array, model: Array) -> tuple[Array, list[tup
 def find_busy(trace: Trace) -> tuple[Frame, Array, Array]:
     """Attempts with a decode; the mean of their engine's busy slots in it, and its seconds beside prefills."""
     xp, column = trace.engine.xp, trace.engine.array
-    each = trace.attempts
+    each = _by_servers_clock(trace.attempts)
     is_held = (each["engine"] >= 0) & each["headers_s"].notna() & each["first_s"].notna()
     held = each[_COLUMNS][is_held].reset_index(drop=True)
     engine, start, first, end = (column(held[name]) for name in ("engine", "headers_s", "first_s", "ended_s"))
@@ -93,6 +101,15 @@ def find_busy(trace: Trace) -> tuple[Frame, Array, Array]:
     line = Timeline(xp, {"busy": busy, "prefill": reading})
     busy = line.within(line.level("busy"), engine, first, end) / xp.maximum(end - first, 1e-9)
     return held, xp.maximum(busy, 1.0), line.within((line.level("prefill") > 0) * 1.0, engine, first, end)
+
+
+def _by_servers_clock(attempts: Frame) -> Frame:
+    """Phases as llama-server told them: to a gateway that is late at reading, an answer of seconds comes at once."""
+    known = (attempts["predicted_ms"] > 0) & (attempts["prompt_ms"] >= 0)
+    decode_s, prefill_s = attempts["predicted_ms"] / 1e3, attempts["prompt_ms"] / 1e3
+    first_s = attempts["ended_s"] - decode_s
+    told = {"decode_s": decode_s, "prefill_s": prefill_s, "first_s": first_s, "headers_s": first_s - prefill_s}
+    return attempts.assign(**{name: attempts[name].where(~known, told[name]) for name in told})
 
 
 def _whole(trace: Trace) -> Intervals:
@@ -145,36 +162,17 @@ def _others(xp: Any, prefill: Intervals) -> Array:
 def _work(trace: Trace, held: Frame, seconds: Array, terms: tuple[Array, ...], beside: Array) -> Frame:
     """Attempts' seconds in one phase, against what they are on their engine and its peers at the same work.
 
-    Two rounds: fit what all engines have in common, then take each engine's own pace out of it.
-
     Returns:
         r, engine, peers, at_s, seconds, tokens; pace: logarithm of the own part of `seconds` over the expected.
     """
-    xp, column = trace.engine.xp, trace.engine.array
+    column = trace.engine.array
     engine = column(held["engine"])
     peers, kinds = peers_of(trace, engine, column(held["model"]))
-    group = peers, len(kinds)
-    slowness = xp.full(len(trace.names.engine), 1.0)
-    pace = _pace(trace, group, (seconds, beside), terms, slowness[engine])
-    medians = trace.engine.quantiles(trace.engine.frame({"engine": engine, "pace": pace}), ["engine"], "pace", [0.5])
-    slowness[column(medians["engine"])] = xp.exp(column(medians["q50"]))
-    pace = _pace(trace, group, (seconds, beside), terms, slowness[engine])
+    some = slice(None, None, max(len(engine) // _FIT_ROWS, 1))
+    model = Paces(trace, len(kinds), *(each[some] for each in (engine, peers, seconds, beside, *terms)))
+    pace = model.pace(peers, seconds, beside, *terms)
     rows = {"r": column(held["r"]), "engine": engine, "peers": peers, "at_s": column(held["first_s"])}
     return trace.engine.frame(rows | {"seconds": seconds, "tokens": terms[0], "pace": pace})
-
-
-def _pace(
-    trace: Trace, group: tuple[Array, int], seconds: tuple[Array, Array], terms: tuple[Array, ...], own: Array
-) -> Array:
-    """Logarithm of what attempts took over what they should, if each engine's own pace is known about."""
-    xp = trace.engine.xp
-    took, beside = seconds
-    columns = [*(term * own for term in terms), beside]
-    fit = fit_positive(xp, *group, columns, took, 1.0 / xp.maximum(took, 1e-9))
-    each = xp.maximum(fit.terms, 0.0)[group[0]]
-    expected = sum(each[:, i] * term for i, term in enumerate(terms))
-    rest = took - xp.minimum(each[:, -1], 1.0) * beside
-    return xp.log(xp.maximum(rest, 0.05 * took) / xp.maximum(expected, 1e-9))
 
 
 # --- time buckets, in the host's memory
@@ -267,8 +265,15 @@ def _run(buckets: _Buckets, engine: int, excess: Matrix, peers: tuple[Matrix, fl
         z=mean / float(np.sqrt(variance + spread**2)),
         lost_s=float(seconds * max(1 - np.exp(-mean), 0.0)),
         ms_token=float(seconds / tokens * 1e3),
+        least_z=_least_z(*buckets.count.shape),
         is_since_ever=bool(np.isnan(excess[:first]).all()),
     )
+
+
+def _least_z(engines: int, buckets: int) -> float:
+    """By a bound of the normal tail: two phases of each engine and every run of buckets are looked at."""
+    looks = engines * buckets * (buckets + 1)
+    return math.sqrt(2 * math.log(looks / _CHANCE))
 
 
 def _peers(known: Matrix) -> list[Matrix]:

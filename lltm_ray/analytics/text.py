@@ -136,7 +136,7 @@ def highlights(report: Report) -> list[Highlight]:
     if models:
         least = min(models, key=lambda row: row.headroom_ratio)
         knee = units.digits(least.knee_per_s)
-        note = f"{plain(least.model)}: {units.digits(least.arrivals_per_s)} requests/s, knee at {knee}"
+        note = f"{plain(least.model)}: {units.digits(least.busiest_per_s)} requests/s at its busiest, knee at {knee}"
         is_bad = least.headroom_ratio <= 0
         found.append(Highlight("Queueing headroom", units.percent(least.headroom_ratio), note, is_bad))
     gpus = [

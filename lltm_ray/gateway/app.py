@@ -33,6 +33,7 @@ from lltm_ray.gateway.relay import Relay
 from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope, Send, encode, send_error
 from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_pin, understand
 from lltm_ray.gateway.settle import cut_off, settle
+from lltm_ray.gateway.shelf import Shelf
 from lltm_ray.gateway.slot_files import LocalFiles, SlotFiles
 from lltm_ray.gateway.timeline import begin_trace, read_caller
 from lltm_ray.gateway.trace import Tracing
@@ -114,8 +115,10 @@ class GatewayApp:
         self._pool = UpstreamPool(connect_timeout_s=config.connect_timeout_s)
         self._ledger = ledger
         self.migrator = Migrator(router, self._pool, files or LocalFiles(), tracing)
+        self.shelf = Shelf(router, self.migrator, tracing)
         self.leveller = Leveller(router, self.migrator)
-        self._relay = Relay(router, self._pool, config, ledger=ledger, confirm=self.migrator.confirm, clock=clock)
+        confirm, warm = self.migrator.confirm, self.shelf.warm
+        self._relay = Relay(router, self._pool, config, ledger=ledger, confirm=confirm, warm=warm, clock=clock)
         self._fleet_routes = FleetRoutes(
             router, Fleet(router, self._pool, peers), config, self._look(status, account), telemetry
         )
@@ -131,11 +134,8 @@ class GatewayApp:
         """What `/lltm/status` shows."""
         return lambda: (
             status().public()
-            | {
-                "router": self._router.snapshot(),
-                "migration": self.migrator.snapshot(),
-                "ledger": account(),
-            }
+            | {"router": self._router.snapshot(), "ledger": account()}
+            | {"migration": self.migrator.snapshot() | {"shelf": self.shelf.snapshot()}}
         )
 
     def _build_routes(self, peers: Peers | None) -> dict[tuple[str, str], Handler]:

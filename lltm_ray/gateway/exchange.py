@@ -8,8 +8,9 @@ in `served`; the claim is given back as soon as the engine is done, however slow
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lltm_ray.gateway.accounting import count_events, is_several
 from lltm_ray.gateway.headers import build_request, downstream_headers, find, upstream_headers
@@ -34,6 +35,8 @@ _OF_STREAMS = (b"content-type", b"content-length", b"cache-control", b"x-accel-b
 
 Confirm = Callable[[str, int, int, int], None]
 """Told engine, slot, cached and expected tokens of an answer; see `Migrator.confirm`."""
+Warm = Callable[[Lease], Awaitable[None]]
+"""Makes a claimed slot ready for its request; see `Shelf.warm`."""
 
 
 class LoadingError(Exception):
@@ -48,6 +51,7 @@ class Common:
     """Takes slots back."""
     clock: Callable[[], float] = time.monotonic
     confirm: Confirm | None = None
+    warm: Warm | None = None
     chat_ids: bool = False
     """Whether streamed chats are asked for their token ids; see `GatewayConfig.failover_chat_ids`."""
 
@@ -79,6 +83,7 @@ class Exchange:
         self._router = common.router
         self._clock = common.clock
         self._confirm = common.confirm
+        self._warm = common.warm
         self._chat_ids = common.chat_ids
         self._events = 0
         self._is_counted = False
@@ -105,6 +110,9 @@ class Exchange:
             ConnectFailedError, UpstreamBrokenError, UnjoinableError: the attempt failed.
         """
         request = self._request
+        if self._lease is not None and self._warm is not None and _may_reuse(request.body_json):
+            await self._warm(self._lease)
+            self._attempt.predicted_cached_tokens = self._lease.cached_tokens
         trace = request.trace.headers() if request.trace is not None else None
         headers = upstream_headers(request.headers, self._engine.api_key, request.id, trace)
         body = self._body(failover=failover)
@@ -151,8 +159,7 @@ class Exchange:
         body = await connection.read_all(WHOLE_BYTES)
         self._note(body, is_first=True)
         self.close(is_good=connection.status == 200)
-        await self._start(connection.status, connection.headers)
-        await self._request.send({"type": "http.response.body", "body": body})
+        await self._request.answer(connection.status, self._head(connection.headers), body)
 
     async def _join(self, connection: Connection) -> None:
         request = self._request
@@ -170,8 +177,7 @@ class Exchange:
         self._text = joiner.text
         self._note(body)
         self.close(is_good=status == 200)
-        await self._start(status, _whole_headers(connection.headers, len(body)))
-        await request.send({"type": "http.response.body", "body": body})
+        await request.answer(status, self._head(_whole_headers(connection.headers, len(body))), body)
 
     async def _send_stream(self, connection: Connection) -> None:
         """Pass on part by part: past ASGI where the host can, for a task's turn costs more than all else we do."""
@@ -179,15 +185,17 @@ class Exchange:
         while not part and not connection.is_drained:
             part = self._told(await connection.read())
         self._began()
-        await self._start(connection.status, connection.headers)
+        request, head = self._request, self._head(connection.headers)
+        request.begin(connection.status)
+        await request.send({"type": "http.response.start", "status": connection.status, "headers": head})
         if not connection.is_drained:
-            self._request.entry.cell.delivered(self._position)
-            await self._request.send({"type": "http.response.body", "body": part, "more_body": True})
+            request.entry.cell.delivered(self._position)
+            await request.send({"type": "http.response.body", "body": part, "more_body": True})
             part = await self._pass_on(connection)
         if self.tap is not None:
             part += self.tap.rest()
         self.close(is_good=connection.status == 200)
-        await self._request.send({"type": "http.response.body", "body": part})
+        await request.send({"type": "http.response.body", "body": part})
 
     async def _pass_on(self, connection: Connection) -> bytes:
         """Everything up to the last part, which is returned."""
@@ -202,15 +210,17 @@ class Exchange:
                 part = self._told(await connection.read())
             return part
 
+        told, tap, delivered = self._told, self.tap, cell.delivered
+
         def sink(data: bytes) -> bool:
             if link.is_gone:
                 return False
-            part = self._told(data)
-            cell.delivered(self._position)
+            part = told(data)
+            delivered(self._events if tap is None else tap.position)
             return push(part) if part else True
 
         part = await connection.pump(sink)
-        return self._told(part) if part else b""
+        return told(part) if part else b""
 
     def _told(self, data: bytes) -> bytes:
         """What of the engine's bytes is the client's, noted."""
@@ -249,14 +259,14 @@ class Exchange:
         if is_first:
             self._began(is_whole=True)
 
-    async def _start(self, status: int, headers: Headers) -> None:
+    def _head(self, headers: Headers) -> Headers:
+        """An engine's headers for the client; from here on nothing of earlier attempts counts as an error."""
         request = self._request
-        request.begin(status)
         request.record.error = ""
         head = downstream_headers(headers, self._engine.name, request.id)
         if self._lease is not None:
             head += route_headers(self._lease, self._attempt, request.record.attempts)
-        await request.send({"type": "http.response.start", "status": status, "headers": head})
+        return head
 
     def close(self, *, is_good: bool) -> None:
         """The engine is done: read its counts, give the slot back."""
@@ -315,6 +325,11 @@ def route_headers(lease: Lease, attempt: Attempt, attempts: int) -> Headers:
         (b"x-lltm-wait-ms", b"%.1f" % (attempt.queue_s * 1e3)),
         (b"x-lltm-attempts", b"%d" % attempts),
     ]
+
+
+def _may_reuse(fields: Any) -> bool:
+    """Whether llama-server may use what its slot holds."""
+    return isinstance(fields, dict) and fields.get("cache_prompt", True) is not False
 
 
 def _is_event_stream(connection: Connection) -> bool:

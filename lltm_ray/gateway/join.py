@@ -33,32 +33,34 @@ class UnjoinableError(ValueError):
     """The stream is whole but left out text that the whole answer has; the request must be sent as it came."""
 
 
-def as_stream(path: str, body: Any) -> bytes | None:
+def as_stream(path: str, body: Any, data: bytes) -> bytes | None:
     """The body to send upstream so that its answer comes as a stream; None: pass the request on unchanged.
 
     Args:
         path: the request's route.
         body: its parsed JSON.
+        data: its bytes. They are added to, not written anew: llama-server takes the last of several of one name.
     """
     is_native = path in _NATIVE
-    if not (is_native or path == _TEXT or path in _CHATS) or not isinstance(body, dict):
+    if not (is_native or path == _TEXT or path in _CHATS) or not isinstance(body, dict) or not body:
         return None
     if body.get("stream") not in (None, False) or not _is_single(path, body) or _is_brief(body):
         return None
     if any(body.get(name) for name in _DETAILS) or (is_native and body.get("response_fields")):
         return None
-    streamed = {key: value for key, value in body.items() if key != "return_progress"} | {"stream": True}
+    added: dict[str, Any] = {"stream": True, "return_progress": False}
     if not is_native:
         options = body.get("stream_options") or {}
         if not isinstance(options, dict):
             return None
-        streamed["stream_options"] = options | {"include_usage": True}
+        added["stream_options"] = options | {"include_usage": True}
         # The counts tell whether the last token's text was held back; where a parser holds it back, they cannot.
-        streamed["timings_per_token"] = path == _TEXT or not any(body.get(name) for name in _PARSED)
+        added["timings_per_token"] = path == _TEXT or not any(body.get(name) for name in _PARSED)
     try:
-        return json.dumps(streamed, allow_nan=False, separators=(",", ":")).encode("ascii")
+        fields = json.dumps(added, allow_nan=False, separators=(",", ":")).encode("ascii")
     except (ValueError, RecursionError):
         return None  # what Python reads and JSON lacks, such as NaN or 1e999: the server's to refuse
+    return b"%b,%b" % (data[: data.rindex(b"}")], fields[1:])
 
 
 def _is_brief(body: dict[str, Any]) -> bool:

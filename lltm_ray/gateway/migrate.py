@@ -15,19 +15,15 @@ import logging
 import time
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlencode
 
 from lltm_ray.errors import ConfigError, LltmRayError
-from lltm_ray.gateway.headers import build_request
 from lltm_ray.gateway.moves import Failure, HeldSlot, Load, MigrationRouter, MoveReport, SlotLease, coldest, plan_relief
 from lltm_ray.gateway.pool import UpstreamPool
+from lltm_ray.gateway.slot_calls import SlotCalls
 from lltm_ray.gateway.slot_files import SlotFiles
-from lltm_ray.gateway.upstream import Headers
 from lltm_ray.gateway.work import Notes, Work, working
-from lltm_ray.llamacpp import wire
-from lltm_ray.llamacpp.replies import Reply, SlotAction
+from lltm_ray.llamacpp.replies import SlotAction
 from lltm_ray.llamacpp.slot_folder import new_name
-from lltm_ray.llamacpp.wire import Call
 from lltm_ray.records import EngineInfo, EngineState
 from lltm_ray.telemetry import semconv as names
 
@@ -38,7 +34,6 @@ POLL_S = 0.05
 USELESS_RATIO, USELESS_LIMIT = 0.25, 2
 """A restore whose next request reused less of what was expected was useless; so many in a row, and the model is left
 alone. Not only 0: a model with sliding windows may find an old checkpoint and reuse a few tokens."""
-_ANSWER_LIMIT_BYTES = 2**20
 _log = logging.getLogger(__name__)
 
 
@@ -73,8 +68,8 @@ class Migrator:
         self, router: MigrationRouter, pool: UpstreamPool, files: SlotFiles, notes: Notes | None = None
     ) -> None:
         self._router = router
-        self._pool = pool
-        self._files = files
+        self.slots = SlotCalls(pool, notes)
+        self.files = files
         self._notes = notes
         self._fresh: dict[tuple[str, int], str] = {}
         self._useless: dict[str, int] = {}
@@ -126,6 +121,10 @@ class Migrator:
             except TimeoutError:
                 _log.warning("%s: relief not over within %g s", engine_name, deadline_s)
             return await self._end(run)
+
+    def expect(self, engine: EngineInfo, slot: int) -> None:
+        """A slot was restored there: its next request shows whether it was of use."""
+        self._fresh[engine.name, slot] = engine.model
 
     def confirm(self, engine: str, slot: int, cache_n: int, expected: int) -> None:
         """The next request on a slot has ended: was what we restored there reused?
@@ -262,14 +261,14 @@ class Migrator:
     async def _move_now(self, run: _Run, held: HeldSlot, into: SlotLease) -> None:
         source, target, filename = run.source, into.engine, new_name()
         try:
-            saved = await self._ask(source, "slot save", wire.slot_save(held.slot, filename))
+            saved = await self.slots.save(source, held.slot, filename)
             if not saved.tokens:
                 self._router.erased(source.name, held.slot)
                 return
             await self._carry(source, target, filename)
             await self._restore(into, filename, saved)
             self._router.moved(source.name, held.slot, target.name, into.slot)
-            self._fresh[target.name, into.slot] = source.model
+            self.expect(target, into.slot)
             run.moved.append(saved)
         except BaseException:
             run.litter += [(source, filename), (target, filename)]
@@ -281,14 +280,14 @@ class Migrator:
     async def _carry(self, source: EngineInfo, target: EngineInfo, filename: str) -> None:
         try:
             with working(self._notes, Work("slot carry", target.name)):
-                await self._files.carry(source, target, filename)
+                await self.files.carry(source, target, filename)
         except OSError as error:
             raise _TargetError(f"its file did not get there: {error}") from error
 
     async def _restore(self, into: SlotLease, filename: str, saved: SlotAction) -> None:
         is_whole = False
         try:
-            restored = await self._ask(into.engine, "slot restore", wire.slot_restore(into.slot, filename))
+            restored = await self.slots.restore(into.engine, into.slot, filename)
             is_whole = restored.tokens == saved.tokens
         except (OSError, LltmRayError) as error:
             raise _TargetError(f"not restored: {error}") from error
@@ -300,23 +299,7 @@ class Migrator:
 
     async def _remove(self, engine: EngineInfo, filename: str) -> None:
         try:
-            await self._files.remove(engine, filename)
+            await self.files.remove(engine, filename)
         except OSError as error:
             self._counts["files_left"] += 1
             _log.warning("%s of %s is left behind: %s", filename, engine.name, error)
-
-    async def _ask(self, engine: EngineInfo, name: str, call: Call[SlotAction]) -> SlotAction:
-        with working(self._notes, Work(name, engine.name, "client")) as work:
-            done = await self._post(engine, call)
-            work.attributes[names.SLOT_ID] = done.slot_id
-            work.attributes |= {names.SLOT_TOKENS: done.tokens, names.SLOT_BYTES: done.size_bytes}
-            return done
-
-    async def _post(self, engine: EngineInfo, call: Call[SlotAction]) -> SlotAction:
-        headers: Headers = [(b"content-type", b"application/json")]
-        if engine.api_key:
-            headers.append((b"authorization", b"Bearer " + engine.api_key.encode("utf-8")))
-        target = f"{call.path}?{urlencode(call.query)}".encode("ascii")
-        request = build_request(b"POST", target, engine.url, headers, wire.encode(call.body) or b"")
-        status, _, body = await self._pool.fetch(engine.url, request, limit_bytes=_ANSWER_LIMIT_BYTES, fresh=True)
-        return call.read(Reply(status, body))

@@ -3,8 +3,9 @@
 Bounds on what a client may send, and for how long: heads, trailers, pipelined requests, silence. An upgrade that is
 offered is ignored, as RFC 9110, section 7.8 allows; the parser would take the body for another protocol, and the
 host for the next request. HTTP/1.0 clients get no chunks. A call when the client's socket is gone, where ASGI would
-cost a task for each request. And an answer's head written together with its first body bytes, one packet and one
-system call instead of two. The last two reach the app as the ASGI extension `lltm_ray`; it runs without them elsewhere.
+cost a task for each request. And answers written past ASGI: whole ones, and a stream's head with its first body bytes,
+in one packet and one system call instead of two. The last two reach the app as the ASGI extension `lltm_ray`; it runs
+without them elsewhere.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from lltm_ray.gateway.upstream import Headers
 
 EXTENSION = "lltm_ray"
 HEAD_TIMEOUT_S = 30.0
@@ -93,6 +96,31 @@ class GatewayProtocol(HttpToolsProtocol):
         """Hold the answer's head until its first body bytes, which must follow at once."""
         self._corked.cork()
 
+    def answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Write a whole answer past ASGI, whose two messages and their checks cost 14 us more.
+
+        Args:
+            status: its status.
+            headers: fit to be sent as they are, `content-length` among them.
+            body: all of it.
+
+        Returns:
+            False where ASGI must do: the client is slow or gone, sent more requests, or its connection ends with this.
+        """
+        cycle = self.cycle
+        is_ours = cycle.keep_alive and not (cycle.response_started or cycle.disconnected)
+        if not is_ours or self.pipeline or self.flow.write_paused:
+            return False
+        parts = [STATUS_LINE[status]]
+        for name, value in headers:
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n", body)
+        self._corked.inner.write(b"".join(parts))
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
+
     def pusher(self, on_writable: Callable[[], None]) -> Callable[[bytes], bool] | None:
         """A way to write parts of the running answer's body past ASGI, without a task's turn for each.
 
@@ -100,8 +128,9 @@ class GatewayProtocol(HttpToolsProtocol):
             on_writable: called when a client that was too slow takes more again.
 
         Returns:
-            Takes a part, which must not be empty, and tells whether the client takes more now. None where the body has
-            a length or no frame, or where other requests stand behind this one: ASGI must do then.
+            Takes a part, which must not be empty, and tells whether the client takes more now. Not for a client that is
+            gone. None where the body has a length or no frame, or where other requests stand behind this one: ASGI must
+            do then.
         """
         cycle = self.cycle
         if self.pipeline or not cycle.response_started or cycle.response_complete or not cycle.chunked_encoding:
@@ -110,8 +139,7 @@ class GatewayProtocol(HttpToolsProtocol):
         flow, write = self.flow, self._corked.inner.write  # the head and a first part have gone: nothing is held
 
         def push(part: bytes) -> bool:
-            if not cycle.disconnected:
-                write(b"%x\r\n%b\r\n" % (len(part), part))
+            write(b"%x\r\n%b\r\n" % (len(part), part))
             return not flow.write_paused
 
         return push

@@ -14,7 +14,7 @@ from contextlib import aclosing
 
 from lltm_ray.config import GatewayConfig
 from lltm_ray.errors import EngineExitedError, EngineNotReadyError, LltmRayError, OverloadedError
-from lltm_ray.gateway.exchange import Common, Confirm, Exchange, LoadingError
+from lltm_ray.gateway.exchange import Common, Confirm, Exchange, LoadingError, Warm
 from lltm_ray.gateway.failover import Continuation
 from lltm_ray.gateway.join import UnjoinableError
 from lltm_ray.gateway.linger import Lingerer
@@ -41,10 +41,11 @@ class Relay:
         config: how many engines are tried for one request, and whether broken streams are continued elsewhere.
         ledger: the account; None keeps none.
         confirm: told what each answer reused.
+        warm: makes a claimed slot ready before its request is sent.
         clock: monotonic seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it works with, by name
         self,
         router: Router,
         pool: UpstreamPool,
@@ -52,6 +53,7 @@ class Relay:
         *,
         ledger: Ledger | None = None,
         confirm: Confirm | None = None,
+        warm: Warm | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._router = router
@@ -59,7 +61,7 @@ class Relay:
         self._max_attempts = config.max_attempts
         self._failover = config.failover
         self._ledger = ledger
-        self._common = Common(router, clock, confirm, config.failover_chat_ids)
+        self._common = Common(router, clock, confirm, warm, config.failover_chat_ids)
         self._clock = clock
         self._lingerer = Lingerer(router, pool)
 

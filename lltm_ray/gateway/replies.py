@@ -25,6 +25,9 @@ class ClientLink(Protocol):
     def cork(self) -> None:
         """Hold the answer's head until its first body bytes, which must follow at once."""
 
+    def answer(self, status: int, headers: Headers, body: bytes) -> bool:
+        """Write a whole answer past ASGI; False where ASGI must do."""
+
     def pusher(self, on_writable: Callable[[], None]) -> Callable[[bytes], bool] | None:
         """A way to write parts of the running body past ASGI; None where ASGI must do."""
 

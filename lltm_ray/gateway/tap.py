@@ -69,15 +69,15 @@ class StreamTap:
         self.told = told or Told(limit_bytes)
         self.is_started = self.is_finished = self.is_done = self.has_role = False
         self.is_plain = True
-        self.id_slot = -1
+        self.id_slot, self._prompt_tokens = -1, 0
         self.error = ""
         """Why the stream itself says that it failed."""
-        self._prompt_tokens = 0
         self._head = self._held = b""
         self._contents: list[bytes] = []
         self._ids: list[bytes] = []
         self._counts: list[bytes] = []
         self._middle = 0  # bytes between a chat event's choice and its timings: the same in all
+        self._before = self._after = b"\0"  # what stands around the text of a bare chat's last usual event
         self._timings: bytes | dict[str, Any] = b""
         self._keeps_timings = bool(body.get("timings_per_token"))
         options = body.get("stream_options")
@@ -89,6 +89,11 @@ class StreamTap:
 
     def feed(self, part: bytes) -> bytes:
         """The client's bytes of the events that this part makes whole; the rest is held back."""
+        if part.startswith(self._before) and part.endswith(self._after) and not self._held:
+            content = part[len(self._before) : -len(self._after)]  # the event before, but for its text
+            if content.find(b'"') < 0 and content.find(b"\n") < 0 and len(self._contents) < _PENDING_EVENTS:
+                self._contents.append(content)  # above, `in` would raise and catch an error inside
+                return part
         data = self._held + part if self._held else part
         if data[-2:] == b"\n\n":
             self._held = b""
@@ -273,14 +278,15 @@ class StreamTap:
     def _take_bare_chat(self, data: bytes) -> bytes:
         start = data.find(_CHAT_START) + 20
         end = data.find(b'"}}],"created":', start)
-        if start != 19 and end > 0 and _is_single(data):
+        if start != 19 and end > 0 and _is_single(data) and data.find(b'","', start, end) < 0:
             self._contents.append(data[start:end])
+            self._before, self._after = data[:start], data[end:]
             return data
-        return self._take_many_bare(data)
+        return self._take_events(data) if start == 19 else self._take_many_bare(data)
 
     def _take_many_bare(self, data: bytes) -> bytes:
         """A part with many events: the usual ones at once and untouched, those before and after them one by one."""
-        start = data.rfind(b"\n", 0, max(data.find(_CHAT_START), 0)) + 1
+        start = data.rfind(b"\n", 0, data.find(_CHAT_START)) + 1
         end = data.find(_REASON, start)
         end = len(data) if end < 0 else data.rfind(b"\n", 0, end) + 1
         usual = data[start:end]

@@ -12,6 +12,7 @@ from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.upstream import Headers
 from lltm_ray.records import Timings
 from lltm_ray.telemetry.context import (
+    MOST_STATE_BYTES,
     SAMPLED,
     TraceContext,
     new_span_id,
@@ -21,9 +22,6 @@ from lltm_ray.telemetry.context import (
 )
 from lltm_ray.telemetry.rows import NEVER
 from lltm_ray.telemetry.telling import tell_error
-
-_MOST_STATE_BYTES = 512
-"""Of `tracestate`: what the standard wants passed on at least. It waits in every row; a longer one is dropped."""
 
 
 @dataclass(slots=True)
@@ -111,5 +109,5 @@ def read_caller(headers: Headers) -> TraceContext | None:
     if given is None:
         return None
     state = b",".join(value for name, value in headers if name == b"tracestate")
-    kept = state.decode("latin-1") if len(state) <= _MOST_STATE_BYTES else ""
+    kept = state.decode("latin-1") if len(state) <= MOST_STATE_BYTES else ""
     return read_traceparent(given.decode("latin-1"), kept)

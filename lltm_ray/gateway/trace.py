@@ -6,8 +6,9 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -28,6 +29,7 @@ from lltm_ray.telemetry.telling import cut_error, known_type, tell_parameters
 _CONVERSATION_HEADERS = (b"x-conversation-id", b"x-session-id")
 _CONVERSATION_FIELDS = ("conversation", "session_id")
 _MOST_CHARS = 256
+_MOST_BODY_BYTES = 65_536
 _log = logging.getLogger(__name__)
 
 
@@ -41,6 +43,8 @@ class Tracing:
     """Makes a request's content; None: prompts and answers stay here."""
     salt: bytes = field(default=b"", repr=False)
     """What prompts are hashed with: the fleet's; empty: one that only this process knows."""
+    later: Callable[[Callable[[], None]], None] | None = None
+    """Calls what it is given when it suits, as `Outbox.later`; None: rows are made at once."""
     faults: int = 0
     """What could not be told, or not whole."""
 
@@ -48,12 +52,18 @@ class Tracing:
         self.salt = self.salt or secrets.token_bytes(SALT_BYTES)
 
     def note(self, request: Request, trace: RequestTrace) -> None:
-        """Tell of a request that is over."""
+        """Tell of a request that is over; one with a large body at once, for it would wait with all that it holds."""
+        if self.later is None or len(request.body) > _MOST_BODY_BYTES:
+            self._tell(request, trace)
+        else:
+            self.later(partial(self._tell, request, trace))
+
+    def _tell(self, request: Request, trace: RequestTrace) -> None:
         try:
-            prompt = self._prompt(request)
-            for row in attempt_rows(request, trace):
-                self.add("attempts", row)
-            self.add("requests", request_row(request, trace, prompt))
+            row = request_row(request, trace, self._content(request), self.salt)
+            for attempt in attempt_rows(request, trace):
+                self.add("attempts", attempt)
+            self.add("requests", row)
         except Exception as error:  # noqa: BLE001 - border: the answer is the client's, whatever becomes of its trace
             self._fault("a request", error)
 
@@ -63,15 +73,6 @@ class Tracing:
             self.add("spans", work.row(time.time_ns()))
         except Exception as error:  # noqa: BLE001 - border, as above
             self._fault(work.name, error)
-
-    def _prompt(self, request: Request) -> dict[str, Any]:
-        """As columns: its length and hashes, and text only if the operator asked for it."""
-        key = request.ask.key if request.ask is not None else b""
-        return {
-            "content": self._content(request),
-            "prompt_bytes": len(key),
-            "prefix": hash_prefixes(key, self.salt),
-        }
 
     def _content(self, request: Request) -> str:
         if self.capture is None or not isinstance(request.body_json, dict):
@@ -90,16 +91,14 @@ class Tracing:
             _log.warning("%s could not be told (%s); such there were: %d", what, type(error).__name__, self.faults)
 
 
-def request_row(request: Request, trace: RequestTrace, prompt: Mapping[str, Any]) -> RequestRow:
-    """The request as a row; it must be over.
+def request_row(request: Request, trace: RequestTrace, content: str, salt: bytes) -> RequestRow:
+    """The request as a row; it must be over, its record and its line in the account complete.
 
-    Args:
-        request: with its record and its line in the account complete.
-        trace: its own.
-        prompt: what is told of it and the answer: the columns `content`, `prompt_bytes` and `prefix`.
+    `content` is the text of prompt and answer, if the operator asked for it; `salt` what prompts are hashed with.
     """
     record, entry, fields = request.record, request.entry, request.body_json
     body = fields if isinstance(fields, dict) else {}
+    key = request.ask.key if request.ask is not None else b""
     ends = record.ends
     return RequestRow(
         trace_id=trace.trace_id,
@@ -121,14 +120,16 @@ def request_row(request: Request, trace: RequestTrace, prompt: Mapping[str, Any]
         total_s=record.total_s,
         delivered_tokens=record.delivered_tokens,
         bytes_sent=record.bytes_sent,
-        is_stream=request.is_stream,
+        is_stream=bool(body.get("stream")),
         parameters=tell_parameters(body),
         response_id=_string(ends, b'"id":"'),
         response_model=_string(ends, b'"model":"'),
         finish_reasons=_finish_reasons(ends, are_several=is_several(fields)),
         policy=entry.policy,
         why=entry.why,
-        **prompt,
+        content=content,
+        prompt_bytes=len(key),
+        prefix=hash_prefixes(key, salt),
     )
 
 

@@ -112,7 +112,7 @@ class Connection(asyncio.Protocol):
         self._sink = sink
         try:
             self.unblock()  # what came before us may have been too much at once, and nobody else would go on
-            self._pour()
+            self._pour(sink)
             while not self._done:
                 if self._error is not None:
                     raise self._sink_error or self._error
@@ -135,15 +135,19 @@ class Connection(asyncio.Protocol):
         self._size_bytes = 0
         return data
 
-    def _pour(self) -> None:
-        takes_more = True
+    def _pour(self, sink: Callable[[bytes], bool]) -> None:
+        chunks = self._chunks
+        if not chunks or self._done:
+            return
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
         try:
-            if self._chunks and self._sink is not None and not self._done:
-                takes_more = self._sink(self._take_chunks())
+            takes_more = sink(data)
         except Exception as error:  # noqa: BLE001 - raised again by `pump`; here it would end in the event loop's log
             self._sink_error = error
             self.abort()
-        if not takes_more and not self._done and not self._paused and self._transport is not None:
+            return
+        if not takes_more and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
 
@@ -212,7 +216,7 @@ class Connection(asyncio.Protocol):
                 self._fail(UpstreamBrokenError(f"the answer's head is over {MAX_HEAD_BYTES} bytes"))
                 self.abort()
         elif self._sink is not None:
-            self._pour()
+            self._pour(self._sink)
             if not self._done and self._error is None:
                 return
         else:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -288,29 +290,26 @@ class Account:
         raise ConfigError("account", self, f"has no password and no key: {why}, or give them as Account(...)")
 
 
-def upload(graph: Plottable, account: Account | None = None) -> str:
+def upload(graph: Plottable, account: Account | None = None, *, timeout_s: float = 120.0) -> str:
     """Send a graph to a Graphistry server, in a session of its own that is forgotten.
 
     Args:
         graph: what to show; all its columns travel.
         account: None: as `Account.of` reads it from the environment.
+        timeout_s: how long the server may take for all of it.
 
     Returns:
         The picture's URL.
 
     Raises:
-        ConfigError: no account; or the server refused it or the graph, or cannot be reached.
+        ConfigError: no account; or the server refused it or the graph, cannot be reached, or takes too long.
     """
     account = account or Account.of()
     login = account.login()
-    client = _graphistry().client()
-    mine = graph.bind()  # a copy
     try:
-        with _quiet():
-            client.register(api=3, **login, store_token_creds_in_memory=False)
-            # a graph stays with the session that it was made in, which has no account
-            mine._pygraphistry, mine.session = client, client.session
-            sent = mine.upload(memoize=False, validate="strict")
+        sent = _within(timeout_s, lambda: _send(graph, login))
+    except TimeoutError:
+        raise ConfigError("server", account.server, f"has not taken the graph within {timeout_s:g} s") from None
     except Exception as error:  # noqa: BLE001 - border: graphistry raises Exception itself, with the server's answer
         why = str(error)
         for secret in (account.password, account.personal_key_secret):
@@ -319,6 +318,30 @@ def upload(graph: Plottable, account: Account | None = None) -> str:
     if not sent._url or not sent._dataset_id:
         raise ConfigError("server", account.server, "gave the graph no URL; is it a Graphistry server?")
     return str(sent._url)
+
+
+def _send(graph: Plottable, login: Mapping[str, str]) -> Plottable:
+    client = _graphistry().client()
+    mine = graph.bind()  # a copy
+    with _quiet():
+        client.register(api=3, **login, store_token_creds_in_memory=False)
+        # a graph stays with the session that it was made in, which has no account
+        mine._pygraphistry, mine.session = client, client.session
+        return mine.upload(memoize=False, validate="strict")
+
+
+def _within(timeout_s: float, work: Callable[[], Plottable]) -> Plottable:
+    """What it returns or raises; `TimeoutError`: it goes on alone. graphistry waits for a server without an end."""
+    done: Future[Plottable] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:  # noqa: BLE001 - raised where it is waited for
+            done.set_exception(error)
+
+    Thread(target=run, name="upload", daemon=True).start()
+    return done.result(timeout_s)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ The `engine` of these errors is empty: the engine that owns the client knows its
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
@@ -149,6 +150,13 @@ class _Face:
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key:
             self._headers["Authorization"] = f"Bearer {self.api_key}"
+        self._further: Mapping[str, str] = {}
+
+    def sending(self, headers: Mapping[str, str]) -> Self:
+        """This client once more, on the same connections; its requests carry further headers, such as a trace's."""
+        twin = copy.copy(self)
+        twin._further = headers
+        return twin
 
     def _not_ready(self) -> EngineNotReadyError:
         return EngineNotReadyError("", f"not listening at {self.url}")
@@ -195,7 +203,7 @@ class LlamaClient(_Face):
             self.url + call.path,
             params=dict(call.query),
             data=wire.encode(call.body),
-            headers=headers,
+            headers={**self._further, **headers},
             stream=True,
             allow_redirects=False,
             timeout=(self.connect_timeout_s, self.timeout_s),
@@ -281,6 +289,7 @@ class AsyncLlamaClient(_Face):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # made inside the loop that sends the first request
+        self._running: set[aiohttp.ClientResponse] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -290,6 +299,8 @@ class AsyncLlamaClient(_Face):
 
     async def aclose(self) -> None:
         """Close all connections; running requests end with `EngineExitedError`."""
+        for response in tuple(self._running):  # aiohttp 3 forgets to tell whoever reads a body
+            response.content.set_exception(aiohttp.ServerDisconnectedError())
         while self._sessions:
             _, session = self._sessions.popitem()
             await session.close()
@@ -317,7 +328,7 @@ class AsyncLlamaClient(_Face):
             self.url + call.path,
             params=call.query,
             data=wire.encode(call.body),
-            headers=headers,
+            headers={**self._further, **headers},
             allow_redirects=False,
             trace_request_ctx=seen,
         )
@@ -335,6 +346,8 @@ class AsyncLlamaClient(_Face):
                         raise
                     response = await self._ask(call, headers, fresh=True, seen=seen)
                 stack.callback(response.close)
+                self._running.add(response)
+                stack.callback(self._running.discard, response)
                 yield response
             except (aiohttp.ClientError, TimeoutError) as error:
                 raise self._translated(error, call) from error

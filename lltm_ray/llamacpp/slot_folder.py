@@ -60,11 +60,15 @@ class SlotFolder:
             return False
         return True
 
-    def take(self, name: str, source: SlotFolder) -> None:
-        """The same file here as in another folder of this machine: a hard link, or a private copy elsewhere on disk."""
-        theirs, ours = source.path_of(name), self.path_of(name)
+    def take(self, name: str, source: SlotFolder, copy: str = "") -> None:
+        """The same file here as in another folder of this machine: a hard link, or a private copy elsewhere on disk.
+
+        Its name here is `copy`; empty: the same.
+        """
+        theirs, ours = source.path_of(name), self.path_of(copy or name)
         try:
             os.link(theirs, ours, follow_symlinks=False)
+            ours.chmod(0o600)
         except FileNotFoundError:
             raise
         except OSError as error:  # another file system, or one without links

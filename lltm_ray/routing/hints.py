@@ -1,22 +1,15 @@
 """What analytics told a router, as its next decisions need it. Routing is right without: a hint only tips a choice.
 
-Three kinds, all of them soft (an engine that is avoided is still taken when no other has a free slot): engines that are
-slower than their peers are spared, except for a few requests that show whether they still are; beginnings of prompts
-that other gateways have seen are known here too; tenants whose long prompts hold others up keep to some engines.
+Beginnings of prompts that other gateways have seen are known here too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 
 from lltm_ray._prefix import END_BYTES, HASH_BYTES, hash_prefixes
 from lltm_ray.records import Hints
 from lltm_ray.routing.choice import Ask, Matches
-from lltm_ray.routing.table import LONG_PREFILL_TOKENS
-
-PROBE_EVERY = 16
-"""One request in so many goes to a slow engine as if it were none: else nobody would see it recover."""
 
 
 class Advice:
@@ -28,28 +21,9 @@ class Advice:
     """
 
     def __init__(self, hints: Hints, salt: bytes) -> None:
-        self._slow = frozenset(hints.slow)
-        self._apart = {tenant: frozenset(engines) for tenant, engines in hints.apart.items()}
         self._families = {(family.end_bytes, family.hash): family.engines for family in hints.families}
         self._salt = salt
         self._most_bytes = max((family.end_bytes for family in hints.families), default=0)
-
-    def avoid(self, ask: Ask, engines: Collection[str], uncached_tokens: int) -> frozenset[str]:
-        """Engines that this request had better not take.
-
-        Args:
-            ask: the request, its arrival known.
-            engines: of its model, that can take requests.
-            uncached_tokens: what would have to be computed of its prompt, at best.
-        """
-        found: frozenset[str] = frozenset()
-        if self._apart and uncached_tokens >= LONG_PREFILL_TOKENS and (own := self._apart.get(ask.tenant)):
-            every = frozenset(engines)
-            if not own.isdisjoint(every):  # else they are of another model
-                found = every - own
-        if self._slow and not _is_probe(ask):
-            found |= self._slow
-        return found
 
     def widen(self, ask: Ask, matches: Matches) -> Matches:
         """The matches; where there are none, engines that other gateways know to hold a beginning of this prompt.
@@ -89,8 +63,3 @@ class Counsel:
 
     def _forget(self) -> None:
         self.advice = None
-
-
-def _is_probe(ask: Ask) -> bool:
-    """By the request's arrival alone: however often it is looked at, the answer is the same."""
-    return int(ask.arrived_s * 1e6) % PROBE_EVERY == 0

@@ -9,8 +9,8 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Sequence, Set
-from math import ceil, inf
-from typing import ClassVar, TypeVar
+from math import ceil, expm1, inf
+from typing import ClassVar, NamedTuple, TypeVar
 
 from lltm_ray.errors import ConfigError
 from lltm_ray.routing.choice import NOBODY, Ask, Choice, Matches, Score, choose_row, estimate
@@ -30,6 +30,17 @@ _MORE_LOADED = 64
 _WAIT_AFTER = 8
 """Replies that must have been seen before a service time is believed."""
 _LEAST_GAIN_S = 0.05
+
+
+class _Known(NamedTuple):
+    """What a prompt finds in the fleet."""
+
+    best_tokens: int
+    """Most of it that one engine has cached."""
+    shared_tokens: int
+    usual_busy: float
+    """Busy slots of an engine, on average."""
+    output_tokens: float
 
 
 class Policy:
@@ -87,6 +98,10 @@ class Residency(Policy):
     counts for little, else all who share it would fill one engine after the other while the rest are idle
     (sgl-project/sglang#34513). What is shared tells `Ask.shared_tokens`: up to where known prompts part.
 
+    A conversation's own content is worth none: an engine that is idle for a moment does not stay so while it computes
+    again what another one has, as those come back who are at home there. Without that, busy fleets keep exchanging
+    conversations, for each move seems to gain a little, and all of them wait for what is computed twice.
+
     Args:
         sessions: how many sessions' last engines are remembered, the latest ones.
         affinity_ratio: share of a prompt that is hoped to be cached at the session's engine when no match says so.
@@ -139,19 +154,20 @@ class Residency(Policy):
             home = None
         for row in least if home is None else (*least, home):
             free.setdefault(row.name, (row, 0))
-        shared = ask.shared_tokens if matches else 0
+        most = max([cached for _, cached in free.values()] + [score.cached_tokens for score, _ in full])
+        known = _Known(most, ask.shared_tokens if matches else 0, table.busy_total / len(table), output)
         ranked = []
         for name, (row, cached) in free.items():
             score = estimate(ask, row, rates, cached, output)
-            bonus = self._bonus_s(ask, rates, score) if row is home else 0.0
-            if shared > cached:
-                bonus += (1.0 - self._copy_ratio) * (shared - cached) * rates.speed(name).prefill_token_s
-            ranked.append((score.cost_s - bonus, row.last_used, name, score, row))
+            cost_s = score.cost_s - self._discount_s(known, score, rates)
+            if row is home:
+                cost_s -= self._bonus_s(ask, rates, score)
+            ranked.append((cost_s + _drift_s(known, score, rates), row.last_used, name, cost_s, score, row))
         ranked.sort()
         full.sort(key=_by_cost)
-        wait = self._worth_waiting(ranked[0][0], full, rates)
-        shown = [each[3] for each in ranked[: _CONSIDERED - len(full[:1])]] + [score for score, _ in full[:1]]
-        best, row = ranked[0][3], ranked[0][4]
+        *_, cost_s, best, row = ranked[0]
+        wait = self._worth_waiting(cost_s, full, rates)
+        shown = [each[4] for each in ranked[: _CONSIDERED - len(full[:1])]] + [score for score, _ in full[:1]]
         rule = "same session" if row is home and not best.cached_tokens else ""
         return _answer(ask, row, shown, wait, rule)
 
@@ -186,6 +202,11 @@ class Residency(Policy):
         speed = rates.speed(score.engine)
         hoped = 0.0 if score.cached_tokens else self._affinity_ratio * ask.prompt_tokens
         return speed.prefill_overhead_s + hoped * speed.prefill_token_s
+
+    def _discount_s(self, known: _Known, score: Score, rates: Rates) -> float:
+        """What does not count of the time to compute shared content once more."""
+        tokens = max(0, known.shared_tokens - score.cached_tokens)
+        return (1.0 - self._copy_ratio) * tokens * rates.speed(score.engine).prefill_token_s
 
     def _worth_waiting(self, cost_s: float, full: Sequence[tuple[Score, T]], rates: Rates) -> _Wait:
         found: _Wait = None, 0.0, 0.0
@@ -333,6 +354,27 @@ def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
 def _harm(row: EngineView) -> tuple[int, int]:
     """One more busy slot is less than a conversation driven out; further ones are not."""
     return max(row.busy, 1) + (row.spare_tokens > 0), row.spare_tokens
+
+
+def _drift_s(known: _Known, score: Score, rates: Rates) -> float:
+    """What a conversation's cost changes by as others come and go while it runs, in seconds.
+
+    An engine's busy slots return to the fleet's mean at the rate at which requests end (as in an M/M/inf queue). Those
+    who come to an idle one wait for what it computes although another engine has it, and all decode side by side.
+    """
+    service_s, more = rates.service_s(), known.usual_busy - score.busy
+    if known.best_tokens <= known.shared_tokens or service_s <= 0:
+        return 0.0
+    speed = rates.speed(score.engine)
+    again_s = max(0, known.best_tokens - max(score.cached_tokens, known.shared_tokens)) * speed.prefill_token_s
+    beside_s = 2 * known.output_tokens * speed.decode_step_s
+    stopped = max(0.0, more) * _drifted(again_s / service_s)
+    return stopped * again_s + more * _drifted(score.expected_s / service_s) * beside_s
+
+
+def _drifted(span: float) -> float:
+    """How much of the way to the mean is gone on average over a span, in mean times of a request."""
+    return 1.0 + expm1(-span) / span if span > 0 else 0.0
 
 
 def _by_cost(each: tuple[Score, EngineView]) -> tuple[float, str]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from array import array
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from lltm_ray._prefix import END_BYTES
 from lltm_ray.routing.adapters import Lora
 
 _FIELD, _MESSAGE = b"\x1e", b"\x1f"
@@ -54,6 +56,20 @@ def reply_key(path: str, text: str) -> bytes:
     if path in _CHATS:
         return b"assistant" + _FIELD + _utf8(text) + _MESSAGE
     return _utf8(text) if path in _TEXTS else b""
+
+
+def find_cuts(key: bytes, most: int) -> list[int]:
+    """Where the key of a later turn may go on from this one: its last ends of messages; of a text, of its last blocks.
+
+    Returns:
+        At most `most` lengths in bytes, ascending.
+    """
+    cuts: list[int] = []
+    end = key.rfind(_MESSAGE) + 1
+    while end and len(cuts) < most:
+        cuts.append(end)
+        end = key.rfind(_MESSAGE, 0, end - 1) + 1
+    return cuts[::-1] or list(END_BYTES[: bisect_right(END_BYTES, len(key))][-most:])
 
 
 def _chat(body: Mapping[str, Any]) -> bytes:

@@ -5,15 +5,16 @@ the same, and the overhead comes from prompts too small for anything else. Decod
 (busy slots - 1), by least squares with exponential forgetting (recursive least squares; Haykin, "Adaptive Filter
 Theory", ch. 10) in its closed form for two unknowns. Both start from the model's mean as if it had been observed a
 few times (a ridge prior), the model's mean from a guess that the first replies outweigh. Readings outside 1/8..8 of
-what is expected are cut there, as Huber's estimator does. Service times have a mean and a mean deviation as TCP's
-timers have (RFC 6298).
+what is expected are cut there, as Huber's estimator does. An engine counts as faster or slower than the others only
+where that is more than its readings' scatter explains. Service times have a mean and a mean deviation as TCP's timers
+have (RFC 6298).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from math import inf
+from math import inf, log, sqrt
 from typing import Any
 
 from lltm_ray.records import Timings
@@ -32,10 +33,15 @@ _SHAPE_REPLIES, _SHAPE_BUSY = 4.0, 4.0
 """Weight of the prior's slope in replies, laid out at 1 and at 4 busy slots."""
 _FULL_REPLY_TOKENS = 64
 """A reply with fewer tokens weighs less."""
+_LEAST_SCATTER = 3.0
+"""As many readings must have told how widely they scatter."""
 _CUT = 8.0
 _CUT_AFTER = 4
 _SAME = 0.15
 """Engines that differ from the model's mean by less are taken as the mean, so that noise does not choose engines."""
+_SURE = 3.0
+"""Nor does it where readings scatter widely: an engine must lie as many standard errors from the mean, which replies
+that ran together make as one reading, because what held up one of them held up all."""
 _ODD = 0.5
 """How far apart an engine must be from the mean for its speed to decide where a short request goes."""
 _MEAN_WEIGHT, _DEVIATION_WEIGHT = 1 / 8, 1 / 4
@@ -101,10 +107,48 @@ class _Line:
         return step, step
 
 
+class _Bias:
+    """How far an engine's readings lie from what is expected of the model, as a logarithm: 0 is as expected."""
+
+    __slots__ = ("total", "weight")
+
+    def __init__(self) -> None:
+        self.weight = self.total = 0.0
+
+    def learn(self, value: float, weight: float) -> None:
+        """Take log(seen / expected)."""
+        self.weight = self.weight * _KEEP + weight
+        self.total = self.total * _KEEP + weight * value
+
+    def is_sure(self, scatter: float) -> bool:
+        """Whether readings that lie `scatter` from their mean, on average, do not come out like this by chance."""
+        return abs(self.total) > _SURE * scatter * sqrt(self.weight)
+
+
+class _Scatter:
+    """How far readings lie from their own engine's mean, over all engines of the model, as a logarithm."""
+
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known = _Bias()
+
+    def compare(self, bias: _Bias, seen: float, expected: float, busy: float) -> bool:
+        """Take a reading of an engine; whether its bias is more than chance."""
+        value, weight = log(min(max(seen / expected, 1 / _CUT), _CUT)), 1 / max(1.0, busy)
+        if bias.weight:
+            self._known.learn(abs(value - bias.total / bias.weight), weight)
+        bias.learn(value, weight)
+        return self._known.weight >= _LEAST_SCATTER and bias.is_sure(self._known.total / self._known.weight)
+
+
 class _Learner:
     """The readings of one engine, or of the whole model."""
 
-    __slots__ = ("count", "last", "line", "overhead_s", "prefill_s", "prefill_tokens", "speed", "stands_out", "trust")
+    __slots__ = (
+        *("biases", "count", "last", "line", "overhead_s", "prefill_s", "prefill_tokens"),
+        *("speed", "stands_out", "sure", "trust"),
+    )
 
     def __init__(self, speed: Speed, trust: float) -> None:
         self.speed = speed
@@ -115,6 +159,8 @@ class _Learner:
         self.prefill_s = 0.0
         self.overhead_s: float | None = None
         self.line = _Line()
+        self.biases = _Bias(), _Bias()
+        self.sure = [False, False]
 
     def learn(self, timings: Timings, busy: float, prior: Speed) -> None:
         self._learn_prefill(timings.prompt_n, timings.prompt_ms / 1e3)
@@ -187,6 +233,7 @@ class Rates:
         service_s = prior.prefill_s(512) + output_tokens * prior.decode_first_s
         self._service = _Mean(service_s, service_s / 2)
         self._output = _Mean(output_tokens, output_tokens / 2)
+        self._scatters = _Scatter(), _Scatter()
         self._tokens = 0.0
         self._held_s = 0.0
         self.requests = 0
@@ -211,8 +258,10 @@ class Rates:
         if own is None:
             own = self._engines[engine] = _Learner(self._model.speed, _ENGINE_TRUST)
         own.learn(timings, busy, self._model.speed)
-        own.stands_out = not _is_same(own.speed, self._model.speed)
-        (self.odd.discard if _is_same(own.speed, self._model.speed, _ODD) else self.odd.add)(engine)
+        is_sure = self._compare(own, timings, busy)
+        own.stands_out = is_sure and not _is_same(own.speed, self._model.speed)
+        is_odd = is_sure and not _is_same(own.speed, self._model.speed, _ODD)
+        (self.odd.add if is_odd else self.odd.discard)(engine)
         held_s = work_s if held_s is None else held_s
         self._service.learn(held_s, is_first=not self.requests)
         self._output.learn(timings.predicted_n, is_first=not self.requests)
@@ -221,6 +270,19 @@ class Rates:
         self.requests += 1
         own.last = self.requests
         self._forget_one()
+
+    def _compare(self, own: _Learner, timings: Timings, busy: float) -> bool:
+        """Whether an engine is surely faster or slower than the model's mean, in reading or in writing."""
+        mean, steps = self._model.speed, timings.predicted_n - 1
+        pairs = (
+            (timings.prompt_n >= TINY_PREFILL_TOKENS, timings.prompt_ms, mean.prefill_s(timings.prompt_n)),
+            (steps > 0, timings.predicted_ms, steps * mean.decode_s(busy)),
+        )
+        for index, (tells, seen_ms, expected_s) in enumerate(pairs):
+            if tells and seen_ms > 0 and expected_s > 0:
+                bias, scatter = own.biases[index], self._scatters[index]
+                own.sure[index] = scatter.compare(bias, seen_ms / 1e3, expected_s, busy)
+        return any(own.sure)
 
     def _forget_one(self) -> None:
         """Look whether one engine, each in its turn, has been passed over for too long."""

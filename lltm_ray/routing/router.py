@@ -19,6 +19,7 @@ from lltm_ray.records import Adapter, EngineInfo, EngineState, Hints, ModelDeman
 from lltm_ray.routing.adapters import check_name, split_model
 from lltm_ray.routing.admission import Overload
 from lltm_ray.routing.admission.waiting import Waiter, WaitingRoom
+from lltm_ray.routing.gossip import Gossip
 from lltm_ray.routing.hints import Counsel
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.residency import Held
@@ -64,6 +65,7 @@ class Router:
         self._names: tuple[str, ...] = ()
         self._engines: dict[str, Row] = {}
         self._share = SlotShare()
+        self.gossip = Gossip(self._models, clock)
         self._counsel = Counsel()
 
     # --- the table
@@ -244,10 +246,8 @@ class Router:
 
     def loads(self, model: str) -> dict[str, tuple[int, int]]:
         """Claimed slots, and all that are this router's, of each engine of a model that can take requests."""
-        served = self._models.get(model)
-        return (
-            {row.name: (row.busy, row.slots_total) for row in served.rows.values() if row.is_usable} if served else {}
-        )
+        rows = self._models[model].rows.values() if model in self._models else ()
+        return {row.name: (row.busy, row.slots_total) for row in rows if row.is_usable}
 
     # --- claims
 
@@ -267,7 +267,7 @@ class Router:
         served, room, now_s = self._models[name], self._rooms[name], self._clock()
         if ask.deadline_s == math.inf:
             ask.deadline_s = now_s + self._queue_timeout_s
-        match = served.residency.match(ask.key)
+        match = served.match(ask)
         ask.arrived_s = now_s
         ask.model, ask.prompt_tokens, ask.shared_tokens = name, match.prompt_tokens, match.shared_tokens
         waiter = Waiter(ask, frozenset(exclude))
@@ -330,7 +330,7 @@ class Router:
     def hold_slot(self, name: str, slot: int) -> Lease | None:
         """Claim exactly this idle slot, on a closed engine too."""
         row = self._engines.get(name)
-        if row is None or slot not in row.free or row.unpinned:
+        if row is None or row.unpinned or slot not in self._models[row.model].holdable(row):
             return None
         return self._models[row.model].claim_slot(row, slot, Ask(model=row.model), self._clock())
 
@@ -341,11 +341,11 @@ class Router:
             return None
         for row in served.table.least_loaded(8, exclude=frozenset(exclude)):
             fits = tokens <= row.info.n_ctx // max(1, row.info.slots_total) or not row.info.n_ctx
-            if not fits or row.unpinned or not row.free:
+            free = row.free - row.taken
+            if not fits or row.unpinned or not free:
                 continue
-            match = served.residency.match(b"")
-            spot = served.residency.choose_slot(row.name, match, row.free)
-            return served.claim_slot(row, max(spot.slot, min(row.free)), Ask(model=model), self._clock())
+            spot = served.residency.choose_slot(row.name, served.residency.match(b""), free)
+            return served.claim_slot(row, max(spot.slot, min(free)), Ask(model=model), self._clock())
         return None
 
     def moved(self, source: str, slot: int, target: str, target_slot: int) -> None:

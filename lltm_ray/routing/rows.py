@@ -9,6 +9,7 @@ from typing import Any
 from lltm_ray.records import EngineInfo, EngineState, Timings
 from lltm_ray.routing.adapters import Lora, lora_field
 from lltm_ray.routing.policy import Ask, Choice, EngineView
+from lltm_ray.routing.rates import Speed
 
 LATE_DETAIL = "no heartbeat"
 """How the directory's `detail` of an engine begins that failed only by its silence: it may be back within seconds."""
@@ -25,6 +26,14 @@ class Row(EngineView):
     """Those of them that are idle."""
     pinned: set[int] = field(default_factory=set)
     """Ids of slots that are claimed."""
+    lent: frozenset[int] = frozenset()
+    """Ids of slots of other routers' parts: they may be used by what goes on from their content."""
+    taken: set[int] = field(default_factory=set)
+    """Ids of slots that somebody else uses, ours among them."""
+    touched_s: dict[int, float] = field(default_factory=dict)
+    """Slot -> since when something is known of it, by this router's clock: the last claim's begin or end, or word."""
+    tasks: dict[int, int] = field(default_factory=dict)
+    """Slot -> llama-server's number of the task that left what is known to be there."""
     unpinned: int = 0
     """Claims whose slot llama-server chose: as long as there are some, nobody knows for sure which slots are idle."""
     suspicions: int = 0
@@ -82,6 +91,8 @@ class Lease:
     cached_tokens: int = 0
     """Prompt tokens that should be found cached."""
     choice: Choice | None = field(default=None, repr=False)
+    speed: Speed | None = field(default=None, repr=False)
+    """How fast the engine was taken to be."""
     uncached_tokens: int = 0
     cost_tokens: float = 0.0
     """What the tenant was charged."""

@@ -14,6 +14,7 @@ from typing import Any
 from lltm_ray.records import EngineInfo, ModelInfo
 from lltm_ray.routing.admission import Admission, Capacity
 from lltm_ray.routing.choice import Matches
+from lltm_ray.routing.hearsay import UNKNOWN, Heard, Hearsay
 from lltm_ray.routing.hints import Counsel
 from lltm_ray.routing.policy import Ask, Choice, make_policy
 from lltm_ray.routing.rates import Rates
@@ -21,6 +22,8 @@ from lltm_ray.routing.residency import Held, Match, Residency
 from lltm_ray.routing.rows import Lease, Row, Served, count, identity
 from lltm_ray.routing.table import Table
 
+LEAST_GAIN_TOKENS = 64
+"""What another router knows of a prompt must be so much more than what this one knows to be looked up."""
 KNOWN_REQUESTS = 8
 """Replies after which a model's pace counts as known; nobody is refused on a guess."""
 
@@ -93,6 +96,9 @@ class ServedModel:
         self.admission: Admission[Any] = Admission(queue_limit)
         self.rows: dict[str, Row] = {}
         self.counts = Counts()
+        self.hearsay = Hearsay()
+        self.untold: dict[tuple[str, int], None] = {}
+        """Slots by name of engine and number where claims of ours began or ended since other routers were told."""
         self._counsel = counsel or Counsel()
         self._pins = policy == "residency"
 
@@ -114,6 +120,7 @@ class ServedModel:
         if row is None or identity(row.info) != identity(info):
             if row is not None:
                 row.listed = False  # nobody shall wait for this life any more
+                self._forget_told(row)
             self._forget(name)
             row = Row(name, self.name, len(slots), info=info, owned=slots, free=set(slots), node_id=info.node_id)
             row.adapters = frozenset(each.name for each in info.adapters)
@@ -122,6 +129,7 @@ class ServedModel:
         row.info, row.listed = info, True
         if row.owned != slots:
             self._reshape(row, slots)
+        row.lent = frozenset(range(info.slots_total)) - slots
         self.sync(row)
 
     def forget_caches(self, row: Row) -> None:
@@ -145,6 +153,7 @@ class ServedModel:
         """An engine that left is forgotten when its last claim ends: it may come back before."""
         if not row.listed and not row.busy and self.rows.get(row.name) is row:
             del self.rows[row.name]
+            self._forget_told(row)
             self._forget(row.name, is_gone=True)
 
     def _forget(self, name: str, *, is_gone: bool = False) -> None:
@@ -153,6 +162,11 @@ class ServedModel:
         self.policy.forget(name, is_gone=is_gone)
         self.rates.forget(name)
         self.residency.forget_engine(name)
+
+    def _forget_told(self, row: Row) -> None:
+        for slot in range(row.info.slots_total):
+            self.untold.pop((row.name, slot), None)
+            self.hearsay.drop(row.name, slot)
 
     def sync(self, row: Row) -> None:
         """Let the table hold a row exactly as long as it can take requests."""
@@ -190,17 +204,33 @@ class ServedModel:
         self._look_at_spare(lease.row)
         self.policy.placed(lease.ask, lease.row.name)
 
+    def match(self, ask: Ask) -> Match:
+        """What the engines have cached of a prompt, as far as is known here or was heard of."""
+        match = self.residency.match(ask.key)
+        if not (self.hearsay and self._pins and ask.can_pin):
+            return match
+        worth_tokens = LEAST_GAIN_TOKENS + (match.engines[0][1] if match.engines else 0)
+        heard = self.hearsay.find(ask.key, worth_tokens) if match.prompt_tokens > worth_tokens else ()
+        return self._residency.match(ask.key) if any(self._believe(each, ask.key) for each in heard) else match
+
+    def _believe(self, heard: Heard, key: bytes) -> bool:
+        """Take what was heard for known, now that a prompt told its bytes; False: it is not true any more."""
+        told, row = heard.digest, self.rows.get(heard.digest.engine)
+        self.hearsay.forget(told)
+        if row is None or row.info.server_pid != told.server_pid or not (heard.in_slot or row.info.cache_ram_tokens):
+            return False
+        slot = told.slot if heard.in_slot else -1
+        self._residency.outside.learn(row.name, slot, key[: heard.end_bytes], heard.tokens, told.tokens)
+        return True
+
     def choose(self, ask: Ask, match: Match, exclude: Collection[str]) -> Choice | None:
         """Which engine should take a request; None: no slot is free for it."""
         self.settle()
         engines: Matches = match.engines
-        avoid = frozenset(exclude)
         advice = self._counsel.advice
-        if advice is not None and ask.only is None:
-            engines = advice.widen(ask, engines) if self._pins else engines
-            uncached = ask.prompt_tokens - (engines[0][1] if engines else 0)
-            avoid |= advice.avoid(ask, self.table.names, uncached)
-        choice = self.policy.choose(ask, self.table, self.rates, engines, avoid)
+        if advice is not None and ask.only is None and self._pins:
+            engines = advice.widen(ask, engines)
+        choice = self.policy.choose(ask, self.table, self.rates, engines, frozenset(exclude))
         return None if choice is None or self.rows[choice.engine].is_promised(ask.lora) else choice
 
     def _look_at_spare(self, row: Row) -> None:
@@ -210,11 +240,13 @@ class ServedModel:
     def claim(self, ask: Ask, match: Match, choice: Choice, now_s: float) -> Lease:
         """Take the slot that a choice is about."""
         row = self.rows[choice.engine]
-        can_pin = self._pins and ask.can_pin and not row.unpinned
-        spot = self.residency.choose_slot(row.name, match, row.free, can_pin=can_pin)
+        free = row.free - row.taken if row.taken else row.free
+        can_pin = self._pins and ask.can_pin and not row.unpinned and bool(free)
+        spot = self.residency.choose_slot(row.name, match, free or row.free, can_pin=can_pin, lent=row.lent - row.taken)
         uncached = max(0, ask.prompt_tokens - spot.cached_tokens)
         lease = self._take(row, spot.slot, ask, now_s, uncached)
         lease.choice, lease.cached_tokens = choice, spot.cached_tokens
+        lease.speed = self.rates.speed(row.name)
         self._unsettled = lease, match
         return lease
 
@@ -231,10 +263,18 @@ class ServedModel:
         if slot >= 0:
             row.free.discard(slot)
             row.pinned.add(slot)
+            self._touch(row, slot, now_s)
         else:
             row.unpinned += 1
         self.table.claim(row, uncached_tokens=uncached)
         return Lease(row.info, self.name, row, ask, now_s, slot, uncached_tokens=uncached, busy=row.busy)
+
+    def _touch(self, row: Row, slot: int, now_s: float) -> None:
+        row.touched_s[slot] = now_s
+        self.untold[row.name, slot] = None
+        row.taken.discard(slot)
+        row.tasks.pop(slot, None)
+        self.hearsay.drop(row.name, slot)
 
     def began(self, lease: Lease) -> None:
         """The first byte of a claim's answer came."""
@@ -254,10 +294,12 @@ class ServedModel:
         self.table.release(row, uncached_tokens=0 if lease.began else lease.uncached_tokens, is_decoding=lease.began)
         if lease.slot >= 0:
             row.pinned.discard(lease.slot)
+            self._touch(row, lease.slot, now_s)
             if lease.slot in row.owned:
                 row.free.add(lease.slot)
         else:
             row.unpinned -= 1
+            row.touched_s = dict.fromkeys(range(row.info.slots_total), now_s)  # nobody knows on which it ran
         self._drop_if_gone(row)
         if lease.moves:
             return
@@ -322,11 +364,18 @@ class ServedModel:
         )
 
     def held(self, engine: str) -> tuple[Held, ...]:
-        """What the idle slots of an engine that are ours hold, coldest first."""
+        """What the `holdable` slots of an engine hold, coldest first; what only another router knows is left to it."""
         row = self.rows.get(engine)
         if row is None or row.unpinned:
             return ()
-        return tuple(each for each in self.residency.held(engine) if each.slot in row.free)
+        slots = self.holdable(row)
+        return tuple(
+            each for each in self.residency.held(engine) if each.slot in slots and not each.key.startswith(UNKNOWN)
+        )
+
+    def holdable(self, row: Row) -> set[int]:
+        """Idle slots whose content may be moved: ours and, once nobody begins anything there, those of other parts."""
+        return (row.free if row.is_usable else row.free | (row.lent - row.pinned)) - row.taken
 
     @property
     def is_startable(self) -> bool:

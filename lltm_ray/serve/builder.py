@@ -12,7 +12,7 @@ from ray.serve import Application
 
 from lltm_ray.config import FleetConfig, GatewayConfig, build
 from lltm_ray.errors import ConfigError
-from lltm_ray.serve.deployments import FleetHolder, Ingress
+from lltm_ray.serve.deployments import bind
 from lltm_ray.telemetry.content import settle_content
 
 
@@ -24,7 +24,8 @@ def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Applicat
             `serve run lltm_ray.serve:app model=tiny engines=2 engine.n_parallel=8`.
 
     Who may reach the endpoint is Serve's to say (`http_options`); keys are checked when `gateway.api_key_file` is set.
-    Each ingress replica owns its part of every engine's slots, as gateways do.
+    `gateway.processes` is the number of ingress replicas; each owns its part of every engine's slots, as gateways do.
+    One that Serve ends finishes what runs for up to `gateway.drain_timeout_s`; then the others have its slots.
 
     Raises:
         ConfigError: an unknown or wrong setting, an address, which Serve binds, or a wrong word in the environment's
@@ -38,9 +39,7 @@ def build_app(config: FleetConfig | Mapping[str, Any] | None = None) -> Applicat
                 f"gateway.{name}", getattr(gateway, name), "Serve binds the address: use its http options"
             )
     fleet = replace(fleet, telemetry=settle_content(fleet.telemetry, os.environ))
-    holder = FleetHolder.bind(replace(fleet, gateway=None))
-    app: Application = Ingress.bind(gateway, holder, fleet.telemetry)
-    return app
+    return bind(fleet, gateway)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from lltm_ray.telemetry import rows
 
 _TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "bytes": pa.binary()}
-_CODEC = "lz4_raw"
+_CODEC = "zstd"
 
 
 def _schema(row: type[Any]) -> pa.Schema:
@@ -38,7 +38,7 @@ SCHEMAS: dict[str, pa.Schema] = {kind: _schema(row) for kind, row in KINDS.items
 Batch = dict[str, pa.RecordBatch]
 """Rows of several kinds, sent together: kind -> columns as in `SCHEMAS`."""
 Sealed = dict[str, tuple[int, pa.Buffer]]
-"""A batch between processes of one release: kind -> size and LZ4 of its columns' IPC message, without their schema."""
+"""A batch between processes of one release: kind -> size and zstd of its columns' IPC message, without their schema."""
 
 
 def forgo_pandas() -> None:
@@ -82,7 +82,8 @@ def seal(batch: Batch) -> Sealed:
     """For the way to another process: one buffer of each kind, and small.
 
     Of 250 requests the columns themselves are 156 KB in some hundred buffers, and Ray sends up to 100 KB along with a
-    call; what is more goes through its object store, at a cost of milliseconds.
+    call; what is more goes through its object store, at a cost of milliseconds. Of 500 requests, which are a quarter of
+    a busy gateway's second, 83 KB are left; LZ4 is quicker by 0.3 ms, and leaves 113 KB.
     """
     messages = {kind: columns.serialize() for kind, columns in batch.items()}
     return {kind: (message.size, pa.compress(message, codec=_CODEC)) for kind, message in messages.items()}

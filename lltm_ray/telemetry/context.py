@@ -10,6 +10,8 @@ import re
 from typing import NamedTuple
 
 _PARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?\Z")
+MOST_STATE_BYTES = 512
+"""Of `tracestate`: what the standard wants passed on at least. It waits in every row; a longer one is dropped."""
 SAMPLED = 0x01
 """Bit of `trace-flags`: the caller may record. Other bits (0x02: random trace id) are passed on as they came."""
 _ids = random.SystemRandom()

@@ -12,29 +12,34 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, TextIO
 
+from opentelemetry.sdk.metrics import Histogram
 from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
     MetricExporter,
     MetricExportResult,
     MetricReader,
     MetricsData,
     PeriodicExportingMetricReader,
 )
+from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation
 from opentelemetry.sdk.resources import Resource
 
 from lltm_ray import __version__
 from lltm_ray.config import TelemetryConfig
 from lltm_ray.errors import ConfigError
 from lltm_ray.telemetry import otlp
+from lltm_ray.telemetry.cumulation import DELTAS, Cumulation
 from lltm_ray.telemetry.pump import Counts, Pump, Reporter, overhear
 from lltm_ray.telemetry.rows import LogRow
 from lltm_ray.telemetry.spans import Span
 
 GROUP = "lltm_ray.exporters"
+_FIXED = ExplicitBucketHistogramAggregation()
 BUILT_IN = ("otlp", "otlp-grpc", "otlp-http", "console")
 _ADDRESS = re.compile(r"(\w+://)?(?:[^/?#@\s]*@)?((?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?)(?=[/?#]|\Z)")
 
@@ -112,6 +117,11 @@ class Exporters:
         `OTEL_METRIC_EXPORT_INTERVAL` (milliseconds) is honoured.
         """
         return [PeriodicExportingMetricReader(exporter) for exporter in self._metrics]
+
+    def forget(self, engines: Collection[str]) -> None:
+        """Let go of metrics of engines that are gone, once they were exported for the last time."""
+        for metrics in self._metrics:
+            metrics.forget(engines)
 
     def counts(self) -> dict[str, Counts]:
         """Destination -> what became of what it was given."""
@@ -195,23 +205,40 @@ def _load(name: str) -> Any:
         raise ConfigError("exporters", name, f"{found[name].value} failed: {type(error).__name__}: {error}") from error
 
 
+def _wants_sums(inner: Any) -> bool:
+    """Whether histograms are to be whole sums of fixed buckets: the default, which the environment may change."""
+    temporality = (inner._preferred_temporality or {}).get(Histogram, AggregationTemporality.CUMULATIVE)
+    aggregation = (inner._preferred_aggregation or {}).get(Histogram, _FIXED)
+    is_fixed = isinstance(aggregation, ExplicitBucketHistogramAggregation)
+    return is_fixed and temporality is AggregationTemporality.CUMULATIVE
+
+
 class _Metrics(MetricExporter):
     """A metric exporter whose failures are counted and told once a minute."""
 
     def __init__(self, name: str, inner: Any) -> None:
-        super().__init__(inner._preferred_temporality, inner._preferred_aggregation)
+        is_ours = _wants_sums(inner)
+        temporality = {**(inner._preferred_temporality or {}), **(DELTAS if is_ours else {})}
+        super().__init__(temporality, inner._preferred_aggregation)
         self.name, self._inner, self._reporter, self._sent = name, inner, Reporter(name), 0
+        self._cumulation = Cumulation() if is_ours else None
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **kwargs: Any) -> MetricExportResult:
         """Called by the reader's thread."""
+        told = metrics_data if self._cumulation is None else self._cumulation.add(metrics_data)
 
         def send() -> bool:
-            result = self._inner.export(metrics_data, timeout_millis=timeout_millis)
+            result = self._inner.export(told, timeout_millis=timeout_millis)
             return result is MetricExportResult.SUCCESS
 
         is_sent = self._reporter.attempt(send)
         self._sent += is_sent
         return MetricExportResult.SUCCESS if is_sent else MetricExportResult.FAILURE
+
+    def forget(self, engines: Collection[str]) -> None:
+        """As `Cumulation.forget`."""
+        if self._cumulation is not None:
+            self._cumulation.forget(engines)
 
     def counts(self) -> Counts:
         """In collections; a failed one is dropped, as the next one holds its sums."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isnan
+from math import isnan, nan
 from typing import Final, NamedTuple
 
 from lltm_ray.telemetry import semconv as names
@@ -72,6 +72,12 @@ def read_phases(attempt: AttemptRow, operation: str, total_s: float) -> Phases:
         first = max(sent, ended - attempt.predicted_ms / 1e3)
         slot = max(sent, first - attempt.prompt_ms / 1e3)
     return Phases(route, client, between(sent, slot), between(slot, first), between(first, ended), is_estimate)
+
+
+def waited_s(phases: Sequence[Phases]) -> float:
+    """How long a request waited for slots, ours and llama-server's; NaN: no engine was asked for it."""
+    is_asked = any(each.client for each in phases)
+    return sum(seconds(each.route) + seconds(each.queue) for each in phases) if is_asked else nan
 
 
 def tokens_of(attempt: AttemptRow) -> Tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 from opentelemetry.metrics import CallbackOptions, Observation
@@ -58,6 +58,11 @@ class Health:
             if lost > before:
                 self.lost[name, kind] += lost - before
                 self._told[sender, kind] = lost
+
+    def forget(self, senders: Collection[str]) -> None:
+        """Let go of what these have lost; by their names."""
+        self.lost = Counter({key: count for key, count in self.lost.items() if key[0] not in senders})
+        self._told = {key: count for key, count in self._told.items() if key[0].partition("/")[0] not in senders}
 
     def as_dict(self) -> dict[str, Any]:
         """For the status page."""

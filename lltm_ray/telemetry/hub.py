@@ -27,7 +27,7 @@ from lltm_ray.telemetry.instruments import Instruments
 from lltm_ray.telemetry.profiles import read_profile
 from lltm_ray.telemetry.resource import make_resource
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow, SpanRow
-from lltm_ray.telemetry.sampling import Sampler
+from lltm_ray.telemetry.sampling import Sampler, Share, read_share
 from lltm_ray.telemetry.spans import Place, Span, Spans
 from lltm_ray.telemetry.store import Page, Store
 
@@ -44,6 +44,9 @@ class Recorder(Meter, Protocol):
 
     def record(self, request: RequestRow, attempts: Sequence[AttemptRow], kept: Sequence[Span] | None = None) -> None:
         """Measure a finished request."""
+
+    def forget(self, engines: Collection[str]) -> None:
+        """Let go of sums of engines that are gone."""
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Flush and stop."""
@@ -110,6 +113,16 @@ class Hub:
     ) -> Page:
         """As `Store.read_since`."""
         return self._store.read_since(cursor, kinds, limit, columns)
+
+    def find(self, kind: str, column: str, value: str, *, near: int | None, until_s: float) -> list[tuple[int, Any]]:
+        """As `Store.find`; of any thread."""
+        return self._store.find(kind, column, value, near=near, until_s=until_s)
+
+    def forget(self, engines: frozenset[str]) -> None:
+        """Let go of metrics of engines that are gone."""
+        self.instruments.forget(engines)
+        self._exporters.forget(engines)
+        self.health.forget(engines)
 
     def status(self) -> dict[str, Any]:
         """For `/lltm/telemetry`: plain values."""
@@ -207,10 +220,16 @@ def build_hub(
         ConfigError: a setting, or a variable of the environment, that cannot be used.
     """
     resource, profile = make_resource(attributes), read_profile(os.environ)
+    share = read_share(os.environ) if config.sample_ratio is None else Share(config.sample_ratio)
     exporters = Exporters(config, resource, profile.schema_url)
     return Hub(
         Store(folder, max_rows=config.ring_rows, max_bytes=config.max_bytes, max_age_s=config.max_age_s),
-        Sampler(config.sample_ratio, config.slow_ratio, keep_unsampled=config.keep_unsampled),
+        Sampler(
+            share.ratio,
+            config.slow_ratio,
+            keep_unsampled=config.keep_unsampled or share.keep_unsampled,
+            keep_sampled=share.keep_sampled,
+        ),
         exporters,
         Spans(profile),
         Instruments(resource, profile, [*exporters.metric_readers(), *readers]),

@@ -7,13 +7,14 @@ its request's span, so the SDK's trace-based filter attaches exemplars: of trace
 A recording costs the SDK about 10 us, mostly for its labels. Sums need no exemplars, so they are kept here and given to
 the SDK when it reads them (observable counters), which leaves it nine histograms of a request's sixteen figures.
 
-Labels are bounded: operation, served model, engine, error class. Tenants are no label.
+Labels are bounded: operation, served model, engine, error class. Tenants are no label. Series of engines that are gone
+are let go (`Instruments.forget`, `cumulation`); the fleet's own sums have no engine, so they never fall.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import isnan
 from typing import Any, Final, NamedTuple
@@ -22,6 +23,7 @@ from opentelemetry.context import Context
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import MetricReader
+from opentelemetry.sdk.metrics.view import View
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
@@ -29,7 +31,7 @@ from lltm_ray import __version__
 from lltm_ray.telemetry import profiles
 from lltm_ray.telemetry import semconv as names
 from lltm_ray.telemetry.context import SAMPLED
-from lltm_ray.telemetry.figures import GENERATING, Phases, error_type_of, read_phases, seconds, tokens_of
+from lltm_ray.telemetry.figures import GENERATING, Phases, error_type_of, read_phases, seconds, tokens_of, waited_s
 from lltm_ray.telemetry.profiles import Metric, Profile
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow
 from lltm_ray.telemetry.spans import Span
@@ -44,6 +46,9 @@ _Key = tuple[tuple[str, str | bool], ...]
 _TOLD_APART = 256
 """Values of one label that are told apart; a fleet has fewer, a client's invention would have more."""
 _REJECTING = frozenset((429, 503, 504))
+_ALL: Final = View(instrument_name="*", aggregation_cardinality_limit=100_000)
+"""The SDK goes on counting series of sums and gauges that nobody observes any more, some hundred bytes each, and what
+comes after its limit (2000, unless told) shares one series: far more engines come and go than are there at once."""
 
 METRICS: Final = (
     Metric("gen_ai.server.request.duration", "histogram", "s", "Duration of a request", profiles.DURATION_BOUNDS),
@@ -54,6 +59,7 @@ METRICS: Final = (
     Metric("lltm.errors", "counter", "{request}", "Requests that ended in an error"),
     Metric("lltm.failovers", "counter", "{attempt}", "Attempts after a request's first"),
     Metric("lltm.tokens", "counter", "{token}", "Tokens by type; input holds cached ones"),
+    Metric("lltm.fleet.tokens", "counter", "{token}", "The same of all engines, also of those that are gone"),
     Metric("lltm.tokens.wasted", "counter", "{token}", "Tokens generated and not delivered"),
     Metric("lltm.reuse.predicted_tokens", "counter", "{token}", "Prompt tokens that routing expected in the cache"),
     Metric("lltm.reuse.actual_tokens", "counter", "{token}", "Prompt tokens that were in the cache"),
@@ -83,7 +89,7 @@ class Instruments:
     """
 
     def __init__(self, resource: Resource, profile: Profile, readers: Sequence[MetricReader] = ()) -> None:
-        self._provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
+        self._provider = MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False, views=[_ALL])
         self._meter = self._provider.get_meter("lltm_ray", __version__, profile.schema_url or None)
         self._profile = profile
         self._models: set[str] = set()
@@ -138,6 +144,12 @@ class Instruments:
             raise ValueError(f"kind={kind!r}: must be one of {', '.join(makers)}")
         makers[kind](name, callbacks=[callback], unit=unit, description=description)
 
+    def forget(self, engines: Collection[str]) -> None:
+        """Let go of sums of engines that are gone; histograms are their readers' (`cumulation`)."""
+        for sums in self._sums.values():
+            for key in [key for key in sums if dict(key).get(names.ENGINE) in engines]:
+                del sums[key]
+
     def close(self, timeout_s: float = 5.0) -> None:
         """Flush every reader and stop it; what a collector that is away does not take is lost, and told in the log."""
         try:
@@ -166,9 +178,9 @@ class Instruments:
         error_type = _bounded(self._errors, request.error_type)
         labels = _labels(subject.operation, subject.model)
         self._take(subject, "gen_ai.server.request.duration", request.total_s, _with_error(labels, error_type))
-        if any(each.client for each in phases):
-            queued = sum(seconds(each.route) + seconds(each.queue) for each in phases)
-            self._take(subject, "lltm.queue.duration", queued, labels)
+        queued_s = waited_s(phases)
+        if not isnan(queued_s):
+            self._take(subject, "lltm.queue.duration", queued_s, labels)
         elif request.status in _REJECTING:
             self._take(subject, "lltm.requests.rejected", 1, {**labels, names.REJECT_REASON: error_type})
         for attempt in filter(lambda each: each.engine, attempts[1:]):
@@ -203,6 +215,8 @@ class Instruments:
             if count:
                 self._quantity(subject, f"{kind}_tokens", count, labels)
                 self._take(subject, "lltm.tokens", count, _with_type(labels, kind))
+                fleet = _labels(subject.operation, subject.model)
+                self._take(subject, "lltm.fleet.tokens", count, _with_type(fleet, kind))
         if used.computed:
             self._quantity(subject, "written_tokens", used.computed, labels)
         self._record_reuse(subject, attempt, labels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +30,7 @@ class Joules:
     def __init__(self, energy: Energy, meter: Meter, clock: Callable[[], float] = time.time) -> None:
         self._energy, self._clock = energy, clock
         self._sums: dict[tuple[str, str], tuple[float, int]] = {}
+        """By engine and model; without an engine: of all that are gone."""
         self._requests: OrderedDict[str, float] = OrderedDict()
         served = "Energy of requests, a GPU's counter shared by their tokens"
         meter.observe("lltm.energy.requests", "counter", "J", served, lambda _: self._observe(0))
@@ -42,14 +43,22 @@ class Joules:
         """Take what has become known, and forget who is gone."""
         now_s = self._clock()
         for share in self._energy.settle(now_s):
-            joules, tokens = self._sums.get((share.engine, share.model), (0.0, 0))
-            self._sums[share.engine, share.model] = joules + share.joules, tokens + share.tokens
+            self._add(share.engine, share.model, share.joules, share.tokens)
             self._requests[share.request_span_id] = self._requests.get(share.request_span_id, 0.0) + share.joules
         self._energy.forget(now_s)
         while len(self._requests) > _MOST_REQUESTS:
             self._requests.popitem(last=False)
         while len(self._sums) > _MOST_SUMS:
             del self._sums[next(iter(self._sums))]
+
+    def forget(self, engines: Collection[str]) -> None:
+        """Have engines that are gone in nothing but the sums of all such."""
+        for engine, model in [key for key in self._sums if key[0] in engines]:
+            self._add("", model, *self._sums.pop((engine, model)))
+
+    def _add(self, engine: str, model: str, joules: float, tokens: int) -> None:
+        before_j, before = self._sums.get((engine, model), (0.0, 0))
+        self._sums[engine, model] = before_j + joules, before + tokens
 
     def of_request(self, span_id: str) -> float | None:
         """Joules of a request by its SERVER span; None: not known yet, or not any more, or of no GPU."""
@@ -65,7 +74,8 @@ class Joules:
 
     def _observe(self, place: int) -> Iterator[Observation]:
         for (engine, model), sums in self._sums.copy().items():
-            yield Observation(sums[place], {names.ENGINE: engine, names.REQUEST_MODEL: model})
+            if engine:
+                yield Observation(sums[place], {names.ENGINE: engine, names.REQUEST_MODEL: model})
 
     def _observe_gpus(self, _: object) -> Iterator[Observation]:
         for uuid, balance in self._energy.balances.items():

@@ -8,10 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from math import isnan
 from typing import Any
 
 import numpy as np
 
+from lltm_ray.telemetry import semconv
+from lltm_ray.telemetry.figures import read_phases, waited_s
 from lltm_ray.telemetry.rows import AttemptRow, GpuRow, RequestRow, ServerRow
 from lltm_ray.telemetry.samples import THROTTLES, Samples
 
@@ -47,7 +50,8 @@ class Live:
         served = [each for each in attempts if each.generated_tokens or each.computed_tokens or each.cached_tokens]
         cached = served[0].cached_tokens if served else 0
         prompt = served[0].cached_tokens + served[0].computed_tokens if served else 0
-        queue_s = sum(_known(each.sent_s - each.asked_s) for each in attempts)
+        operation = semconv.OPERATIONS.get(row.route, "")
+        queue_s = waited_s([read_phases(each, operation, row.total_s) for each in attempts])
         ended_s = row.arrived_unix_nano / 1e9 + row.total_s
         self._requests.append((ended_s, row, prompt, cached, queue_s))
         counts = {
@@ -80,8 +84,8 @@ class Live:
             "totals": dict(self._totals),
             "rates": self._rates(int(now)),
             "latency_s": _quantiles([row.total_s for _, row, *_ in rows if not row.error_type]),
-            "ttft_s": _quantiles([row.ttft_s for _, row, *_ in rows if row.ttft_s == row.ttft_s]),
-            "queue_s": _quantiles([queue_s for *_, queue_s in rows]),
+            "ttft_s": _quantiles([row.ttft_s for _, row, *_ in rows if not isnan(row.ttft_s)]),
+            "queue_s": _quantiles([queue_s for *_, queue_s in rows if not isnan(queue_s)]),
             "reuse_ratio": cached / prompts if prompts else None,
             "errors": dict(Counter(row.error_type for _, row, *_ in rows if row.error_type)),
             "queues": [row._asdict() for row in samples.queues.values()],
@@ -150,8 +154,8 @@ def _line(row: RequestRow, attempts: Sequence[AttemptRow], prompt: int, cached: 
         "input_tokens": prompt,
         "cached_tokens": cached,
         "output_tokens": row.delivered_tokens,
-        "queue_s": queue_s,
-        "ttft_s": _known(row.ttft_s) if row.ttft_s == row.ttft_s else None,
+        "queue_s": _known(queue_s),
+        "ttft_s": _known(row.ttft_s),
         "total_s": row.total_s,
         "why": row.why,
     }
@@ -169,6 +173,6 @@ def _quantiles(values: list[float]) -> dict[str, float | None]:
     return dict(zip(_QUANTILES, found.tolist(), strict=True))
 
 
-def _known(value: float) -> float:
-    """0 for what did not happen."""
-    return value if value == value else 0.0  # noqa: PLR0124 - NaN
+def _known(value: float) -> float | None:
+    """None for what did not happen."""
+    return None if isnan(value) else value

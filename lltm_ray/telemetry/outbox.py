@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Callable
+from operator import itemgetter
 from sys import getsizeof
 from typing import Any
 
 import pyarrow as pa
 
-from lltm_ray.telemetry.batch import KINDS, Batch, pack
+from lltm_ray.telemetry.batch import KINDS, SCHEMAS, Batch, pack
 
 _log = logging.getLogger(__name__)
 
@@ -19,8 +21,16 @@ _ATTEMPTS_EACH = 8
 """A request's attempts travel with it or before it, so that many of them at most for each request in a batch."""
 _BATCH_BYTES = 2**20
 """Of one kind that has texts, as Python holds them: with captured content a thousand rows are tens of megabytes."""
-_WEIGHED = ("requests", "spans", "logs")
-"""Kinds that have texts of any length."""
+_MOST_LATER = 32
+"""Makers of rows that wait; what they hold is in memory, and more at once would hold up the event loop."""
+
+
+def _texts(kind: str) -> Callable[[tuple[Any, ...]], tuple[str, ...]]:
+    return itemgetter(*(at for at, field in enumerate(SCHEMAS[kind]) if field.type == pa.string()))
+
+
+_TEXTS = {kind: _texts(kind) for kind in ("requests", "spans", "logs")}
+"""Kinds that have texts of any length, which are weighed: kind -> takes a row's texts."""
 
 
 class Outbox:
@@ -33,39 +43,48 @@ class Outbox:
 
     def __init__(self, limit_rows: int = 20_000, limit_bytes: int = 64 * 2**20) -> None:
         self._limit_rows, self._limit_bytes = limit_rows, limit_bytes
-        self._sizes: dict[str, deque[int]] = {kind: deque() for kind in _WEIGHED}
-        self._bytes = dict.fromkeys(_WEIGHED, 0)
-        self._rows: dict[str, deque[tuple[Any, ...]]] = {kind: deque() for kind in KINDS}
+        self._later: list[Callable[[], None]] = []
+        self._bytes = dict.fromkeys(KINDS, 0)
+        self._rows: dict[str, deque[tuple[int, tuple[Any, ...]]]] = {kind: deque() for kind in KINDS}
         self.dropped: Counter[str] = Counter()
         """Rows lost here, by kind: no room, not sent in time, or not of their kind's types."""
 
     def __len__(self) -> int:
-        return sum(map(len, self._rows.values()))
+        return len(self._later) + sum(map(len, self._rows.values()))
+
+    def later(self, make: Callable[[], None]) -> None:
+        """Have rows made with others in one go, which costs less than each at its own moment.
+
+        Args:
+            make: adds them; called before the next batch at the latest, and must not raise.
+        """
+        self._later.append(make)
+        if len(self._later) >= _MOST_LATER:
+            self._make()
 
     def add(self, kind: str, row: tuple[Any, ...]) -> None:
         """Note a row."""
         rows = self._rows[kind]
         if len(rows) >= self._limit_rows:
             self._drop(kind)
-        rows.append(row)
-        if kind in self._sizes:
-            size = sum(map(getsizeof, row))
-            self._sizes[kind].append(size)
-            self._bytes[kind] += size
-            while sum(self._bytes.values()) > self._limit_bytes:
-                self._drop(max(_WEIGHED, key=self._bytes.__getitem__))
+        size = _weigh(_TEXTS[kind], row) if kind in _TEXTS else 0
+        rows.append((size, row))
+        self._bytes[kind] += size
+        while size and sum(self._bytes.values()) > self._limit_bytes:
+            self._drop(max(self._bytes, key=self._bytes.__getitem__))
+
+    def _make(self) -> None:
+        making, self._later = self._later, []
+        for make in making:
+            make()
 
     def _drop(self, kind: str) -> None:
-        self._pop(kind)
+        self._bytes[kind] -= self._rows[kind].popleft()[0]
         self.dropped[kind] += 1
-
-    def _pop(self, kind: str) -> tuple[Any, ...]:
-        if kind in self._sizes:
-            self._bytes[kind] -= self._sizes[kind].popleft()
-        return self._rows[kind].popleft()
 
     def take(self) -> Batch:
         """The oldest rows, at most `BATCH_ROWS` and some 1 MiB of each kind; empty when there are none."""
+        self._make()
         return {kind: self._pack(kind) for kind, rows in self._rows.items() if rows}
 
     def lose(self, batch: Batch) -> None:
@@ -73,11 +92,14 @@ class Outbox:
         self.dropped.update({kind: columns.num_rows for kind, columns in batch.items()})
 
     def _take(self, kind: str) -> list[tuple[Any, ...]]:
-        most = BATCH_ROWS * _ATTEMPTS_EACH if kind == "attempts" else BATCH_ROWS
-        least_left = self._bytes.get(kind, 0) - _BATCH_BYTES
+        rows, size = self._rows[kind], 0
         taken: list[tuple[Any, ...]] = []
-        while self._rows[kind] and len(taken) < most and self._bytes.get(kind, 0) >= least_left:
-            taken.append(self._pop(kind))
+        most = BATCH_ROWS * _ATTEMPTS_EACH if kind == "attempts" else BATCH_ROWS
+        while rows and len(taken) < most and size <= _BATCH_BYTES:
+            weight, row = rows.popleft()
+            taken.append(row)
+            size += weight
+        self._bytes[kind] -= size
         return taken
 
     def _pack(self, kind: str) -> pa.RecordBatch:
@@ -95,3 +117,10 @@ class Outbox:
             self.dropped[kind] += 1
             return False
         return True
+
+
+def _weigh(texts: Callable[[tuple[Any, ...]], tuple[str, ...]], row: tuple[Any, ...]) -> int:
+    try:
+        return sum(map(str.__sizeof__, texts(row)))
+    except (TypeError, IndexError):  # it will be found when it is packed
+        return sum(map(getsizeof, row))

@@ -28,6 +28,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
+from lltm_ray.telemetry.cumulation import DELTAS, Cumulation
+
 TEXT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 OPEN_TYPE: Final = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 _UNITS: Final = {
@@ -49,12 +51,19 @@ class PrometheusReader(MetricReader):
     """Reads all metrics of a provider when somebody scrapes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(preferred_temporality=DELTAS)
+        self._cumulation = Cumulation()
         self._data: MetricsData | None = None
         self._newest: Newest = {}
 
     def _receive_metrics(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **_: object) -> None:
-        self._data = metrics_data
+        self._data = self._cumulation.add(metrics_data)
+
+    def forget(self, engines: frozenset[str]) -> None:
+        """Let go of series of engines that are gone, whether anybody scrapes or not."""
+        self._cumulation.forget(engines)
+        self.collect()
+        self._newest = {key: each for key, each in self._newest.items() if engines.isdisjoint(key)}
 
     def shutdown(self, timeout_millis: float = 30_000, **_: object) -> None:
         """Nothing is pushed, so nothing is left to do."""

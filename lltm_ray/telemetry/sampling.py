@@ -7,15 +7,66 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from math import ceil, isnan
+from typing import Final, NamedTuple
 
+from lltm_ray.errors import ConfigError
 from lltm_ray.telemetry.context import SAMPLED
 from lltm_ray.telemetry.rows import RequestRow, SpanRow
 
+_SAMPLER, _ARGUMENT = "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"
+_RATIOS: Final = {"always_on": 1.0, "always_off": 0.0, "traceidratio": None}
+"""OpenTelemetry's samplers; None: the argument says."""
+_PARENT_BASED = "parentbased_"
 _WINDOW = 1000
 """Requests of a model that its running quantile looks back on."""
 _REMEMBERED = 4096
 """Traces kept as errors or slow, whose later spans are kept too."""
+
+
+class Share(NamedTuple):
+    """What is exported of ordinary requests."""
+
+    ratio: float = 1.0
+    """By trace id."""
+    keep_unsampled: bool = False
+    """Also of what its caller does not record."""
+    keep_sampled: bool = False
+    """All that its caller records."""
+
+
+def read_share(environ: Mapping[str, str]) -> Share:
+    """As `OTEL_TRACES_SAMPLER` and `OTEL_TRACES_SAMPLER_ARG` say; without them all of it.
+
+    `always_on` and `traceidratio` do not ask what the caller does; with `parentbased_` its decision holds.
+
+    Source: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
+
+    Raises:
+        ConfigError: another sampler, or an argument that is no ratio.
+    """
+    given = environ.get(_SAMPLER, "").strip()
+    if not given:
+        return Share()
+    name = given.lower().removeprefix(_PARENT_BASED)
+    if name not in _RATIOS:
+        known = ", ".join((*_RATIOS, *(f"{_PARENT_BASED}{each}" for each in _RATIOS)))
+        raise ConfigError(_SAMPLER, given, f"must be one of {known}; or set telemetry.sample_ratio")
+    ratio = _RATIOS[name]
+    ratio = _read_ratio(environ.get(_ARGUMENT, "").strip() or "1") if ratio is None else ratio
+    is_parents = given.lower().startswith(_PARENT_BASED)
+    return Share(ratio, keep_unsampled=not is_parents and ratio > 0, keep_sampled=is_parents)
+
+
+def _read_ratio(given: str) -> float:
+    try:
+        ratio = float(given)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio <= 1:
+        raise ConfigError(_ARGUMENT, given, "must be a ratio from 0 to 1")
+    return ratio
 
 
 class Slowest:
@@ -49,11 +100,19 @@ class Sampler:
         ratio: share of ordinary requests, 0 to 1.
         slow_ratio: share of each model's requests that are kept for being slow.
         keep_unsampled: keep also what its caller does not record.
+        keep_sampled: keep all that its caller records.
     """
 
-    def __init__(self, ratio: float = 1.0, slow_ratio: float = 0.01, *, keep_unsampled: bool = False) -> None:
+    def __init__(
+        self,
+        ratio: float = 1.0,
+        slow_ratio: float = 0.01,
+        *,
+        keep_unsampled: bool = False,
+        keep_sampled: bool = False,
+    ) -> None:
         self._rejected_below = round((1.0 - ratio) * 2**56)
-        self._slow_ratio, self._keep_unsampled = slow_ratio, keep_unsampled
+        self._slow_ratio, self._keep_unsampled, self._keep_sampled = slow_ratio, keep_unsampled, keep_sampled
         self._slowest: dict[str, Slowest] = {}
         self._kept: OrderedDict[str, None] = OrderedDict()
 
@@ -63,9 +122,10 @@ class Sampler:
         is_slow = not is_error and self._is_slow(request)  # asked of every request: the quantile is of all
         if request.parent_span_id and not request.flags & SAMPLED and not self._keep_unsampled:
             return ""
-        if is_error or is_slow:
+        is_callers = self._keep_sampled and bool(request.parent_span_id and request.flags & SAMPLED)
+        if is_error or is_slow or is_callers:
             self._remember(request.trace_id)
-            return "error" if is_error else "slow"
+            return "error" if is_error else "slow" if is_slow else "share"
         return "share" if self._has_share(request.trace_id) else ""
 
     def decide_span(self, span: SpanRow) -> str:

@@ -14,12 +14,13 @@ import re
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lltm_ray.errors import ConfigError
@@ -72,6 +73,11 @@ def _some(schema: pa.Schema, names: Collection[str]) -> pa.Schema:
 
 def _kind(path: Path) -> str:
     return path.name.partition("-")[0]
+
+
+def _first(path: Path) -> int:
+    """Its first row's sequence number."""
+    return int(path.stem.partition("-")[2])
 
 
 def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
@@ -262,6 +268,32 @@ class Segments:
         rows = _read_columns(path, schema, is_whole=True)
         batches: list[pa.RecordBatch] = [] if rows is None else rows.combine_chunks().to_batches()
         return batches
+
+    def find(self, kind: str, column: str, value: str, within: range, until_s: float) -> Iterator[pa.RecordBatch]:
+        """Rows of a kind that have a value, the newest segment's first; of any thread.
+
+        Args:
+            kind: name as in `batch.KINDS`.
+            column: of text.
+            value: in that column.
+            within: sequence numbers; segments that hold none of them are not read.
+            until_s: when to give up, as `time.monotonic` tells it.
+        """
+        newest_first = sorted((path for path, _ in _files(self._folder) if _kind(path) == kind), reverse=True)
+        ends = [within.stop, *map(_first, newest_first)]
+        for path, end in zip(newest_first, ends, strict=False):
+            if time.monotonic() > until_s:
+                return
+            if _first(path) < within.stop and end > within.start:
+                yield from self._read_where(path, SCHEMAS[kind], column, value)
+
+    def _read_where(self, path: Path, schema: pa.Schema, column: str, value: str) -> list[pa.RecordBatch]:
+        """Its one column alone tells whether to read the others, which are most of it."""
+        named = _read_columns(path, pa.schema([schema.field(column)]))
+        if named is None or not pc.any(pc.equal(named.column(0), value)).as_py():
+            return []
+        rows = self._read(path, schema.append(pa.field(SEQUENCE, pa.int64())))
+        return [batch.filter(pc.equal(batch.column(column), value)) for batch in rows]
 
     def counts(self) -> dict[str, int]:
         """Rows written and given up, and how often the disk refused."""

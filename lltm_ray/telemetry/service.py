@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from lltm_ray.telemetry.joules import Joules
 from lltm_ray.telemetry.live import Live
 from lltm_ray.telemetry.profiles import read_profile
 from lltm_ray.telemetry.prometheus import PrometheusReader
+from lltm_ray.telemetry.roll import Roll
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow, ServerRow, SpanRow
 from lltm_ray.telemetry.samples import Samples
 from lltm_ray.telemetry.spans import Place, Span, Spans
@@ -30,6 +31,8 @@ _MOST_TIMELINES = 5000
 _MOST_SPANS = 256
 """Of one trace beside its requests' own: clients choose trace ids, and need not change them."""
 _TIDY_S = 1.0
+_RECALL_S = 3.0
+"""Less than a gateway waits for an answer; a gibibyte of segments takes about two."""
 
 
 class TelemetryService:
@@ -61,6 +64,7 @@ class TelemetryService:
         self._spans = Spans(read_profile(os.environ))
         self._requests: OrderedDict[str, tuple[RequestRow, Sequence[AttemptRow]]] = OrderedDict()
         self._others: OrderedDict[str, deque[SpanRow]] = OrderedDict()
+        self._roll = Roll()
         self._hub.on_request += [self._live.add_request, self._keep]
         self._hub.on_rows["spans"].append(self._keep_spans)
         for kind in _SAMPLES:
@@ -82,7 +86,8 @@ class TelemetryService:
         return receipt
 
     def place(self, places: Mapping[str, Place]) -> None:
-        """Where the fleet's engines are now, by name."""
+        """Where the fleet's engines are now, by name; metrics of one that is not end 15 minutes after its last row."""
+        self._roll.name(places)
         homes = {name: (place.node, place.gpu_uuids) for name, place in self._hub.places.items()}
         self._hub.places = {name: _with_gpus(place, *homes.get(name, ("", ()))) for name, place in places.items()}
 
@@ -91,6 +96,10 @@ class TelemetryService:
         self._tidied_s = self._clock()
         self._live.forget(self._tidied_s)
         self._joules.settle()
+        if gone := self._roll.gone(self._tidied_s):
+            self._hub.forget(gone)
+            self._joules.forget(gone)
+            self._prometheus.forget(gone)
 
     def _place_gpus(self, rows: Sequence[ServerRow]) -> None:
         """Samplers know which devices an engine's share is."""
@@ -106,14 +115,28 @@ class TelemetryService:
     def timeline(self, request_id: str) -> dict[str, Any] | None:
         """A request's spans: `{"request": row, "joules": float | None, "spans": [{"name", "start_s", ...}]}`.
 
-        Times are seconds from its arrival. None: not among the latest 5000.
+        Times are seconds from its arrival. None: not among the latest 5000 since this process started; see `recall`.
         """
         found = self._requests.get(request_id)
-        if found is None:
+        return None if found is None else self._told(*found, self._others.get(found[0].trace_id, ()))
+
+    def recall(self, request_id: str, asked_s: float | None = None) -> dict[str, Any] | None:
+        """As `timeline`, from the rows that are stored, the newest first; of any thread.
+
+        None: not found within 3 s of `asked_s`, by the monotonic clock; of now if that is None.
+        """
+        find = partial(self._hub.find, until_s=(time.monotonic() if asked_s is None else asked_s) + _RECALL_S)
+        found = find("requests", "request_id", request_id, near=None)
+        if not found:
             return None
-        request, attempts = found
+        near, request = found[-1]
+        attempts = [row for _, row in find("attempts", "request_span_id", request.span_id, near=near)]
+        others = [row for _, row in find("spans", "trace_id", request.trace_id, near=near)]
+        return self._told(request, sorted(attempts, key=lambda each: each.number), others[-_MOST_SPANS:])
+
+    def _told(self, request: RequestRow, attempts: Sequence[AttemptRow], others: Iterable[SpanRow]) -> dict[str, Any]:
         spans = self._spans.of_request(request, attempts, self._hub.places)
-        spans += [self._spans.of_row(row) for row in self._others.get(request.trace_id, ())]
+        spans += [self._spans.of_row(row) for row in others]
         shown = [_shown(span, request.arrived_unix_nano) for span in spans]
         row = {name: value if value == value else None for name, value in request._asdict().items()}  # noqa: PLR0124
         del row["prefix"]  # for analytics alone
@@ -140,6 +163,8 @@ class TelemetryService:
 
     def _keep(self, request: RequestRow, attempts: Sequence[AttemptRow]) -> None:
         self._requests[request.request_id] = request, tuple(attempts)
+        for engine in {attempt.engine for attempt in attempts if attempt.engine}:
+            self._roll.see(engine, self._clock())
         while len(self._requests) > _MOST_TIMELINES:
             self._requests.popitem(last=False)
 

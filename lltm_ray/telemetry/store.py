@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from lltm_ray.telemetry.batch import SCHEMAS
+from lltm_ray.telemetry.batch import SCHEMAS, unpack
 from lltm_ray.telemetry.segments import SEQUENCE, Segments
 
 _log = logging.getLogger(__name__)
@@ -21,6 +23,8 @@ _CHUNK_ROWS = 4096
 _LARGEST_RING_BYTES = 128 * 2**20
 """Of one kind: rows with captured content are large."""
 _REMEMBERED_CHUNKS = 64
+_NEAR_ROWS = 200_000
+"""Of all kinds, between rows of one request: seconds of a busy fleet."""
 Numbers = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
@@ -95,6 +99,10 @@ class Ring:
                 found.append(chunk.slice(int(np.searchsorted(numbers, cursor))))
                 limit -= len(found[-1])
         return found
+
+    def chunks(self) -> list[pa.RecordBatch]:
+        """All rows, the oldest first."""
+        return list(self._chunks)
 
     def table(self, chunks: Iterable[pa.RecordBatch], end: int, columns: Collection[str] | None = None) -> pa.Table:
         """The rows before sequence number `end`, without their numbers; of some columns, or of all."""
@@ -194,6 +202,31 @@ class Store:
         wanted = columns or {}
         return Page(end, {kind: rings[kind].table(found[kind], end, wanted.get(kind)) for kind in rings}, missed)
 
+    def find(
+        self, kind: str, column: str, value: str, *, near: int | None = None, until_s: float = math.inf
+    ) -> list[tuple[int, Any]]:
+        """Rows that have a value, with their sequence numbers, in order: from memory, and of before from segments.
+
+        Args:
+            kind: name as in `batch.KINDS`.
+            column: of text.
+            value: in that column.
+            near: sequence number of a row that these came within 200,000 rows of. None: wherever they are, but only
+                those of the newest segment that has some, and of none if some are in memory.
+            until_s: when to read no further segment, as `time.monotonic` tells it.
+        """
+        with self._lock:
+            kept, end = self._rings[kind].chunks(), self._next
+        oldest = int(_numbers(kept[0])[0]) if kept else end
+        found = [_where(chunk, column, value) for chunk in kept]
+        before = range(oldest) if near is None else range(near - _NEAR_ROWS, min(near + _NEAR_ROWS, oldest))
+        if self._segments is not None and (near is not None or not any(map(len, found))):
+            for batch in self._segments.find(kind, column, value, before, until_s):
+                found.insert(0, batch.slice(0, int(np.searchsorted(_numbers(batch), oldest))))
+                if near is None and len(found[0]):
+                    break
+        return [row for batch in found if len(batch) for row in _numbered(kind, batch)]
+
     def counts(self) -> dict[str, int]:
         """Rows kept and dropped from memory, refused; of segments see `Segments.counts`."""
         with self._lock:
@@ -211,6 +244,14 @@ class Store:
         """Write the rest and end the thread."""
         if self._segments is not None:
             self._segments.stop()
+
+
+def _where(chunk: pa.RecordBatch, column: str, value: str) -> pa.RecordBatch:
+    return chunk.filter(pc.equal(chunk.column(column), value))
+
+
+def _numbered(kind: str, batch: pa.RecordBatch) -> Iterator[tuple[int, Any]]:
+    return zip(_numbers(batch).tolist(), unpack(kind, batch.select(SCHEMAS[kind].names)), strict=True)
 
 
 def _numbers(chunk: pa.RecordBatch) -> Numbers:

@@ -19,7 +19,7 @@ from lltm_ray._optional import load
 from lltm_ray.errors import ConfigError
 from lltm_ray.telemetry import semconv as names
 from lltm_ray.telemetry.batch import unpack
-from lltm_ray.telemetry.figures import Tokens, read_phases, seconds, tokens_of_all
+from lltm_ray.telemetry.figures import Tokens, read_phases, tokens_of_all, waited_s
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow
 from lltm_ray.telemetry.spans import Span
 
@@ -163,11 +163,10 @@ def _join(tables: Mapping[str, pa.Table]) -> Iterator[_Request]:
         own = sorted(attempts.get(row.span_id, ()), key=lambda attempt: attempt.number)
         operation = names.OPERATIONS.get(row.route, "")
         phases = [read_phases(attempt, operation, row.total_s) for attempt in own]
-        waits = [seconds(each.route) + seconds(each.queue) for each in phases if each.client]
         ended = row.arrived_unix_nano + round(row.total_s * 1e9)
         last = own[-1] if own else None
         engine, slot = (last.engine, last.slot) if last else ("", -1)
-        yield _Request(row, ended, engine, slot, tokens_of_all(own), sum(waits) if waits else math.nan)
+        yield _Request(row, ended, engine, slot, tokens_of_all(own), waited_s(phases))
 
 
 def _figures(group: Sequence[_Request], within_s: float) -> dict[str, Any]:

@@ -68,6 +68,26 @@ async def test_what_is_shown_equals_what_telemetry_says(tab: Tab, host: FleetHos
     assert number(figures["error_count"]) == sum(look["errors"].values()) > 0
 
 
+@pytest.mark.parametrize(
+    ("unit", "texts"),
+    [
+        ("seconds", {0.00994: "9.9 ms", 0.00996: "10 ms", 0.9994: "999 ms", 0.9996: "1.00 s", 9.994: "9.99 s"}),
+        ("seconds", {9.996: "10.0 s", 99.96: "100 s", 119.4: "119 s", 119.6: "2 min 0 s", 659.4: "10 min 59 s"}),
+        ("seconds", {659.6: "11 min 0 s", 719.7: "12 min 0 s", 3599.5: "60 min 0 s"}),
+        ("percent", {0: "0 %", 0.99949: "99.9 %", 0.9995: "100 %", 1: "100 %"}),
+        ("joules", {0.0994: "99.4 mJ", 0.0996: "0.10 J", 9999.4: "9,999 J", 9999.6: "10.0 kJ"}),
+        ("bytes", {2**29 - 1: "512 MiB", 2**29: "0.50 GiB"}),
+        ("rate", {9.996: "10.0", 99.96: "100", 0: "0"}),
+    ],
+)
+async def test_a_figure_is_rounded_before_its_unit_is_chosen(
+    tab: Tab, bare_host: Host, unit: str, texts: dict[float, str]
+) -> None:
+    await tab.goto(f"{bare_host.url}/dashboard")
+    script = f"import('/dashboard/units.js').then((units) => {json.dumps(list(texts))}.map(units.{unit}))"
+    assert await tab.eval(script) == list(texts.values())
+
+
 async def test_totals_equal_those_of_the_prometheus_endpoint_within_one_tick(tab: Tab, host: FleetHost) -> None:
     await visit(tab, host)
     host.fleet.run(5, per_s=12, errors=0)

@@ -1,10 +1,10 @@
 """Whether hints pay: 4 real engines on CPUs, routers that follow analytics' hints against routers that do not.
 
-`python -m tests.peers.hints [--rounds 4] [--seconds 38] [--workloads straggler,prefix,aggressor] [--json FILE]`. Each
-round plays a workload twice on the same engines, with hints and without, in turns first: the same arrivals, lengths
-and order, other words, so that neither finds the other's prompts cached; gateways are fresh. Hints are made by another
-process, whose CPU time the engines lack, as on a node without a GPU. Figures are of requests after the warm-up; ratios
-are on over off, with 95 % intervals from a bootstrap over rounds, then over pairs of requests.
+`python -m tests.peers.hints [--rounds 4] [--seconds 38] [--json FILE]`. Each round plays a workload twice on the same
+engines, with hints and without, in turns first: the same arrivals, lengths and order, other words, so that neither
+finds the other's prompts cached; gateways are fresh. Two of them get requests below 12 system prompts by chance, and
+know nothing of each other's index. Hints are made by another process, whose CPU time the engines lack, as on a node
+without a GPU. Ratios are on over off, with 95 % intervals from a bootstrap over rounds, then over pairs of requests.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ import contextlib
 import json
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -46,30 +45,16 @@ from lltm_ray.routing.served import SlotShare
 from lltm_ray.telemetry.batch import pack
 
 from .client import Client, Reply
-from .engines import ENGINES, SLOT_TOKENS, SLOTS, Server, servers
-from .processes import running
+from .engines import SLOT_TOKENS, SLOTS, Server, servers
+from .stutter import stutter
 from .workloads import filler
 
 SHAPE = TinyShape(n_embd=128, n_head=2, n_head_kv=2, n_layer=2, n_ff=384)
 SALT = b"of the hints' bench"
 EVERY_S, WINDOW_S = 3.0, 45.0
-WARM_SHARE, FAULT_SHARE = 0.5, 0.1
-"""Of a play: before it is measured, by when hints are there; and before the fault begins."""
-STOP_S, GO_S, SLOW_FACTOR = 0.02, 0.01, 4
-"""Every engine is stopped for so long, then runs for so long, so that four of them leave time to all else on two cores
-and a wait for a core hardly tells; a slowed one's stops are longer."""
 DRAWS = 4000
+GATEWAYS, SYSTEMS, SYSTEM_TOKENS, RATE = 2, 12, 1500, 1.5
 KINDS = ("off", "on")
-_STUTTER = """
-import os, signal, sys, time
-pid, stop_s, go_s, factor = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), [1]
-signal.signal(signal.SIGUSR1, lambda *_: factor.__setitem__(0, float(sys.argv[4])))
-signal.signal(signal.SIGUSR2, lambda *_: factor.__setitem__(0, 1))
-print("ready", flush=True)
-while True:
-    os.kill(pid, signal.SIGSTOP); time.sleep(stop_s * factor[0])
-    os.kill(pid, signal.SIGCONT); time.sleep(go_s)
-"""
 
 
 # --- what is asked
@@ -80,62 +65,19 @@ class Asked:
     """One request of a plan; its words are made when it is played."""
 
     at_s: float
-    group: str
     gateway: int
     system: int
-    """Which shared system prompt; -1: none."""
+    """Which shared system prompt."""
     tokens: int
     max_tokens: int
 
 
-@dataclass(frozen=True)
-class Workload:
-    """Requests of a play, and what surrounds them."""
-
-    plan: tuple[Asked, ...]
-    gateways: int = 1
-    slowed: int = -1
-    """An engine."""
-    is_warm: bool = True
-    """Whether the first part is not measured."""
-    system_tokens: int = 0
-
-
-def straggler(seed: int, seconds: float) -> Workload:
-    """Requests to two gateways by chance; one engine is slowed."""
-    dice = random.Random(seed)
-    plan = [
-        Asked(at, "all", dice.randrange(2), -1, dice.randint(60, 200), dice.randint(150, 300))
-        for at in _times(dice, 2.5, seconds)
-    ]
-    return Workload(tuple(plan), gateways=2, slowed=seed % ENGINES)
-
-
-def prefix(seed: int, seconds: float) -> Workload:
-    """Single requests below 12 system prompts, to two gateways by chance."""
-    dice = random.Random(seed)
-    plan = [
-        Asked(at, "all", dice.randrange(2), dice.randrange(12), dice.randint(30, 80), dice.randint(8, 24))
-        for at in _times(dice, 1.5, seconds)
-    ]
-    return Workload(tuple(plan), gateways=2, is_warm=False, system_tokens=1500)
-
-
-def aggressor(seed: int, seconds: float) -> Workload:
-    """Short prompts with longer answers, and a tenant with long prompts that nobody has cached."""
-    dice = random.Random(seed)
-    plan = [Asked(at, "others", 0, -1, dice.randint(40, 120), 500) for at in _times(dice, 2.2, seconds)]
-    plan += [Asked(at, "greedy", 0, -1, 2500, 4) for at in _times(dice, 0.4, seconds)]
-    return Workload(tuple(sorted(plan, key=lambda each: each.at_s)))
-
-
-WORKLOADS = {"straggler": straggler, "prefix": prefix, "aggressor": aggressor}
-
-
-def _times(dice: random.Random, rate: float, seconds: float) -> list[float]:
-    found, now = [], 0.0
-    while (now := now + dice.expovariate(rate)) < seconds:
-        found.append(now)
+def plan(seed: int, seconds: float) -> list[Asked]:
+    """Single requests below shared system prompts, to gateways by chance."""
+    dice, found, now = random.Random(seed), [], 0.0
+    while (now := now + dice.expovariate(RATE)) < seconds:
+        lengths = dice.randint(30, 80), dice.randint(8, 24)
+        found.append(Asked(now, dice.randrange(GATEWAYS), dice.randrange(SYSTEMS), *lengths))
     return found
 
 
@@ -147,11 +89,11 @@ def _engine() -> Engine:
     return choose_engine("pandas")
 
 
-def think(tables: Mapping[str, pa.Table], previous: Hints, now_unix_nano: int) -> tuple[Hints, float]:
+def think(tables: Mapping[str, pa.Table], now_unix_nano: int) -> tuple[Hints, float]:
     """Hints of the last `WINDOW_S`, and the CPU seconds they took; runs in a process of its own."""
     began, start = time.process_time(), now_unix_nano - round(WINDOW_S * 1e9)
     trace = build_trace(tables, _engine(), start_unix_nano=start, end_unix_nano=now_unix_nano)
-    hints = make_hints(trace, previous, now_unix_nano=now_unix_nano, valid_s=3 * EVERY_S)
+    hints = make_hints(trace, now_unix_nano=now_unix_nano, valid_s=3 * EVERY_S)
     return hints, time.process_time() - began
 
 
@@ -170,11 +112,11 @@ class Advisor:
 
     async def advise(self, pool: ProcessPoolExecutor) -> None:
         """For ever."""
-        loop, hints = asyncio.get_running_loop(), Hints()
+        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(EVERY_S)
             tables = {kind: pa.Table.from_batches([pack(kind, self.rows[kind])]) for kind in ("requests", "attempts")}
-            hints, cpu_s = await loop.run_in_executor(pool, think, tables, hints, time.time_ns())
+            hints, cpu_s = await loop.run_in_executor(pool, think, tables, time.time_ns())
             self.told.append(hints)
             self.cpu_s.append(cpu_s)
             for router in self.routers:
@@ -184,39 +126,18 @@ class Advisor:
 # --- a play
 
 
-class TenantClient(Client):
-    """Says which tenant asks."""
-
-    tenant = ""
-
-    def _request(self, port: int, reply: Reply) -> bytes:
-        head, end, body = super()._request(port, reply).partition(b"\r\nHost:")
-        return head + b"\r\nAuthorization: Bearer key-of-%s" % self.tenant.encode() + end + body
-
-
-@dataclass(frozen=True)
-class Engines:
-    """Servers, and the pid of what slows each."""
-
-    servers: tuple[Server, ...]
-    stutters: tuple[int, ...]
-
-
 @contextlib.contextmanager
-def engines() -> Iterator[Engines]:
-    """Fresh ones that have answered once: the first request of a server's life is slower."""
+def engines() -> Iterator[tuple[Server, ...]]:
+    """Fresh ones that have answered once: the first request of a server's life is slower. All stutter."""
     with (
         tempfile.TemporaryDirectory(prefix="hints-") as name,
         servers(Path(name), shape=SHAPE) as behind,
         contextlib.ExitStack() as stack,
     ):
-        for server in behind:
+        for i, server in enumerate(behind):
             server.get("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 8})
-        logs = [Path(name) / f"stutter-{i}.log" for i in range(len(behind))]
-        stutters = [
-            stack.enter_context(_stutter(*each)) for each in zip((one.pid for one in behind), logs, strict=True)
-        ]
-        yield Engines(behind, tuple(stutters))
+            stack.enter_context(stutter(server.pid, Path(name) / f"stutter-{i}.log"))
+        yield behind
 
 
 @dataclass
@@ -225,7 +146,6 @@ class Play:
 
     replies: list[Reply]
     advisor: Advisor
-    slow_share: float
 
 
 @contextlib.asynccontextmanager
@@ -238,7 +158,7 @@ async def gateway(behind: Sequence[Server], advisor: Advisor, share: SlotShare) 
     app = GatewayApp(
         router=router,
         config=config,
-        keys=ApiKeys(("key-of-all all", "key-of-others others", "key-of-greedy greedy")),
+        keys=ApiKeys(),
         status=lambda: FleetStatus(name="bench", engines=router.engines()),
         tracing=Tracing(advisor.add, salt=SALT),
     )
@@ -265,64 +185,37 @@ def _info(number: int, server: Server) -> EngineInfo:
     )
 
 
-async def play(work: Workload, behind: Engines, words: random.Random, pool: Any, seconds: float) -> Play:
-    """A workload once; `pool` makes hints, None: there are none."""
+async def play(asked: Sequence[Asked], behind: Sequence[Server], words: random.Random, pool: Any) -> Play:
+    """A plan once; `pool` makes hints, None: there are none."""
     advisor = Advisor()
-    systems = [filler(words, work.system_tokens) for _ in range(12)] if work.system_tokens else []
+    systems = [filler(words, SYSTEM_TOKENS) for _ in range(SYSTEMS)]
     async with contextlib.AsyncExitStack() as stack:
         ports = [
-            await stack.enter_async_context(gateway(behind.servers, advisor, SlotShare(i, work.gateways)))
-            for i in range(work.gateways)
+            await stack.enter_async_context(gateway(behind, advisor, SlotShare(i, GATEWAYS))) for i in range(GATEWAYS)
         ]
-        clients: dict[tuple[int, str], TenantClient] = {}
-        for each in work.plan:
-            client = clients.setdefault((each.gateway, each.group), TenantClient((ports[each.gateway],)))
-            client.tenant = each.group
-        replies = [Reply(i, 0, _messages(each, systems, words), each.max_tokens) for i, each in enumerate(work.plan)]
+        clients = [Client((port,)) for port in ports]
+        replies = [Reply(i, 0, _messages(each, systems, words), each.max_tokens) for i, each in enumerate(asked)]
         helpers = [asyncio.create_task(advisor.advise(pool))] if pool else []
-        if work.slowed >= 0:
-            fault = _slow_down(behind.stutters[work.slowed], seconds * FAULT_SHARE)
-            helpers.append(asyncio.create_task(fault))
         began = time.monotonic()
 
         async def ask(each: Asked, reply: Reply) -> None:
             await asyncio.sleep(began + each.at_s - time.monotonic())
-            await clients[each.gateway, each.group].chat(reply)
+            await clients[each.gateway].chat(reply)
 
-        await asyncio.gather(*map(ask, work.plan, replies))
+        await asyncio.gather(*map(ask, asked, replies))
         for task in helpers:
             task.cancel()
         await asyncio.gather(*helpers, return_exceptions=True)
-        for client in clients.values():
+        for client in clients:
             client.close()
-    engines = Counter(row.engine for row in advisor.rows["attempts"])
-    return Play(replies, advisor, engines[f"engine-{work.slowed}"] / max(engines.total(), 1))
+    return Play(replies, advisor)
 
 
 def _messages(each: Asked, systems: Sequence[str], words: random.Random) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": systems[each.system]}] if each.system >= 0 else []
-    return [*system, {"role": "user", "content": filler(words, each.tokens)}]
-
-
-async def _slow_down(stutter: int, after_s: float) -> None:
-    await asyncio.sleep(after_s)
-    os.kill(stutter, signal.SIGUSR1)
-    try:
-        await asyncio.Event().wait()
-    finally:
-        os.kill(stutter, signal.SIGUSR2)
-
-
-@contextlib.contextmanager
-def _stutter(pid: int, log: Path) -> Iterator[int]:
-    """A process that stops and continues an engine; gives its own pid."""
-    argv = [sys.executable, "-c", _STUTTER, *map(str, (pid, STOP_S, GO_S, SLOW_FACTOR))]
-    try:
-        with running(argv, log, talks=True) as process:
-            process.first_line()
-            yield process.pid
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    return [
+        {"role": "system", "content": systems[each.system]},
+        {"role": "user", "content": filler(words, each.tokens)},
+    ]
 
 
 # --- figures
@@ -339,16 +232,15 @@ FIGURES: dict[str, Callable[[Rows], float]] = {
 BETTER_HIGH = ("tokens/s of an answer",)
 
 
-def rows_of(work: Workload, done: Play, group: str, from_s: float) -> Rows:
-    """A group's measured requests; what failed is NaN in all figures."""
+def rows_of(done: Play) -> Rows:
+    """What failed is NaN in all figures."""
     found: list[tuple[float, ...]] = []
-    for each, reply in zip(work.plan, done.replies, strict=True):
-        if each.group == group and each.at_s >= from_s:
-            if not reply.ok or reply.ttft_s is None or reply.prompt_tokens is None:
-                found.append((np.nan,) * 4)
-                continue
-            computed = reply.prompt_tokens - (reply.cached_tokens or 0)
-            found.append((reply.ttft_s, reply.took_s - reply.ttft_s, max(reply.pieces - 1, 0), computed))
+    for reply in done.replies:
+        if not reply.ok or reply.ttft_s is None or reply.prompt_tokens is None:
+            found.append((np.nan,) * 4)
+            continue
+        computed = reply.prompt_tokens - (reply.cached_tokens or 0)
+        found.append((reply.ttft_s, reply.took_s - reply.ttft_s, max(reply.pieces - 1, 0), computed))
     return np.array(found, float).reshape(-1, 4)
 
 
@@ -385,45 +277,38 @@ def verdict(found: Mapping[str, Sequence[float]]) -> str:
 # --- the run
 
 
-async def measure(name: str, rounds: int, seconds: float, pool: ProcessPoolExecutor, seed: int) -> dict[str, Any]:
-    """One workload; fresh engines each round."""
-    samples: defaultdict[str, Sample] = defaultdict(lambda: {kind: [] for kind in KINDS})
+async def measure(rounds: int, seconds: float, pool: ProcessPoolExecutor, seed: int) -> dict[str, Any]:
+    """Fresh engines each round."""
+    sample: Sample = {kind: [] for kind in KINDS}
     notes = []
     for number in range(rounds):
-        work = WORKLOADS[name](seed + number, seconds)
+        asked = plan(seed + number, seconds)
         with engines() as behind:
             for kind in KINDS if number % 2 else KINDS[::-1]:
                 words = random.Random(f"{seed} {number} {kind}")
-                done = await play(work, behind, words, pool if kind == "on" else None, seconds)
-                for group in dict.fromkeys(each.group for each in work.plan):
-                    rows = rows_of(work, done, group, seconds * WARM_SHARE if work.is_warm else 0.0)
-                    samples[group][kind].append(rows)
-                notes.append(_note(number, kind, work, done))
-                print(f"  {name} {notes[-1]}", flush=True)
-    return {"notes": notes, "groups": {group: compare(sample) for group, sample in samples.items()}}
+                done = await play(asked, behind, words, pool if kind == "on" else None)
+                sample[kind].append(rows_of(done))
+                notes.append(_note(number, kind, done))
+                print(f"  {notes[-1]}", flush=True)
+    return {"notes": notes, "figures": compare(sample)}
 
 
-def _note(number: int, kind: str, work: Workload, done: Play) -> str:
+def _note(number: int, kind: str, done: Play) -> str:
     failed = sum(not reply.ok for reply in done.replies)
     note = f"round {number} {kind}: {len(done.replies)} requests, {failed} failed"
-    if work.slowed >= 0:
-        note += f", {done.slow_share:.0%} on the slowed engine-{work.slowed}"
     if told := done.advisor.told:
-        slow = Counter(engine for each in told for engine in each.slow)
-        apart = Counter(f"{tenant} -> {','.join(to)}" for each in told for tenant, to in each.apart.items())
         families = np.mean([len(each.families) for each in told])
-        note += f"; of {len(told)} hints: slow {dict(slow)}, apart {dict(apart)}, {families:.1f} families"
+        note += f"; {len(told)} hints of {families:.1f} families"
         note += f", {np.median(done.advisor.cpu_s) * 1e3:.0f} ms of CPU each; load {os.getloadavg()[0]:.1f}"
     return note
 
 
-def show(name: str, found: Mapping[str, Any]) -> None:
-    """A table for each group."""
-    for group, figures in found["groups"].items():
-        print(f"\n{name}, {group}: {verdict(figures)}")
-        print(f"  {'':24}{'off':>10}{'on':>10}{'on/off':>8}   95 %")
-        for figure, (off, on, ratio, low, high) in figures.items():
-            print(f"  {figure:24}{off:10.1f}{on:10.1f}{ratio:8.3f}   {low:.3f} to {high:.3f}")
+def show(figures: Mapping[str, Any]) -> None:
+    """The table."""
+    print(f"\n{verdict(figures)}")
+    print(f"  {'':24}{'off':>10}{'on':>10}{'on/off':>8}   95 %")
+    for figure, (off, on, ratio, low, high) in figures.items():
+        print(f"  {figure:24}{off:10.1f}{on:10.1f}{ratio:8.3f}   {low:.3f} to {high:.3f}")
 
 
 def main() -> int:
@@ -431,18 +316,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=38.0, help="of one play")
-    parser.add_argument("--workloads", default=",".join(WORKLOADS))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     chosen = parser.parse_args()
-    results = {}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(_engine).exception()  # imports
-        for name in chosen.workloads.split(","):
-            results[name] = asyncio.run(measure(name, chosen.rounds, chosen.seconds, pool, chosen.seed))
-            show(name, results[name])
+        found = asyncio.run(measure(chosen.rounds, chosen.seconds, pool, chosen.seed))
+    show(found["figures"])
     if chosen.json:
-        chosen.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        chosen.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 0
 
 

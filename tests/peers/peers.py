@@ -237,7 +237,10 @@ ALL = (
         only="ray::",
         note="FastAPI + httpx in one replica, default proxy; CPU of proxy and replica alone",
     ),
-    Peer("lltm_ray", _ours(), similarity=SIMILARITY_RATIO),
+    Peer(
+        "lltm_ray", _ours(), note="before real engines the whole fleet, else the gateway", similarity=SIMILARITY_RATIO
+    ),
+    _variant("lltm_ray/gateway", "residency", SIMILARITY_RATIO),
     _variant("lltm_ray/least-loaded", "least-loaded", LLAMA_CPP_SIMILARITY_RATIO),
     _variant("lltm_ray/least-loaded/0.9", "least-loaded", SIMILARITY_RATIO),
     _variant("lltm_ray/0.1", "residency", LLAMA_CPP_SIMILARITY_RATIO),

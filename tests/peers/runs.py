@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from .peers import BY_NAME, Peer
 from .processes import cpu_s
 from .stress import STRESSES, Setting, kill_plan, measure_capacity
 from .workloads import CONVERSATIONS, Conversations
+
+SETTLED_RATIO, SETTLED_WITHIN_S = 0.3, 15.0
+"""All processes of a peer, its engines included, count as started when they take less of one core for a second."""
 
 
 @dataclass
@@ -52,9 +56,20 @@ def play(peer: Peer, names: Sequence[str], given: Reference, folder: Path) -> di
     """
     rows = {}
     with fleet(peer, folder / peer.name.replace("/", "-")) as target:
+        settle()
         for name in names:
             rows[name] = uvloop.run(_play(name, target, given))
     return rows
+
+
+def settle() -> None:
+    """Wait until what was started has finished: its last imports would take the cores of the first requests."""
+    deadline, used_s = time.monotonic() + SETTLED_WITHIN_S, cpu_s(os.getpid())
+    while time.monotonic() < deadline:
+        time.sleep(1.0)
+        before_s, used_s = used_s, cpu_s(os.getpid())
+        if used_s - before_s < SETTLED_RATIO:
+            return
 
 
 async def _play(name: str, target: Fleet, given: Reference) -> Row:

@@ -72,7 +72,7 @@ async def gateway(is_on: bool, port: int, urls: list[str]) -> None:
             keys=ApiKeys(),
             status=lambda: FleetStatus(name=FLEET, engines=router.engines()),
             ledger=Ledger(Path(folder) / "ledger.sqlite", keep_requests=config.ledger_requests),
-            tracing=Tracing(sender.outbox.add) if is_on else None,
+            tracing=Tracing(sender.outbox.add, later=sender.outbox.later) if is_on else None,
         )
         await serve(app, config, ready=lambda _: None)
     assert sending is None or not sending.done()

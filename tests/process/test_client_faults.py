@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from lltm_ray.errors import DeadlineError, EngineExitedError, UpstreamError
+from lltm_ray.llamacpp.client import AsyncLlamaClient
 
 if TYPE_CHECKING:
     from conftest import Faces
@@ -130,3 +131,16 @@ async def test_a_redirect_is_not_followed(faces: Faces) -> None:
         with pytest.raises(UpstreamError) as caught:
             await faces(url=running.url)("tokenize", "a")
         assert caught.value.http_status == 302
+
+
+async def test_closing_the_client_ends_what_it_reads() -> None:
+    async with Script([EVENTS + CHUNK, None]) as script:
+        client = AsyncLlamaClient(script.url)
+        stream = client.complete_stream("x")
+        assert (await anext(stream)).text == "a"
+        rest = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.05)  # it waits for the next event
+        await client.aclose()
+        with pytest.raises(EngineExitedError):
+            async with asyncio.timeout(30):
+                await rest

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import ray
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
@@ -74,6 +75,26 @@ def test_a_drivers_call_is_a_client_span_and_the_fleets_row_its_child(cluster, s
     assert "server.address" not in chat.attributes
     row = row_of(cluster, chat)
     assert (row["route"], row["trace_id"]) == (CHAT, f"{chat.context.trace_id:032x}")
+
+
+def test_a_prompt_is_known_again_whoever_brings_it_a_handle_the_driver_or_the_gateway(cluster):
+    messages = [{"role": "user", "content": "The heron stands at dusk. " * 30}]
+
+    def rows(ids):
+        found = cluster.telemetry.read_since(0, ["requests"]).tables["requests"].to_pylist()
+        return [row for row in found if row["response_id"] in ids]
+
+    def told():
+        done = [ray.get(cluster.engines[0].chat.remote(messages, max_tokens=1)), cluster.chat(messages, max_tokens=1)]
+        answer = post(f"{cluster.endpoint}{CHAT}", {"messages": messages, "max_tokens": 1})
+        ids = {*(each.id for each in done), answer["id"]}
+        assert len(ids) == 3
+        new = until(lambda: found if len(found := rows(ids)) == 3 else None)
+        return {(row["prompt_bytes"], row["prefix"]) for row in new}
+
+    # the fleet's salt is learnt a moment after an engine or a gateway is ready
+    same = until(lambda: found if len(found := told()) == 1 else None)
+    assert all(prefix for _, prefix in same)
 
 
 def test_a_batch_is_a_span_for_each_prompt_and_a_stream_one_to_its_end(cluster, spans):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -102,3 +103,49 @@ def test_a_gateway_takes_no_connection_before_it_has_heard_of_its_fleet(ray_clus
     finally:
         for each in (gateway, directory):
             ray.kill(each)
+
+
+class Session:
+    """A chat whose every turn comes by a new connection, so that the kernel chooses its gateway."""
+
+    def __init__(self, name):
+        self.messages = [{"role": "user", "content": f"{name} talks of this and that. " * 20}]
+        self.reused = self.wanted = self.tokens = 0
+
+    def turn(self, url):
+        ask = {"messages": self.messages, "max_tokens": 17, "temperature": 0, "ignore_eos": True}
+        answer = post(f"{url}/v1/chat/completions", ask)
+        told = answer["timings"]
+        self.reused += min(told["cache_n"], self.tokens)
+        self.wanted += self.tokens
+        self.tokens = told["cache_n"] + told["prompt_n"] + told["predicted_n"] - 1
+        self.messages += [answer["choices"][0]["message"], {"role": "user", "content": "go on, please " * 8}]
+
+
+def reused_ratio(url, pause_s):
+    """What part of the tokens that five new sessions could find cached they found, with so much time to gossip."""
+    sessions = [Session(f"{number} of {pause_s}") for number in range(5)]
+    for _ in range(6):
+        for session in sessions:
+            session.turn(url)
+        time.sleep(pause_s)
+    return sum(each.reused for each in sessions) / sum(each.wanted for each in sessions)
+
+
+def test_sessions_that_change_the_gateway_find_their_caches_and_erased_slots_are_known(ray_cluster):
+    settings = {"gateway": {"port": 0, "processes": 2}, "gpu_share": 0.0, "engine": {"cache_ram_mib": 0}}
+    with lltm_ray.Cluster.start(model="tiny", engines=2, name="gossip", **settings) as fleet:
+        until(lambda: owned("gossip") == [[2, 2], [2, 2]])
+        ratios = []
+        for pause_s in (1.5, 3.0, 6.0):  # gossip takes its turn every 0.5 s, later on a busy machine
+            ratios.append(reused_ratio(fleet.endpoint, pause_s))
+            if ratios[-1] >= 0.85:
+                break
+        answered = [sum(model["requests"] for model in each["models"].values()) for each in snapshots("gossip")]
+        assert all(answered), f"the kernel gave all clients to one: {answered}"
+        assert ratios[-1] >= 0.85, ratios
+
+        for engine in fleet.status().engines:
+            for slot in range(engine.slots_total):
+                post(f"{engine.url}/slots/{slot}?action=erase", {}, {"authorization": f"Bearer {engine.api_key}"})
+        until(lambda: not sum(each["models"]["tiny"]["residency"]["slot_sequences"] for each in snapshots("gossip")))

@@ -100,13 +100,21 @@ def names_axis(names: Sequence[Any], **told: Any) -> dict[str, Any]:
     return axis(showgrid=False, range=[len(names) - 0.5, -0.5], **ticks, **told)
 
 
+_TICKS = [
+    {"dtickrange": [None, 999], "value": "%H:%M:%S.%3f\n%b %d"},
+    {"dtickrange": [1000, 59_999], "value": "%H:%M:%S\n%b %d"},
+    {"dtickrange": [60_000, None], "value": "%H:%M\n%b %d"},
+]
+"""Milliseconds between ticks -> what they say."""
+
+
 def time_axis(about: About, **told: Any) -> dict[str, Any]:
     """The window, in UTC."""
     given = {
         "type": "date",
         "showgrid": False,
         "tickangle": 0,
-        "tickformat": "%H:%M\n%b %d",
+        "tickformatstops": _TICKS,
         "hoverformat": "%H:%M:%S UTC",
     }
     return axis(range=moments((about.start_unix_nano, about.end_unix_nano)), **given, **told)

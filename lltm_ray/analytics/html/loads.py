@@ -80,15 +80,16 @@ def utilization(answer: Answer, about: About) -> Figure:
 
 
 def headroom(answer: Answer, about: About) -> Figure:
-    """Arrivals of each model against its knee and what it can carry at most."""
+    """Arrivals of each model at its busiest, against its knee and what it can carry at most."""
     models = sorted(rows(answer.tables["models"]), key=lambda each: or_zero(each.headroom_ratio))[:MOST_BARS]
     drawn = [
         Bar(
             str(each.model),
-            each.arrivals_per_s,
-            f"{units.digits(each.arrivals_per_s)} a second",
+            each.busiest_per_s,
+            f"{units.digits(each.busiest_per_s)} a second",
             hover(
                 each.model,
+                at_its_busiest=f"{units.digits(each.busiest_per_s)} a second",
                 arrivals=f"{units.digits(each.arrivals_per_s)} a second",
                 knee=f"{units.digits(each.knee_per_s)} a second",
                 capacity=f"{units.digits(each.capacity_per_s)} a second",

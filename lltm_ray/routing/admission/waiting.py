@@ -226,7 +226,7 @@ class WaitingRoom:
         )
 
     def _match(self, waiter: Waiter) -> Match:
-        return self._served.residency.match(waiter.ask.key)
+        return self._served.match(waiter.ask)
 
     def _try(self, waiter: Waiter, match: Match, now_s: float, ticket: Ticket[Waiter] | None) -> Lease | None:
         """Claim a slot for one, who waits with a ticket or has just come, unless it had better wait."""

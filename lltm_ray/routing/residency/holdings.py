@@ -85,12 +85,14 @@ class Holdings:
 
     def publish(self, server: Server) -> None:
         """What llama.cpp does with idle slots whenever a task starts (`--cache-idle-slots`)."""
-        unsaved, server.unsaved = server.unsaved, []
         if not server.ram_tokens:
+            server.unsaved = []
             return
-        if len(unsaved) > 1:
-            unsaved.sort(key=lambda each: each.id)  # its order decides which is evicted first
-        for slot in unsaved:
+        place = -1  # a slot whose copy goes to make room for one of a lower id is saved again in the same pass
+        while waiting := [each for each in server.unsaved if each.id > place]:
+            slot = min(waiting, key=lambda each: each.id)
+            place = slot.id
+            server.unsaved = [each for each in server.unsaved if each is not slot]
             if slot.use is None and slot.sequence is not None:
                 self.save(server, slot.sequence)
                 if server.clears_idle:
@@ -104,6 +106,25 @@ class Holdings:
         self._activate(new)
         self.stamp(slot)
         self.servers[new.engine].unsaved.append(slot)
+
+    def replace(self, server: Server, home: Slot | None, new: Sequence | None) -> None:
+        """Somebody else used a slot: llama.cpp has saved what it held, and it holds this now, or something unknown.
+
+        Without a slot it is RAM alone that may hold this.
+        """
+        if new is not None:
+            self.tree.hold(new)  # first, for what goes must not take its node along
+        if home is not None and home.sequence is not None and server.ram_tokens:
+            self.save(server, home.sequence)
+        if home is None:
+            if new is not None and server.ram_tokens:
+                self.save(server, new)
+        elif new is not None:
+            self.store(home, new)
+        else:
+            self.empty(home, is_empty=False)
+        if new is not None:
+            self.tree.release(new)
 
     # --- RAM
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lltm_ray.routing.residency.calibration import Calibration
 from lltm_ray.routing.residency.holdings import Holdings
+from lltm_ray.routing.residency.outside import LEAST_SEQUENCE_TOKENS, Outside
 from lltm_ray.routing.residency.radix import Node, Sequence, Step
 from lltm_ray.routing.residency.slot_choice import SlotChoice, pick_slot
 from lltm_ray.routing.residency.slots import (
@@ -27,10 +28,6 @@ from lltm_ray.routing.residency.slots import (
 )
 
 __all__ = ["Held", "Match", "Residency", "SlotChoice"]
-
-
-LEAST_SEQUENCE_TOKENS = 32
-"""Shorter content is not remembered: to compute it again costs less than to look for it."""
 
 
 class Match(NamedTuple):
@@ -53,6 +50,17 @@ class Held:
     slot: int
     key_bytes: int
     tokens: int
+    node: Node | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def key(self) -> bytes:
+        """What it holds: the key of the prompt, and what its reply added."""
+        edges: list[bytes] = []
+        above = self.node
+        while above is not None:
+            edges.append(above.edge)
+            above = above.parent
+        return b"".join(reversed(edges))
 
 
 class Residency:
@@ -67,6 +75,7 @@ class Residency:
         self._tree = self._holdings.tree
         self._servers = self._holdings.servers
         self._learnt = Calibration()
+        self.outside = Outside(self._holdings, self._learnt)
 
     # --- engines
 
@@ -112,7 +121,9 @@ class Residency:
         depth = steps[-1][1] if steps else 0
         return Match(key, engines, path.prompt_tokens, depth, _shared_tokens(steps, len(key)), path)
 
-    def choose_slot(self, engine: str, match: Match, free: Collection[int], *, can_pin: bool = True) -> SlotChoice:
+    def choose_slot(
+        self, engine: str, match: Match, free: Collection[int], *, can_pin: bool = True, lent: Collection[int] = ()
+    ) -> SlotChoice:
         """The free slot on which a request would find most; of equals the one whose content is missed least.
 
         Args:
@@ -120,11 +131,12 @@ class Residency:
             match: of the request's key.
             free: slots that the caller may use.
             can_pin: whether the request can name a slot; otherwise the answer tells llama.cpp's own choice.
+            lent: slots that it may use only to go on from what they hold.
         """
         server = self._servers.get(engine)
         if server is None:
             return SlotChoice(-1)
-        return pick_slot(server, free, self._fresh(match), self._learnt, can_pin=can_pin)
+        return pick_slot(server, free, self._fresh(match), self._learnt, can_pin=can_pin, lent=lent)
 
     def spare_tokens(self, engine: str, free: Collection[int]) -> int:
         """What a new conversation would drive out there, at the least: tokens of the free slot that is missed least."""
@@ -282,7 +294,7 @@ class Residency:
         server = self._servers.get(engine)
         slots = [] if server is None else sorted(server.idle(), key=lambda slot: slot.last_used)
         contents = [slot.sequence for slot in slots if slot.sequence is not None]
-        return tuple(Held(each.slot, each.node.depth, each.tokens) for each in contents)
+        return tuple(Held(each.slot, each.node.depth, each.tokens, each.node) for each in contents)
 
     @property
     def is_off(self) -> bool:

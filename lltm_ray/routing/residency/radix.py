@@ -43,6 +43,15 @@ class Node:
     """The slots of an engine whose content ends exactly here."""
     refs: int = 0
 
+    @property
+    def key(self) -> bytes:
+        """All edges from the root to its end."""
+        edges, node = [self.edge], self.parent
+        while node is not None:
+            edges.append(node.edge)
+            node = node.parent
+        return b"".join(reversed(edges))
+
     def tokens_at(self, depth: int) -> float:
         """Tokens at a depth on this edge, linear between the exact positions around it."""
         parent = self.parent

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from lltm_ray.routing.residency.calibration import Calibration
 from lltm_ray.routing.residency.slots import (
+    LENT_KEEP_RATIO,
     Path,
     Plan,
     Server,
@@ -40,12 +41,21 @@ class SlotChoice(NamedTuple):
     """Tokens of the slot's old content, or of what is loaded from RAM, that would exist nowhere else afterwards."""
 
 
-def pick_slot(server: Server, free: Collection[int], path: Path, learnt: Calibration, *, can_pin: bool) -> SlotChoice:
+def pick_slot(
+    server: Server,
+    free: Collection[int],
+    path: Path,
+    learnt: Calibration,
+    *,
+    can_pin: bool,
+    lent: Collection[int] = (),
+) -> SlotChoice:
     """The free slot on which a request would find most, what it destroys counted against it.
 
     Args:
         server: the engine.
         free: slots that the caller may use.
+        lent: slots that it may use only to go on from what they hold.
         path: the request's key.
         learnt: whom to trust.
         can_pin: whether the request can name a slot; otherwise the answer tells llama.cpp's own choice.
@@ -60,10 +70,11 @@ def pick_slot(server: Server, free: Collection[int], path: Path, learnt: Calibra
         return SlotChoice(spare.id if can_pin else -1)
     entry, ram_tokens = best_entry(server, path)
     has_ram = entry is not None
-    going_on = _going_on(server, free, path, ram_tokens) if can_pin and not learnt.is_off else None
+    similar = _similar(server, free, lent, path) if can_pin and not learnt.is_off else []
+    going_on = _going_on(server, similar, path, ram_tokens)
     if going_on is not None:
         return SlotChoice(going_on.slot.id, going_on.cached_tokens(1.0, path.prompt_tokens), "slot")
-    options = _options(server, free, spare, path, has_ram=has_ram) if can_pin and not learnt.is_off else []
+    options = _options(server, free, similar, spare, path, has_ram=has_ram) if can_pin and not learnt.is_off else []
     is_swapping = server.ram_tokens != 0 and not server.similarity_ratio
     if not options or is_swapping or (has_ram and all(plan.entry is None for _, plan in options)):
         own = plan_own_choice(server, server.idle(free), path)
@@ -75,9 +86,19 @@ def _holds(name: str, path: Path) -> bool:
     return any(name in node.slots or name in node.ram for node in path.worthy())
 
 
-def _going_on(server: Server, free: Collection[int], path: Path, ram_tokens: float) -> Plan | None:
+def _similar(server: Server, free: Collection[int], lent: Collection[int], path: Path) -> list[Slot]:
+    found = similar_slots(server, path)
+    return [each for each in found if each.id in free or (each.id in lent and _goes_on(each, path))]
+
+
+def _goes_on(slot: Slot, path: Path) -> bool:
+    sequence = slot.sequence
+    return sequence is not None and path.shared(sequence) >= LENT_KEEP_RATIO * sequence.tokens
+
+
+def _going_on(server: Server, similar: list[Slot], path: Path, ram_tokens: float) -> Plan | None:
     """Where a conversation goes on: what shares most lies in a slot and nothing is lost, so no other can be better."""
-    slot = next((each for each in similar_slots(server, path) if each.id in free), None)
+    slot = next(iter(similar), None)
     plan = None if slot is None else plan_slot(server, slot, path, is_pinned=True)
     if plan is None or plan.entry is not None or plan.slot_tokens < ram_tokens or lost_tokens(server, plan):
         return None
@@ -85,14 +106,14 @@ def _going_on(server: Server, free: Collection[int], path: Path, ram_tokens: flo
 
 
 def _options(
-    server: Server, free: Collection[int], spare: Slot, path: Path, *, has_ram: bool
+    server: Server, free: Collection[int], similar: list[Slot], spare: Slot, path: Path, *, has_ram: bool
 ) -> list[tuple[int, Plan]]:
     """Pins worth weighing.
 
     Slots that share most with the prompt; the one missed least; and where RAM has something, the oldest that is not
     empty, for only such a one can take it.
     """
-    weighed = {spare.id: spare} | {slot.id: slot for slot in similar_slots(server, path) if slot.id in free}
+    weighed = {spare.id: spare} | {slot.id: slot for slot in similar}
     if not server.ram_tokens:
         weighed |= {slot.id: slot for slot in islice(server.rested(free), _MOST_WEIGHED)}
     oldest = server.spare(free, is_empty=False) if has_ram else None

@@ -17,7 +17,8 @@ SLOT_KEEP_RATIO = 0.5
 """A similar slot that would keep less of its content is saved to RAM, and RAM is asked for something better."""
 RAM_KEEP_RATIO = 0.25
 """A RAM entry of which the prompt would keep less is not loaded."""
-
+LENT_KEEP_RATIO = 0.8
+"""A slot of another router's part is used only by what goes on from its content: it keeps so much of it."""
 
 LEAST_TOKENS = 16
 """Shared tokens below which a cache is not worth a look."""

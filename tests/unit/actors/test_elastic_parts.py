@@ -94,6 +94,14 @@ def test_a_serve_application_takes_the_same_settings():
         build_app({"engines": "0"})
 
 
+def test_gateway_processes_are_ingress_replicas_under_serve_which_gives_them_time_to_end():
+    ingress = build_app(SEVERAL | {"gateway.processes": "3", "gateway.drain_timeout_s": "7"})._bound_deployment
+    assert (ingress.name, ingress.num_replicas) == ("gateway", 3)
+    settings = ingress._deployment_config
+    assert settings.graceful_shutdown_timeout_s > 7 > settings.graceful_shutdown_wait_loop_s
+    assert build_app(SEVERAL)._bound_deployment.num_replicas == 1
+
+
 def test_rules_keep_what_was_started_unless_told_otherwise():
     one = rules_of(FleetConfig(engines=2, max_engines=4).served()[0])
     assert (one.floor, one.keep, one.ceiling) == (0, 2, 4)

@@ -3,15 +3,19 @@
 import asyncio
 import itertools
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from lltm_ray.actors import calls as driver_calls
 from lltm_ray.actors import controller as controllers
 from lltm_ray.actors import front as fronts
 from lltm_ray.actors import watch
+from lltm_ray.actors.calls import Calls
 from lltm_ray.actors.controller import Controller, ControllerSpec, Move
 from lltm_ray.actors.crew import Crew
+from lltm_ray.actors.fleet import Fleet
 from lltm_ray.actors.front import Front
 from lltm_ray.actors.watch import keep_going
 from lltm_ray.config import FleetConfig
@@ -81,6 +85,26 @@ async def test_a_front_that_trips_over_a_table_takes_it_again(monkeypatch, caplo
     await until(router.ready)
     following.cancel()
     assert [engine.name for engine in router.ready()] == ["engine-0"]
+    assert "nobody expected this" in caplog.text
+
+
+async def test_a_driver_that_trips_over_a_table_takes_it_again_and_says_so(monkeypatch, caplog):
+    async def tables(_fleet):
+        yield TABLE
+        await asyncio.Event().wait()
+
+    async def status():
+        return replace(TABLE, engines=())
+
+    monkeypatch.setattr(driver_calls, "watch_fleet", tables)
+    directory = SimpleNamespace(status=SimpleNamespace(remote=status), wake=SimpleNamespace(remote=None))
+    calls = Calls(Fleet(config=FleetConfig(name="f"), run_id="r", directory=directory))
+    await calls.open()
+    monkeypatch.setattr(calls, "_learn", Flaky(calls._learn))
+    await until(calls._router.ready)
+    await calls.close()
+    assert [engine.name for engine in calls._router.ready()] == ["engine-0"]
+    assert "could not go on to follow the directory" in caplog.text
     assert "nobody expected this" in caplog.text
 
 

@@ -1,12 +1,13 @@
 """Where an engine saves its slots."""
 
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lltm_ray.actors.launch import EngineSpec, adapters_of, plan_launch
+from lltm_ray.actors.launch import EngineSpec, adapters_of, plan_launch, slot_seal
 from lltm_ray.config import EngineConfig, FleetConfig, LoraAdapter
 from lltm_ray.errors import ConfigError, ServerBinaryError
 from lltm_ray.llamacpp.slot_folder import new_name
@@ -94,3 +95,21 @@ def test_adapters_are_called_by_name_or_file_and_no_two_alike():
         EngineConfig(lora=(one, LoraAdapter(path="/b/ada.gguf")))
     with pytest.raises(ConfigError, match="does not tell adapters apart"):
         EngineConfig(lora=(one,), cache_ram_mib=100)
+
+
+def test_saved_slots_are_for_engines_of_the_same_file_and_settings_alone(tmp_path):
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"weights")
+    config = EngineConfig(cache_type_k="q8_0")
+    seal = slot_seal(config, model, "llama-server")
+    assert seal == slot_seal(EngineConfig(cache_type_k="q8_0"), model, "llama-server")
+    others = {slot_seal(EngineConfig(), model, "llama-server"), slot_seal(config, model, "other-server")}
+    model.with_name("copy.gguf").write_bytes(b"weights")
+    others.add(slot_seal(config, model.with_name("copy.gguf"), "llama-server"))
+    model.write_bytes(b"WEIGHTS")
+    os.utime(model, ns=(0, 0))
+    others.add(slot_seal(config, model, "llama-server"))
+    model.write_bytes(b"weights and more")
+    os.utime(model, ns=(0, 0))
+    others.add(slot_seal(config, model, "llama-server"))
+    assert len({seal, *others}) == 6

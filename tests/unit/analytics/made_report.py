@@ -424,7 +424,8 @@ class _Made:
         models = {
             "model": ["llama-8b", "qwen-32b"],
             "slots": [16, 4],
-            "arrivals_per_s": [7.03, 0.4],
+            "arrivals_per_s": [6.1, 0.2],
+            "busiest_per_s": [7.03, 0.4],
             "capacity_per_s": [10.6, 1.1],
             "utilization": [0.66, 0.36],
             "knee_per_s": [8.5, 0.9],

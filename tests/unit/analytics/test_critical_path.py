@@ -159,8 +159,17 @@ def test_too_few_slots_are_told_as_waiting():
     assert found.impact_s == pytest.approx(trace.requests["queue_s"].sum(), rel=0.01)
     assert "at the gateway" in found.text
     assert len(found.evidence) == 5
-    for figure, value in (("wait_share", 0.29), ("wait_p95_s", 0.9), ("requests", 49.0)):
+    work_s = (answer.figures["path_s"] - answer.figures["wait_s"]) / answer.figures["requests"]
+    for figure, value in (("wait_share", 0.29), ("wait_p95_s", 0.9 * work_s), ("requests", 49.0)):
         assert judge(Answer(answer.tables, {**answer.figures, figure: value})) == []
+
+
+def test_waits_count_by_what_requests_take_besides():
+    answer = analyze(build_trace(fleet_rows(Plan(seed=3, seconds=60, overload=3.0)), PANDAS))
+    seconds = ("path_s", "wait_s", "wait_p50_s", "wait_p95_s")
+    for scale, kinds in ((0.3 / answer.figures["wait_p95_s"], ["waiting"]), (0.09 / answer.figures["wait_p95_s"], [])):
+        quick = answer.figures | {name: answer.figures[name] * scale for name in seconds}
+        assert [each.kind for each in judge(Answer(answer.tables, quick))] == kinds
 
 
 @pytest.mark.parametrize("seed", range(4))

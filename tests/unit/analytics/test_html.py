@@ -179,6 +179,18 @@ def test_tracks_share_one_time_axis(page: Page):
     assert [any(each is not None for each in trace["y"]) for trace in slowed] == [False, True]
 
 
+def test_ticks_closer_than_a_minute_say_seconds(page: Page):
+    axes = [
+        axis for each in page.figures.values() for axis in each["layout"].values() if "tickformatstops" in str(axis)
+    ]
+    assert len(axes) >= 2
+    for apart_ms, text in ((500, "%H:%M:%S.%3f"), (5_000, "%H:%M:%S"), (60_000, "%H:%M"), (3_600_000, "%H:%M")):
+        for axis in axes:
+            ranges = {each["value"]: each["dtickrange"] for each in axis["tickformatstops"]}
+            fit = [value for value, (low, high) in ranges.items() if (low or 0) <= apart_ms <= (high or 1e12)]
+            assert fit == [f"{text}\n%b %d"]
+
+
 def test_a_waterfall_adds_up(page: Page):
     bars = page.figures["phases"]["data"][0]
     ends = [base + length for base, length in zip(bars["base"], bars["x"], strict=True)]

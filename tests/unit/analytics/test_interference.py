@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from lltm_ray.analytics import interference
+from lltm_ray.analytics.answer import Answer
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.overlaps import Timeline, count_overlaps
 from tests.fleet_rows import PREFILL_DRAG, Plan, fleet_rows
@@ -129,6 +130,18 @@ def given(tenant_of, **plan):
     told = pa.array([tenant_of(name) for name in requests["tenant"].to_pylist()], pa.string())
     tables["requests"] = requests.set_column(requests.column_names.index("tenant"), "tenant", told)
     return tables
+
+
+@pytest.mark.parametrize(("share", "subject"), [(0.24, "greedy"), (0.15, None)])
+def test_whoever_stalls_few_answers_for_long_is_named_where_it_is_a_large_part_of_all(share, subject):
+    """On real engines a router kept long prompts away from all but two answers, which lost most of their time."""
+    answer = interference.analyze(build_trace(fleet_rows(Plan(aggressor="greedy")), PANDAS))
+    tenants = answer.tables["tenants"]
+    few = Answer(
+        answer.tables | {"tenants": tenants.assign(victims=tenants["victims"].clip(upper=2))},
+        answer.figures | {"share": share},
+    )
+    assert [each.subject for each in interference.judge(few)] == ([subject] if subject else [])
 
 
 def test_a_tenant_with_most_of_the_requests_is_named_if_the_long_prompts_are_its_own():

@@ -27,6 +27,10 @@ def test_the_worst_finding_comes_first_with_what_to_do_and_where_to_look():
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_a_report_that_is_printed_is_its_text():
+    assert str(made_report()) == to_text(made_report())
+
+
 def told(kind, impact_s, explains=()):
     return Finding(kind=kind, subject="x", text="t", advice="a", impact_s=impact_s, explains=explains)
 

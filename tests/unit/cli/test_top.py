@@ -89,7 +89,7 @@ def test_every_figure_of_a_look_is_there_with_its_unit() -> None:
         "40",
         "32",
         "10",
-        "10",
+        "20",
         "ms",
         "50",
         "ms",

@@ -120,7 +120,8 @@ def test_text_held_back_for_a_stop_string_is_not_joined_without_it():
         (CHAT, {"logprobs": True}),
         (CHAT, {"verbose": True}),
         (CHAT, {"stream_options": 5}),
-        (CHAT, {"temperature": float("inf")}),
+        (CHAT, {"stream_options": {"x": float("inf")}}),
+        (CHAT, {}),
         (CHAT, [1]),
         ("/completion", {"prompt": ["a", "b"]}),
         ("/completion", {"prompt": [[1], [2]]}),
@@ -132,7 +133,7 @@ def test_text_held_back_for_a_stop_string_is_not_joined_without_it():
     ],
 )
 def test_what_cannot_be_joined_for_certain_is_passed_on_unchanged(path, body):
-    assert as_stream(path, body) is None
+    assert as_stream(path, body, json.dumps(body).encode()) is None
 
 
 def test_the_streamed_body_differs_only_in_what_makes_it_a_stream():
@@ -143,12 +144,15 @@ def test_the_streamed_body_differs_only_in_what_makes_it_a_stream():
         "stream_options": {"x": 1},
         "return_progress": True,
     }
-    streamed = json.loads(as_stream(CHAT, body))
+    streamed = json.loads(as_stream(CHAT, body, json.dumps(body).encode()))
     assert streamed == {
         "messages": ["é\ud800"],
         "seed": 2**70,
+        "return_progress": False,
         "stream": True,
         "stream_options": {"x": 1, "include_usage": True},
         "timings_per_token": True,
     }
-    assert json.loads(as_stream("/completion", {"prompt": [1, 2]})) == {"prompt": [1, 2], "stream": True}
+    native = {"prompt": [1, 2]}
+    streamed = json.loads(as_stream("/completion", native, b' {"prompt": [1, 2] }\n'))
+    assert streamed == native | {"stream": True, "return_progress": False}

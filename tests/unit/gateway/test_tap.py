@@ -118,6 +118,33 @@ def test_any_splitting_of_the_bytes_gives_the_same_output_and_state(
     assert tap.timings["predicted_n"] == tap.delivered_tokens
 
 
+@settings(max_examples=150, deadline=None)
+@given(said=st.lists(texts.filter(bool), max_size=12), merged=st.sets(st.integers(0, 14)))
+def test_a_chat_without_details_is_passed_on_as_it_came_and_its_text_is_known(
+    said: list[str], merged: set[int]
+) -> None:
+    events = stream(CHAT, [(text, 1, count) for count, text in enumerate(said, 1)], details=False)
+    tap = StreamTap(CHAT, {}, details=False)
+    held = b""
+    for index, event in enumerate(events):
+        held += event
+        if index not in merged:  # the others come together with what follows
+            assert tap.feed(held) == held
+            held = b""
+    assert tap.feed(held) == held
+    assert (tap.text, tap.delivered_tokens, tap.position) == ("".join(said), len(said), len(said))
+    assert (tap.is_finished, tap.can_continue) == (True, (True, ""))
+
+
+def test_a_chat_event_with_more_than_text_is_not_taken_for_one_like_the_event_before() -> None:
+    tap = StreamTap(CHAT, {}, details=False)
+    deltas = ({"content": "a"}, {"content": "b"}, {"content": "c", "reasoning_content": "d"}, {"content": "e"})
+    for delta in deltas:
+        tap.feed(line(chunk(delta)))
+    assert tap.text == "abce"
+    assert not tap.can_continue[0]
+
+
 @pytest.mark.parametrize("path", ROUTES)
 def test_only_whole_events_are_passed_on(path: str) -> None:
     events = stream(path, [("a", 1, 1), ("b", 2, 2)], details=True)

@@ -349,3 +349,11 @@ def test_a_dataset_that_is_refused_is_an_error(trace: Trace, account: Account) -
     Server.answers["/api/v2/upload/datasets/"] = (200, {"success": False})
     with pytest.raises(ConfigError, match="did not take the account or the graph"):
         upload(dependency_graph(trace), account)
+
+
+def test_a_server_that_never_answers_is_waited_for_so_long_and_no_longer(trace: Trace) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        account = Account(username="u", password=SECRET, server=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(ConfigError, match=r"has not taken the graph within 0\.3 s") as raised:
+            upload(dependency_graph(trace), account, timeout_s=0.3)
+    assert SECRET not in str(raised.value)

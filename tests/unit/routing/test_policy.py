@@ -236,6 +236,24 @@ def test_a_restarted_engine_is_nobodys_home_any_more_and_memory_is_bounded():
     assert policy.choose(ask(affinity="z"), table, taught()).engine == "a"
 
 
+# --- conversations of a busy fleet
+
+
+@pytest.mark.parametrize(("busy_elsewhere", "engine"), [(4, "home"), (0, "idle")])
+def test_a_conversation_stays_where_an_engine_is_idle_for_a_moment_only(busy_elsewhere, engine):
+    others = [view(f"other-{i}", busy_elsewhere, decoding=busy_elsewhere) for i in range(6)]
+    table = Table([view("home", 3, decoding=3), view("idle"), *others])
+    choice = make_policy("residency").choose(ask(650, max_tokens=100), table, taught(service_s=2.0), [("home", 550)])
+    assert choice.engine == engine
+
+
+def test_an_engine_whose_conversations_return_takes_new_ones_all_the_same():
+    others = [view(f"other-{i}", 4, decoding=4) for i in range(6)]
+    table = Table([view("busy", 3, decoding=3), view("idle"), *others])
+    new = ask(900, max_tokens=100, shared_tokens=800)
+    assert make_policy("residency").choose(new, table, taught(), [("busy", 800)]).engine == "idle"
+
+
 # --- waiting for a better engine
 
 

@@ -177,3 +177,26 @@ def test_an_engine_that_is_passed_over_for_long_gets_another_chance():
     assert rates.decode_s("slow", 1) == rates.decode_s("unknown", 1)
     rates.learn("slow", reply(token_s=0.04), busy=1)
     assert rates.decode_s("slow", 1) > 1.5 * rates.decode_s("quick", 1), "it is as slow as before and nobody noticed"
+
+
+def played(slowness: float, scatter: float, seed: int) -> Rates:
+    """Four engines of four slots; what holds up a batch holds up all of its replies. Engine d is so much slower."""
+    rates, rng = Rates(), random.Random(seed)
+    for _ in range(40):
+        for name in "abcd":
+            held_up = rng.lognormvariate(0, scatter) * (slowness if name == "d" else 1.0)
+            for _ in range(4):
+                factor = held_up * rng.uniform(0.9, 1.1)
+                told = reply(computed=150, prefill_tokens_s=2000 / factor, generated=32, token_s=0.01 * factor)
+                rates.learn(name, told, busy=4)
+    return rates
+
+
+def test_engines_that_are_held_up_now_and_then_are_all_taken_for_the_mean():
+    for rates in (played(1.0, 0.5, seed) for seed in range(10)):
+        assert all(rates.speed(name) is rates.speed("new") for name in "abcd")
+
+
+def test_an_engine_that_is_always_slower_stands_out_of_a_wide_scatter():
+    found = [rates.decode_s("d", 4) / rates.decode_s("a", 4) for rates in (played(3.0, 0.4, seed) for seed in range(5))]
+    assert min(found) > 2

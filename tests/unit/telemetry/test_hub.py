@@ -96,6 +96,18 @@ def test_metrics_are_not_sampled_and_spans_are(make, reader, capsys):
     assert {span["trace_id"] for span in told(capsys)} == {bad[0].trace_id}
 
 
+@pytest.mark.parametrize(("settings", "kept"), [({}, 0), ({"sample_ratio": 1.0}, 20)])
+def test_the_environments_sampler_holds_where_the_settings_do_not_say(
+    make, reader, capsys, monkeypatch, settings, kept
+):
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    hub = make("console", slow_ratio=0.0, **settings)
+    hub.put("gateway-0", batch(*(request() for _ in range(20))))
+    hub.close()
+    assert len({span["trace_id"] for span in told(capsys)}) == kept
+    assert measured(reader)["gen_ai.server.request.duration"][0][1] == 20
+
+
 def test_attempts_join_their_request_in_order_also_from_an_earlier_batch(make):
     hub, seen = make(), []
     hub.on_request.append(lambda row, attempts: seen.append((row.request_id, [each.number for each in attempts])))

@@ -143,6 +143,7 @@ def test_tokens_are_counted_by_type_per_engine_with_what_was_wasted_drafted_and_
         "lltm.errors": 1,
         "lltm.failovers": 0,
         "lltm.tokens": 163,
+        "lltm.fleet.tokens": 163,
         "lltm.tokens.wasted": 2,
         "lltm.reuse.predicted_tokens": 60,
         "lltm.reuse.actual_tokens": 64,

@@ -2,11 +2,19 @@
 
 import json
 import math
+from collections.abc import Callable
 
+import pyarrow as pa
 import pytest
 
+from lltm_ray.telemetry import semconv, summarize
+from lltm_ray.telemetry.batch import pack
 from lltm_ray.telemetry.live import HISTORY_S, Live
+from lltm_ray.telemetry.profiles import PROFILES
+from lltm_ray.telemetry.rows import AttemptRow, RequestRow
 from lltm_ray.telemetry.samples import Samples
+from lltm_ray.telemetry.spans import Spans
+from tests.unit.telemetry import requests_made as made
 from tests.unit.telemetry.rows_made import attempt_row, gpu_row, node_row, queue_row, request_row, server_row, slot_row
 
 NOW_S = 1_700_000_010.0
@@ -147,4 +155,22 @@ def test_recent_requests_are_bounded_and_newest_first(live: Live) -> None:
         add(live, number)
     recent = live.look()["recent"]
     assert (len(recent), recent[0]["request_id"]) == (100, "r-149")
-    assert recent[0]["queue_s"] == pytest.approx(0.01)
+    assert recent[0]["queue_s"] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("make", [made.chat, made.plain_chat, made.embeddings, made.failed_over, made.rejected])
+def test_the_wait_is_ours_and_llama_servers_as_in_spans_and_summaries(
+    live: Live, make: Callable[[], tuple[RequestRow, list[AttemptRow]]]
+) -> None:
+    row, attempts = make()
+    row = row._replace(arrived_unix_nano=at(2))
+    live.add_request(row, attempts)
+    look = live.look()
+    is_asked = any(each.engine for each in attempts)
+    server = Spans(PROFILES["1.41"]).of_request(row, attempts, {})[0]
+    own = [each._replace(request_span_id=row.span_id) for each in attempts]
+    tables = {"requests": pack("requests", [row]), "attempts": pack("attempts", own)}
+    (summed,) = summarize({kind: pa.Table.from_batches([some]) for kind, some in tables.items()})["queue_mean_s"]
+    waits = [look["recent"][0]["queue_s"], look["queue_s"]["p50"]]
+    assert waits == ([pytest.approx(server.attributes[semconv.LATENCY_QUEUE])] * 2 if is_asked else [None, None])
+    assert waits[0] == pytest.approx(summed) if is_asked else math.isnan(summed)

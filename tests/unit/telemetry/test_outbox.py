@@ -27,6 +27,37 @@ def test_rows_come_back_as_they_were() -> None:
     assert outbox.take() == {}
 
 
+def test_rows_that_are_made_later_are_in_the_next_batch_after_those_that_came_before() -> None:
+    outbox = Outbox()
+    for slot in range(3):
+        outbox.later(lambda slot=slot: outbox.add("slots", slot_row(slot)))
+    assert len(outbox) == 3
+    assert [row.slot for row in unpack("slots", outbox.take()["slots"])] == [0, 1, 2]
+    assert outbox.take() == {}
+
+
+def test_few_wait_to_be_made_even_if_nobody_takes_them() -> None:
+    outbox = Outbox(limit_rows=5)
+    made: list[int] = []
+    waiting = []
+    for slot in range(1000):
+        outbox.later(lambda slot=slot: (made.append(slot), outbox.add("slots", slot_row(slot))))
+        waiting.append(slot + 1 - len(made))
+    assert max(waiting) < 100
+    assert made == list(range(len(made)))
+    outbox.take()
+    assert (len(made), outbox.dropped) == (1000, {"slots": 995})
+
+
+def test_a_row_of_the_wrong_types_costs_nobody_else_anything_where_rows_are_weighed() -> None:
+    outbox = Outbox()
+    good = LogRow(1, "", "", "INFO", "a", "x", "{}")
+    for row in (good, good._replace(message=None, logger=7), (1, "short"), good):
+        outbox.add("logs", row)
+    assert list(unpack("logs", outbox.take()["logs"])) == [good, good]
+    assert outbox.dropped == {"logs": 2}
+
+
 def test_a_batch_is_bounded_and_keeps_the_order() -> None:
     outbox = Outbox()
     for slot in range(BATCH_ROWS + 5):

@@ -4,9 +4,10 @@ import random
 
 import pytest
 
+from lltm_ray.errors import ConfigError
 from lltm_ray.telemetry.context import new_span_id, new_trace_id
 from lltm_ray.telemetry.rows import SpanRow
-from lltm_ray.telemetry.sampling import Sampler, Slowest
+from lltm_ray.telemetry.sampling import Sampler, Share, Slowest, read_share
 from tests.unit.telemetry.rows_made import request_row
 
 NEVER, ALWAYS = "0" * 32, "f" * 32
@@ -81,3 +82,45 @@ def test_other_spans_follow_their_request_or_their_own_error_or_the_share():
     assert sampler.decide_span(span_row(trace_id)) == "trace"
     assert sampler.decide_span(span_row(error_type="OSError")) == "error"
     assert Sampler(1.0).decide_span(span_row()) == "share"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "argument", "share"),
+    [
+        ("", "0.2", Share()),
+        ("always_on", "", Share(1.0, keep_unsampled=True)),
+        ("always_off", "", Share(0.0)),
+        ("traceidratio", "0.25", Share(0.25, keep_unsampled=True)),
+        ("traceidratio", "", Share(1.0, keep_unsampled=True)),
+        ("parentbased_always_on", "", Share(1.0, keep_sampled=True)),
+        ("parentbased_always_off", "", Share(0.0, keep_sampled=True)),
+        (" ParentBased_TraceIdRatio ", " 0.5 ", Share(0.5, keep_sampled=True)),
+    ],
+)
+def test_the_environment_names_the_share_as_opentelemetry_does(sampler, argument, share):
+    assert read_share({"OTEL_TRACES_SAMPLER": sampler, "OTEL_TRACES_SAMPLER_ARG": argument}) == share
+
+
+@pytest.mark.parametrize(
+    ("sampler", "argument", "field"),
+    [
+        ("jaeger_remote", "", "OTEL_TRACES_SAMPLER"),
+        ("parentbased_xray", "", "OTEL_TRACES_SAMPLER"),
+        ("traceidratio", "1.5", "OTEL_TRACES_SAMPLER_ARG"),
+        ("traceidratio", "nan", "OTEL_TRACES_SAMPLER_ARG"),
+        ("parentbased_traceidratio", "half", "OTEL_TRACES_SAMPLER_ARG"),
+    ],
+)
+def test_a_sampler_that_is_not_ours_is_refused_by_the_name_of_its_variable(sampler, argument, field):
+    with pytest.raises(ConfigError) as caught:
+        read_share({"OTEL_TRACES_SAMPLER": sampler, "OTEL_TRACES_SAMPLER_ARG": argument})
+    assert caught.value.field == field
+
+
+def test_what_a_caller_records_is_exported_whole_where_the_share_is_its_callers():
+    sampler = Sampler(0.0, 0.0, keep_sampled=True)
+    called = request_row(trace_id="1" * 32, parent_span_id="00f067aa0ba902b7", flags=1)
+    assert sampler.decide(called) == "share"
+    assert sampler.decide_span(span_row(called.trace_id)) == "trace"
+    assert sampler.decide(called._replace(flags=0)) == ""
+    assert sampler.decide(called._replace(parent_span_id="")) == ""

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families as parse
@@ -149,3 +150,27 @@ def test_a_place_keeps_its_known_gpus_until_it_moves(service: TelemetryService) 
     kept = service._hub.places["engine-0"].gpu_uuids
     service.place({"engine-0": place._replace(node="n2")})
     assert (kept, service._hub.places["engine-0"].gpu_uuids) == (("GPU-1",), ())
+
+
+def test_a_timeline_is_found_again_after_a_restart_in_memory_and_on_disk(tmp_path: Path) -> None:
+    config = TelemetryConfig(exporters=(), ring_rows=8)
+    row = request_row(request_id="old", arrived_unix_nano=time.time_ns())
+    attempts = [attempt_row(number=2, span_id="2" * 16), attempt_row(number=1, span_id="1" * 16)]
+    span = SpanRow(TRACE_ID, "3" * 16, "", "slot save", "internal", 1, 2, "", "", "engine-0", "{}")
+    first = TelemetryService(config, tmp_path)
+    for kind, rows in {"attempts": attempts, "spans": [span], "requests": [row]}.items():
+        first.put("gateway-0", {kind: pack(kind, rows)}, {})
+    told = first.timeline("old")
+    first.close()
+    for _ in range(2):  # reloaded into memory; then pushed out of it
+        again = TelemetryService(config, tmp_path)
+        assert again.timeline("old") is None
+        assert again.recall("old") == told
+        assert again.recall("nobody's") is None
+        others = [row._replace(request_id=f"r-{each}", span_id=f"{each:016x}") for each in range(100)]
+        tries = [attempt_row(request_span_id=each.span_id) for each in others]
+        again.put("gateway-0", {"requests": pack("requests", others), "attempts": pack("attempts", tries)}, {})
+        assert again.recall("old") == told
+        again.close()
+    assert told is not None
+    assert len(told["spans"]) == 1 + 2 * 5 + 1

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lltm_ray.telemetry import segments as telemetry_segments
+from lltm_ray.telemetry import store as telemetry_store
 from lltm_ray.telemetry.batch import SCHEMAS, pack, unpack
 from lltm_ray.telemetry.segments import read_folder
 from lltm_ray.telemetry.store import Store
@@ -40,6 +42,10 @@ def slots(*numbers):
 
 def ids(page, kind="requests"):
     return [row.request_id for batch in page.tables[kind].to_batches() for row in unpack(kind, batch)]
+
+
+def named(found):
+    return [row.request_id for _, row in found]
 
 
 def segments(folder):
@@ -352,3 +358,51 @@ def test_many_threads_lose_nothing(make_store, tmp_path):
     store.close()
     assert sorted(seen) == sorted([*range(50)] * 12)
     assert sum(len(pq.read_table(path)) for path in segments(tmp_path / "t")) == 600
+
+
+def test_rows_are_found_by_a_value_in_memory_and_on_disk_each_once(make_store, tmp_path):
+    store = make_store(tmp_path, max_rows=4, segment_rows=3)
+    for number in range(12):
+        store.add({"requests": requests(number, "twin" if number in {2, 11} else f"x{number}")})
+        store.flush()
+    assert named(store.find("requests", "request_id", "11")) == ["11"]
+    assert named(store.find("requests", "request_id", "0")) == ["0"]
+    assert named(store.find("requests", "request_id", "nobody")) == []
+    ((newest, _),) = store.find("requests", "request_id", "twin")
+    assert named(store.find("requests", "request_id", "twin", near=newest)) == ["twin", "twin"]
+    assert [number for number, _ in store.find("requests", "request_id", "twin", near=newest)][-1] == newest
+    assert named(store.find("requests", "request_id", "x10", near=newest)) == ["x10"]
+
+
+def test_a_search_reads_the_newest_segments_first_and_only_those_that_may_hold_it(make_store, tmp_path, monkeypatch):
+    store = make_store(tmp_path, max_rows=1, segment_rows=1)
+    for number in range(6):
+        store.add({"requests": requests(number)})
+        store.flush()
+    files, read = segments(tmp_path), []
+    really = telemetry_segments._read_columns
+    monkeypatch.setattr(
+        telemetry_segments,
+        "_read_columns",
+        lambda path, *rest, **more: read.append(path) or really(path, *rest, **more),
+    )
+    ((third, _),) = store.find("requests", "request_id", "3")
+    assert list(dict.fromkeys(read)) == [files[4], files[3]]
+    read.clear()
+    monkeypatch.setattr(telemetry_store, "_NEAR_ROWS", 1)
+    assert named(store.find("requests", "request_id", "0", near=third)) == []
+    assert set(read) <= {files[2], files[3], files[4]}
+    read.clear()
+    assert store.find("requests", "request_id", "0", until_s=time.monotonic() - 1) == []
+    assert read == []
+
+
+def test_a_search_passes_over_a_torn_segment_and_one_that_is_deleted_meanwhile(make_store, tmp_path, caplog):
+    store = make_store(tmp_path, max_rows=1, segment_rows=1)
+    for number in range(4):
+        store.add({"requests": requests(number)})
+        store.flush()
+    segments(tmp_path)[1].write_bytes(b"PAR1 and then nothing")
+    segments(tmp_path)[2].unlink()
+    assert named(store.find("requests", "request_id", "0")) == ["0"]
+    assert "torn" in caplog.text

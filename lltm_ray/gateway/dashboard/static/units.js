@@ -15,7 +15,7 @@ function digits(value) {
 
 export const count = told((value) => whole.format(value));
 export const rate = told(digits);
-export const percent = told((ratio) => `${(ratio * 100).toFixed(ratio > 0.9995 || ratio === 0 ? 0 : 1)} %`);
+export const percent = told((ratio) => `${(ratio * 100).toFixed(ratio >= 0.9995 || ratio === 0 ? 0 : 1)} %`);
 export const watts = told((value) => `${whole.format(value)} W`);
 export const celsius = told((value) => `${whole.format(value)} °C`);
 export const cores = told((value) => `${value.toFixed(2)} cores`);
