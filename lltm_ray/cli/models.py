@@ -1,8 +1,9 @@
-"""`lltm-ray models`: list, show, pull; and `engine-download` for llama.cpp itself."""
+"""`lltm-ray models`: list, show, pull, convert; and `engine-download` for llama.cpp itself."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +27,7 @@ from lltm_ray.models.memory import estimate
 from lltm_ray.models.resolve import TINY, ResolvedModel, resolve
 
 app = typer.Typer(
-    help="Models: list the catalogue, show a file, pull; and download llama.cpp.",
+    help="Models: list the catalogue, show a file, pull, convert; and download llama.cpp.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -40,6 +41,12 @@ _Tag = Annotated[str | None, typer.Option(help="llama.cpp release.", show_defaul
 _Variant = Annotated[str | None, typer.Option(help=f"One of {', '.join(releases()['variants'])}.", show_default="CPU")]
 _Sha256 = Annotated[
     str | None, typer.Option("--sha256", help="SHA-256 the archive must have, 64 hex digits.", show_default="as pinned")
+]
+_Folder = Annotated[Path, typer.Argument(help="The checkpoint: config.json, tokenizer.json, *.safetensors.")]
+_Out = Annotated[Path, typer.Argument(help="The GGUF file to write; one that is there is replaced.")]
+_OutType = Annotated[str, typer.Option("--type", help="Of the matrices: f32, f16, bf16 or q8_0.")]
+_Pre = Annotated[
+    str | None, typer.Option(help="llama.cpp's name of the pre-tokenizer.", show_default="told by tokenizer.json")
 ]
 _BaseUrl = Annotated[
     str | None, typer.Option(help="Mirror with <tag>/<file> below it.", show_default=str(releases()["base_url"]))
@@ -95,6 +102,19 @@ def pull_model(model: _Model, *, offline: _Offline = False) -> None:
             model, cache_dir=environment.cache_dir, offline=offline or environment.hf_offline, progress=progress
         )
     OUT.print(str(found.path), markup=False, soft_wrap=True)
+
+
+@app.command("convert")
+@errors_end_the_command()
+def convert_model(folder: _Folder, out: _Out, *, out_type: _OutType = "f16", pre: _Pre = None) -> None:
+    """Convert a Hugging Face checkpoint (safetensors) to one GGUF file, and print its path."""
+    from lltm_ray.models.convert.convert import convert  # gguf takes half a second to import
+
+    with progress_bar() as progress:
+        info = convert(
+            folder, out, out_type=out_type, pre=pre, progress=lambda _, done, total: progress(out.name, done, total)
+        )
+    OUT.print(info.path, markup=False, soft_wrap=True)
 
 
 @app.command("engine-download")

@@ -19,8 +19,9 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "lltm_ray").rglob("*.py"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PUBLIC = """
-    AsyncLlamaClient Cluster Completion ConfigError EngineConfig EngineInfo FleetConfig GatewayConfig LlamaClient
-    LltmRayError StreamEvent __version__ build_app
+    AsyncLlamaClient Cluster Completion ConfigError Conversation EmbeddingEngine EngineConfig EngineInfo FleetConfig
+    GatewayConfig InferResult InferenceEngine LlamaClient LltmRayError SemanticSearch ServerManager StreamEvent
+    __version__ build_app
 """
 SAMPLES = {
     errors.ConfigError: ("port", 99999, "must be from 0 to 65535"),

@@ -1,0 +1,132 @@
+"""`Conversation`: messages that go on, as long as the model's context has room, and that can be put away in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lltm_ray.actors.calls import Messages
+from lltm_ray.errors import ConfigError
+from lltm_ray.sdk.engine import InferenceEngine
+from lltm_ray.sdk.result import InferResult, InferStream
+
+_ROLES = ("user", "assistant", "tool")
+
+
+class Conversation:
+    """A chat with one model. What is said and answered is kept; a request that fails leaves no trace.
+
+    When the whole would not fit, the oldest turns are left out of the request, never the system prompt or the last
+    message. `messages` keeps them.
+
+    Args:
+        engine: who answers.
+        system: the system prompt; empty for none.
+        limit_tokens: longest request and answer together; None: one slot's context.
+    """
+
+    def __init__(self, engine: InferenceEngine, *, system: str = "", limit_tokens: int | None = None) -> None:
+        self.engine = engine
+        self.system = system
+        self.messages: Messages = []
+        """User's, assistant's and tools' messages in turn."""
+        self._limit_tokens = limit_tokens
+
+    def ask(self, text: str, *, max_tokens: int = 256, **params: Any) -> InferResult:
+        """The answer to one more message; `params` as in `InferenceEngine.infer`.
+
+        Raises:
+            ConfigError: the system prompt, this message and `max_tokens` alone are longer than the limit.
+            FleetError: no model is loaded.
+        """
+        request = self._request(text, max_tokens)
+        result = self.engine.infer(request, max_tokens=max_tokens, **params)
+        self._keep(text, result)
+        return result
+
+    def ask_stream(
+        self, text: str, callback: Callable[[str], None] | None = None, *, max_tokens: int = 256, **params: Any
+    ) -> InferStream:
+        """The same, piece by piece; what was read of an answer that is left early is kept as the answer."""
+        request = self._request(text, max_tokens)
+        stream = self.engine.infer_stream(request, callback, max_tokens=max_tokens, **params)
+        stream.when_done(lambda result: self._keep(text, result))
+        return stream
+
+    def clear(self) -> None:
+        """Forget everything but the system prompt."""
+        self.messages.clear()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all messages, as the model's chat template writes them."""
+        return self.engine.count_tokens(self._with_system(self.messages)) if self._with_system(self.messages) else 0
+
+    def _keep(self, text: str, result: InferResult) -> None:
+        if result.success:
+            self.messages.append({"role": "user", "content": text})
+            self.messages.append({"role": "assistant", "content": result.text})
+
+    def _with_system(self, messages: Messages) -> Messages:
+        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
+
+    def _request(self, text: str, max_tokens: int) -> Messages:
+        """As many of the last turns as fit, all while no limit is known; a turn begins with a user's message."""
+        messages: Messages = [*self.messages, {"role": "user", "content": text}]
+        limit = self._limit_tokens or self.engine.slot_tokens
+        if not limit:  # no engine is ready: what becomes of the request is not ours to say
+            return self._with_system(messages)
+        room = limit - max_tokens
+        starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        low, high = 0, len(starts) - 1  # how many turns are left out
+        while low < high:
+            middle = (low + high) // 2
+            fits = self.engine.count_tokens(self._with_system(messages[starts[middle] :])) <= room
+            low, high = (low, middle) if fits else (middle + 1, high)
+        request = self._with_system(messages[starts[low] :])
+        if low == len(starts) - 1 and (need := self.engine.count_tokens(request)) > room:
+            why = f"the message and its system prompt take {need} tokens, the limit leaves {room} beside the answer"
+            raise ConfigError("max_tokens", max_tokens, f"{why}: shorten it, or raise limit_tokens or ctx_size")
+        return request
+
+    # files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the system prompt and all messages as JSON, readable by nobody else; whole or not at all."""
+        target = Path(path)
+        text = json.dumps({"system": self.system, "messages": self.messages}, ensure_ascii=False, indent=1).encode()
+        fresh, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}")
+        try:
+            with os.fdopen(fresh, "wb") as stream:
+                stream.write(text)
+            Path(name).replace(target)
+        except BaseException:
+            Path(name).unlink()
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], engine: InferenceEngine, **settings: Any) -> Conversation:
+        """Go on with a conversation that was saved; `settings` as in the constructor.
+
+        Raises:
+            ConfigError: not such a file.
+        """
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            system, messages = stored["system"], stored["messages"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError("path", os.fspath(path), f"is no saved conversation: {error}") from error
+        if not (isinstance(system, str) and isinstance(messages, list) and all(map(_is_message, messages))):
+            why = f"is no saved conversation: each message needs a content, a text, and a role of {', '.join(_ROLES)}"
+            raise ConfigError("path", os.fspath(path), why)
+        conversation = cls(engine, system=system, **settings)
+        conversation.messages = messages
+        return conversation
+
+
+def _is_message(given: object) -> bool:
+    return isinstance(given, dict) and given.get("role") in _ROLES and isinstance(given.get("content"), str)

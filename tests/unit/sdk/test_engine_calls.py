@@ -1,0 +1,102 @@
+"""What the familiar calls refuse, or pass on, before any fleet or server runs."""
+
+import logging
+
+import pytest
+
+from lltm_ray._loop import Loop
+from lltm_ray.driver import Cluster
+from lltm_ray.errors import ConfigError, EngineNotReadyError, FleetError
+from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
+from lltm_ray.records import Embeddings
+from lltm_ray.sdk.engine import InferenceEngine
+from lltm_ray.sdk.server import ServerManager
+
+
+class Running:
+    """A fleet that serves `tiny` and remembers what was asked of it."""
+
+    def __init__(self, broken=False):
+        self.broken, self.closed, self.asked, self.models = broken, False, [], [self]
+        self.name = "tiny"
+
+    def status(self):
+        if self.broken:
+            raise FleetError("no status")
+        return self
+
+    def embed(self, texts, **params):
+        self.asked.append(params)
+        return Embeddings(vectors=())
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def join(monkeypatch):
+    def join(running):
+        monkeypatch.setattr(Cluster, "connect", lambda name, address=None: running)
+        return InferenceEngine()
+
+    return join
+
+
+def test_a_stream_of_a_raw_prompt_is_refused():
+    with pytest.raises(ConfigError, match=r"raw=True.*infer\(raw=True\)"):
+        InferenceEngine().infer_stream("x", raw=True)
+
+
+def test_settings_that_a_running_fleet_does_not_take_are_named_in_a_warning(join, caplog):
+    engine = join(Running())
+    with caplog.at_level(logging.WARNING):
+        engine.load_model("tiny")
+        assert not caplog.records
+        engine.load_model("tiny", n_parallel=2, engines=3)
+    assert "engine, engines" in caplog.text
+    engine.unload_model()
+
+
+def test_embeddings_are_asked_of_the_model_that_was_loaded(join):
+    running = Running()
+    engine = join(running)
+    engine.load_model("tiny")
+    engine.embed("x")
+    engine.embed("x", model="other")
+    assert running.asked == [{"model": "tiny"}, {"model": "other"}]
+
+
+@pytest.mark.parametrize(("broken", "model"), [(True, "tiny"), (False, "qwen")])
+def test_a_fleet_that_cannot_be_used_is_let_go(join, broken, model):
+    running = Running(broken)
+    engine = join(running)
+    with pytest.raises((FleetError, ConfigError)):
+        engine.load_model(model)
+    assert running.closed
+    assert (engine.is_loaded, engine.served_name) == (False, "")
+
+
+def test_layers_on_a_gpu_need_a_gpu():
+    with pytest.raises(ConfigError, match=r"gpu_layers=4.*gpus=1"):
+        ServerManager().start_server("tiny", gpu_layers=4)
+
+
+def test_a_server_between_two_processes_has_no_client(tmp_path):
+    async def make():
+        spec = ServerSpec(
+            name="server",
+            argv=lambda port: [],
+            host="127.0.0.1",
+            model_path="",
+            api_key="",
+            key_file=tmp_path / "key",
+            log_path=tmp_path / "log",
+        )
+        return ServerProcess(spec)
+
+    manager = ServerManager()
+    manager._loop = Loop("ServerManager", "start_server again")
+    manager._process = manager._loop.run(make())
+    with pytest.raises(EngineNotReadyError, match="no process now"):
+        _ = manager.client
+    manager.stop_server()
