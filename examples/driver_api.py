@@ -9,7 +9,7 @@ import lltm_ray
 
 HI = [{"role": "user", "content": "What is a slot?"}]
 
-with lltm_ray.Cluster.start(model="tiny", engines=2, gateway={"port": 0}) as cluster:
+with lltm_ray.Cluster.start(model="tiny", engines=2, gpu_share=0.0, gateway={"port": 0}) as cluster:
     done = ray.get(cluster.engines[0].chat.remote(HI, max_tokens=16, temperature=0))
     print(f"{done.engine}: {done.usage.input_tokens} tokens in, {done.usage.output_tokens} out")
     print(f"prefill {done.timings.prompt_ms:.1f} ms, first token after {done.timings.ttft_s * 1e3:.1f} ms")

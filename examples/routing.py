@@ -9,7 +9,7 @@ import lltm_ray
 
 TURNS = ["What is a slot?", "And what is a KV cache?", "Who decides where a prompt goes?"]
 
-with lltm_ray.Cluster.start(model="tiny", engines=2, cpu_share=0.5, gateway={"port": 0}) as cluster:
+with lltm_ray.Cluster.start(model="tiny", engines=2, gpu_share=0.0, cpu_share=0.5, gateway={"port": 0}) as cluster:
     messages, seen = [], ""
     for turn in TURNS:
         messages.append({"role": "user", "content": turn})

@@ -8,7 +8,7 @@ import math
 import lltm_ray
 from lltm_ray import LlamaClient
 
-CHAT = {"model": "tiny", "engines": 1, "cpu_share": 0.5, "name": "chat", "gateway": {"port": 0}}
+CHAT = {"model": "tiny", "engines": 1, "gpu_share": 0.0, "cpu_share": 0.5, "name": "chat", "gateway": {"port": 0}}
 EMBED = CHAT | {"name": "embed", "engine": {"embeddings": True, "pooling": "mean"}}
 
 with lltm_ray.Cluster.start(**CHAT) as chat, lltm_ray.Cluster.start(**EMBED) as embed:

@@ -29,6 +29,7 @@ _WHERE = {
     "ServerManager": "lltm_ray.sdk.server",
     "StreamEvent": "lltm_ray.records",
     "build_app": "lltm_ray.serve.builder",
+    "split_gpu": "lltm_ray.sdk.split",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - the table above is the list

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from lltm_ray._settings import check as _check
@@ -11,6 +12,10 @@ from lltm_ray._settings import check_range as _check_range
 
 CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
 SPLIT_MODES = ("none", "layer", "row", "tensor")
+SPEC_TYPES = (
+    *("none", "draft-simple", "draft-eagle3", "draft-mtp", "draft-dflash", "draft-dspark"),
+    *("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache"),
+)
 POOLING = ("none", "mean", "cls", "last", "rank")
 SIMILARITY_RATIO, LLAMA_CPP_SIMILARITY_RATIO = 0.9, 0.1
 """`--slot-prompt-similarity`: ours where there is a host-memory prompt cache, and llama.cpp's default."""
@@ -92,7 +97,7 @@ class EngineConfig:
     mmproj: str | None = None
     """Multimodal projector GGUF (`--mmproj`)."""
     model_draft: str | None = None
-    """Draft model GGUF for speculative decoding (`--spec-draft-model`)."""
+    """Draft model for speculative decoding (`--spec-draft-model`): a name, path or `repo:file`, as the model."""
     draft_max: int | None = None
     """Most drafted tokens (`--spec-draft-n-max`)."""
     draft_min: int | None = None
@@ -101,6 +106,9 @@ class EngineConfig:
     """Least probability to go on drafting, 0..1 (`--spec-draft-p-min`)."""
     n_gpu_layers_draft: int | None = None
     """Draft layers on the GPU (`--spec-draft-ngl`)."""
+    spec_type: str | None = None
+    """How to draft (`--spec-type`): `ngram-simple` and its like find it in the text so far, without a second model.
+    None: `draft-simple` with `model_draft`, else not at all."""
     embeddings: bool = False
     """Serve embeddings (`--embeddings`)."""
     reranking: bool = False
@@ -157,6 +165,7 @@ class EngineConfig:
         _check_choice("cache_type_k", self.cache_type_k, CACHE_TYPES)
         _check_choice("cache_type_v", self.cache_type_v, CACHE_TYPES)
         _check_choice("pooling", self.pooling, POOLING)
+        _check_choice("spec_type", self.spec_type, SPEC_TYPES)
         _check_choice("reasoning_format", self.reasoning_format, ("none", "deepseek", "deepseek-legacy", "auto"))
         quantized_v = self.cache_type_v not in ("f32", "f16", "bf16")
         _check(
@@ -166,7 +175,12 @@ class EngineConfig:
             "a quantized V cache needs flash_attn on or auto",
         )
         self._check_adapters()
-        _check(all(part >= 0 for part in self.tensor_split), "tensor_split", self.tensor_split, "parts must be >= 0")
+        _check(
+            not self.tensor_split or (min(self.tensor_split) >= 0 and 0 < sum(self.tensor_split) < inf),
+            "tensor_split",
+            self.tensor_split,
+            "parts must be finite and >= 0, and not all 0",
+        )
 
     def _check_adapters(self) -> None:
         names = [adapter.label for adapter in self.lora]

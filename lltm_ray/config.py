@@ -97,13 +97,17 @@ class GatewayConfig:
     an event. Off: it is generated again from its start, compared, and passed on from where it broke."""
     ledger: bool = True
     """Keep an account of every request's tokens, for `lltm-ray explain` and for drift against the engines' counters."""
+    sessions_mib: int = 8192
+    """Disk for saved sessions, of all tenants together, on the gateways' node; the caches of those used longest ago go
+    first. 0 keeps none."""
     ledger_requests: int = 100_000
     """Requests the account keeps; the oldest go first."""
     trace: str | None = None
     """File into which requests are recorded for `lltm-ray replay`, without their text; `-<gateway>` is added to its
     stem."""
     max_attempts: int = 3
-    """Engines tried for one request, those that go on with its broken stream included."""
+    """Tries of one request, also those that go on with its broken stream; an engine out of reach counts if no other is
+    left."""
     connect_timeout_s: float = 2.0
     """Per attempt, to reach an engine's socket."""
     drain_timeout_s: float = 30.0
@@ -118,6 +122,7 @@ class GatewayConfig:
             queue_limit=(0, 10**7),
             queue_timeout_s=(0, 10**6),
             processes=(1, 64),
+            sessions_mib=(0, 2**31),
             ledger_requests=(1, 10**8),
             request_timeout_s=(0.001, 10**7),
             max_attempts=(1, 100),
@@ -205,7 +210,7 @@ class FleetConfig:
     name: str = "default"
     """Fleets of different names live side by side on one Ray cluster."""
     model: str = "tiny"
-    """`tiny`, a catalogue name, a path, or `repo:file[@revision]`."""
+    """`tiny`, `random`, a catalogue name, a path, or `repo:file[@revision]`."""
     served_name: str | None = None
     """What clients write into `model`. None: the catalogue name, or the file's stem."""
     engines: int = 1
@@ -345,7 +350,8 @@ def _absolute(name: str, value: str, folder: Path) -> str:
     if name == "llama_server":
         is_path = value != "embedded"
     else:
-        is_path = name != "model" or path.is_file() or (value.endswith(".gguf") and ":" not in value)
+        is_file = path.is_file() or (value.endswith(".gguf") and ":" not in value)
+        is_path = is_file or name not in {"model", "model_draft"}
     return str(path) if is_path else value
 
 
@@ -357,6 +363,8 @@ class Environment:
     ray_address: str | None
     cache_dir: Path
     hf_offline: bool
+    llama_cpp_dir: Path | None = None
+    """A build or release of llama.cpp, for its other programs."""
 
     def run_dir(self, fleet: str, run_id: str) -> Path:
         """Keys and tables of one run of a fleet, removed when it stops."""
@@ -364,7 +372,7 @@ class Environment:
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
-    """`LLAMA_SERVER_PATH`, `RAY_ADDRESS`, `LLTM_RAY_CACHE` (else XDG's cache folder), `HF_HUB_OFFLINE`."""
+    """`LLAMA_SERVER_PATH`, `LLAMA_CPP_DIR`, `RAY_ADDRESS`, `LLTM_RAY_CACHE` (else XDG's folder), `HF_HUB_OFFLINE`."""
     env = os.environ if environ is None else environ
     base = env.get("XDG_CACHE_HOME") or str(Path(env.get("HOME", "~")).expanduser() / ".cache")
     return Environment(
@@ -372,4 +380,5 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
         ray_address=env.get("RAY_ADDRESS") or None,
         cache_dir=Path(env.get("LLTM_RAY_CACHE") or Path(base) / "lltm_ray"),
         hf_offline=env.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+        llama_cpp_dir=Path(env["LLAMA_CPP_DIR"]).expanduser() if env.get("LLAMA_CPP_DIR") else None,
     )

@@ -3,7 +3,7 @@
 ```python
 with lltm_ray.Cluster.start(model="tiny", engines=2) as cluster:
     done = ray.get(cluster.engines[0].chat.remote([{"role": "user", "content": "hi"}], max_tokens=16))
-    answer = cluster.chat([{"role": "user", "content": "hi"}], max_tokens=16)
+    answer = cluster.chat("hi", max_tokens=16)
 ```
 
 Calls go to engines by the same router as the gateway's, which names no slot here; it and the directory's watcher live
@@ -15,14 +15,16 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import ray
 
 from lltm_ray._loop import Loop
+from lltm_ray._turns import as_messages
 from lltm_ray.actors import names
+from lltm_ray.actors.adapters import AdapterInfo, FleetAdapters
 from lltm_ray.actors.calls import Messages
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, OnProgress, find_fleet, start_fleet
@@ -30,6 +32,7 @@ from lltm_ray.actors.observe import FleetAnalytics, FleetTelemetry, WatchedCalls
 from lltm_ray.actors.precheck import check_here
 from lltm_ray.actors.remote import take_auth_mode
 from lltm_ray.actors.runstate import RunState
+from lltm_ray.actors.sessions import Sessions, sessions_of
 from lltm_ray.config import FleetConfig, build, read_environment
 from lltm_ray.errors import ConfigError, LltmRayError
 from lltm_ray.records import Completion, Embeddings, FleetStatus, RerankHit, StreamEvent
@@ -50,6 +53,7 @@ class Cluster:
         self._owns_ray = owns_ray
         self._loop = Loop("Cluster", "start or connect another one")
         self._calls = WatchedCalls(fleet)
+        self._sessions: Sessions | None = None
         self._loop.run(self._calls.open())
 
     @classmethod
@@ -147,6 +151,19 @@ class Cluster:
         """What the fleet did and does: summaries, requests, timelines, metrics, rows."""
         return FleetTelemetry(self._fleet)
 
+    @property
+    def sessions(self) -> Sessions:
+        """Conversations that are kept under a name, with their KV caches; where keys are asked for, the first key's.
+
+        Raises:
+            FleetError: the fleet has no gateway, which keeps them.
+            ConfigError: its key file cannot be read on this machine.
+        """
+        if self._sessions is None:
+            gateway = self._fleet.config.gateway
+            self._sessions = sessions_of(self.endpoint, gateway.api_key_file if gateway else None)
+        return self._sessions
+
     def report(self, window_s: float | None = None, *, until_unix_s: float | None = None) -> Report:
         """What an operator should know of the last `window_s` seconds: findings, the worst first, and all analyses.
 
@@ -177,17 +194,68 @@ class Cluster:
         """
         return FleetAnalytics(self._fleet).compare(before, after)
 
-    # calls ------------------------------------------------------------------------------------------------------
+    # adapters ---------------------------------------------------------------------------------------------------
 
-    def chat(self, messages: Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
-        """One chat answer from the engine that the router chooses; `params` as in /v1/chat/completions.
+    def adapters(self) -> list[AdapterInfo]:
+        """LoRA adapters of every served model, with their scales on each engine."""
+        return FleetAdapters(self._fleet).listing()
+
+    def set_adapter_scale(self, name: str, scale: float) -> list[AdapterInfo]:
+        """Change what requests that choose no adapter get of one, on all engines of its model.
+
+        Args:
+            name: `adapter`, or `served:adapter` where several models have one of that name.
+            scale: its strength; 0: off.
 
         Raises:
+            ModelNotFoundError, ConfigError: no such adapter, or several.
+            FleetError: some engine did not take it; those that had taken it were set back.
+        """
+        FleetAdapters(self._fleet).set_scale(name, scale)
+        return self.adapters()
+
+    def load_adapter(
+        self, path: str | os.PathLike[str], *, name: str | None = None, scale: float = 1.0, model: str | None = None
+    ) -> list[AdapterInfo]:
+        """Give a model's engines one more adapter: they are restarted one after the other, and no request is lost.
+
+        Args:
+            path: a GGUF adapter, at this path on every engine's node.
+            name: what requests call it; None: the file's stem.
+            scale: its strength; 0: only for requests that choose it.
+            model: the served model; None: the only one.
+
+        Raises:
+            ConfigError, ModelError: not an adapter for this model; nothing was changed.
+            FleetError: an engine did not start with it; all have what they had before.
+        """
+        FleetAdapters(self._fleet).load(os.fspath(path), name, scale, model)
+        return self.adapters()
+
+    def unload_adapter(self, name: str) -> list[AdapterInfo]:
+        """Take an adapter away, as `load_adapter` brings one; requests that choose it by name are refused then."""
+        FleetAdapters(self._fleet).unload(name)
+        return self.adapters()
+
+    # calls ------------------------------------------------------------------------------------------------------
+
+    def chat(self, messages: str | Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
+        """One chat answer from the engine that the router chooses; `params` as in /v1/chat/completions.
+
+        Args:
+            messages: in OpenAI's form; or a text, which is one message of the user.
+            timeout_s: until the whole answer is there.
+            params: parameters of the request.
+
+        Raises:
+            ConfigError: these are no messages.
             UpstreamError: llama-server refused the request.
             DeadlineError: no answer within `timeout_s`; the request was cancelled and its slot freed.
             EngineNotReadyError, EngineExitedError: no engine could answer.
         """
-        answer: Completion = self._loop.run(self._calls.call("chat", messages, timeout_s=timeout_s, **params))
+        answer: Completion = self._loop.run(
+            self._calls.call("chat", as_messages(messages), timeout_s=timeout_s, **params)
+        )
         return answer
 
     def complete(self, prompt: str | list[int], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Completion:
@@ -198,16 +266,24 @@ class Cluster:
     def batch(
         self, prompts: Sequence[str | list[int] | Messages], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
     ) -> list[Completion]:
-        """Answers in input order, computed at once on all slots of all engines; message lists are chatted.
+        """Answers in input order, computed at once on all slots of all engines.
+
+        Message lists are chatted; texts and token ids are completed as they are, without the chat template.
 
         Raises:
+            ConfigError: not a list of prompts, or one of them is none.
             LltmRayError: the first error, after the other requests were cancelled.
         """
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+            kind = type(prompts).__name__
+            raise ConfigError("prompts", prompts, f"is of type {kind}: give a list of prompts, [prompt] for one")
         return self._loop.run(self._calls.batch(prompts, timeout_s=timeout_s, **params))
 
-    def stream(self, messages: Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any) -> Generator[StreamEvent]:
-        """A chat answer event by event; leaving the loop early frees the slot."""
-        events = self._calls.stream(messages, timeout_s=timeout_s, **params)
+    def stream(
+        self, messages: str | Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
+    ) -> Generator[StreamEvent]:
+        """As `chat`, event by event; leaving the loop early frees the slot."""
+        events = self._calls.stream(as_messages(messages), timeout_s=timeout_s, **params)
         try:
             while (event := self._loop.run(_next(events))) is not None:
                 yield event
@@ -227,9 +303,9 @@ class Cluster:
         hits: tuple[RerankHit, ...] = self._loop.run(call)
         return hits
 
-    def count_tokens(self, messages: Messages, *, model: str = "", timeout_s: float = CALL_TIMEOUT_S) -> int:
-        """Tokens of chat messages as the model's template writes them; takes no slot."""
-        call = self._calls.ask_any("count_tokens", messages, model=model, timeout_s=timeout_s)
+    def count_tokens(self, messages: str | Messages, *, model: str = "", timeout_s: float = CALL_TIMEOUT_S) -> int:
+        """Tokens of chat messages, as `chat` takes them, as the model's template writes them; takes no slot."""
+        call = self._calls.ask_any("count_tokens", as_messages(messages), model=model, timeout_s=timeout_s)
         count: int = self._loop.run(call)
         return count
 
@@ -246,6 +322,8 @@ class Cluster:
     def _disconnect(self, last: Callable[[], None]) -> None:
         if self._loop.is_closed:
             return
+        if self._sessions is not None:
+            self._sessions.close()
         self._loop.run(self._calls.close())
         self._loop.stop()
         try:
@@ -277,6 +355,7 @@ def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool
     address = address or read_environment().ray_address or ("auto" if existing_only else "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a fleet of ours does not report to anyone by itself
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15, servers get what all else on the machine leaves
     options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
         _knock(address)
@@ -284,6 +363,11 @@ def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool
     except OSError as error:
         raise _no_ray(address, error) from error
     return True
+
+
+def leave_ray() -> None:
+    """Undo a `join_ray` that connected."""
+    ray.shutdown()
 
 
 def _knock(address: str) -> None:

@@ -4,6 +4,7 @@
 
     LltmRayError                 500
     ├── ConfigError              400   a setting or request field is wrong
+    │   └── SessionNotFoundError 404   no conversation is kept under this name
     ├── AuthenticationError      401   no key, or not one of ours
     ├── MissingExtraError        501   an optional package is not installed
     ├── ModelError               500
@@ -21,6 +22,17 @@
     ├── DeadlineError            504   the request's own deadline passed
     ├── UpstreamError            as sent by llama-server, passed on unchanged
     ├── PlacementError           507   the cluster has no room for a share
+    ├── CacheFullError           507   a paged KV cache has no free block
+    ├── NativeError              500   CUDA, cuBLAS or a tensor operation failed
+    │   ├── DeviceError          400   no such device, or operands on different ones
+    │   ├── DeviceMemoryError    507   no room for a tensor
+    │   ├── ShapeError           400   shapes or strides that do not fit
+    │   └── DTypeError           400   a type or value that the operation does not take
+    ├── ToolError                500   a program of llama.cpp failed; carries its last lines
+    ├── DiskFullError            507   no room for a file
+    ├── CancelledError           499   stopped on request before it was done
+    ├── ExtractionError          502   a model's answer could not be read as entities and relations
+    ├── CollectiveError          503   a rank of a group is dead, late, or not in the same call
     └── FleetError               409   no such fleet, or one of that name runs already
 
 All of them pickle with their fields, so they cross actor borders whole.
@@ -74,6 +86,16 @@ class ConfigError(LltmRayError):
         super().__init__(f"{field}={shown}: {why}", field=field, value=value, why=why)
 
 
+class SessionNotFoundError(ConfigError):
+    """No conversation is kept under this name, for who asks."""
+
+    http_status = 404
+    code = "not_found_error"
+
+    def __init__(self, name: str) -> None:
+        super().__init__("name", name, "no such session; `lltm-ray sessions list` shows them")
+
+
 class AuthenticationError(LltmRayError):
     """The request carries no key, or one that is not ours."""
 
@@ -101,6 +123,7 @@ class ModelNotFoundError(ModelError):
 
     http_status = 404
     code = "model_not_found"
+    why: str
 
     def __init__(self, model: str, why: str) -> None:
         super().__init__(f"model {model!r} not found: {why}", model=model, why=why)
@@ -170,7 +193,8 @@ class EngineExitedError(EngineError):
     exit_code: int | None
 
     def __init__(self, engine: str, exit_code: int | None = None) -> None:
-        super().__init__(f"engine {engine} ended (exit code {exit_code})", engine=engine, exit_code=exit_code)
+        told = "" if exit_code is None else f" (exit code {exit_code})"
+        super().__init__(f"engine {engine} ended{told}", engine=engine, exit_code=exit_code)
 
 
 class EngineNotReadyError(EngineError):
@@ -250,8 +274,91 @@ class PlacementError(LltmRayError):
         )
 
 
+class CacheFullError(LltmRayError):
+    """A paged KV cache has not the blocks that were asked for; `free_blocks` says what it has."""
+
+    http_status = 507
+    code = "cache_full"
+
+
+class CollectiveError(LltmRayError):
+    """A call of a group of ranks did not come to its end; `missing` names the ranks that are dead or did not come."""
+
+    http_status = 503
+    code = "collective_error"
+    operation: str
+    missing: tuple[int, ...]
+
+    def __init__(self, why: str, operation: str = "", missing: tuple[int, ...] = ()) -> None:
+        ranks = ", ".join(map(str, missing))
+        message = f"{why}; missing: rank{'s' if len(missing) > 1 else ''} {ranks}" if missing else why
+        super().__init__(message, operation=operation, missing=missing)
+
+
 class FleetError(LltmRayError):
     """The named fleet is missing, or runs already."""
 
     http_status = 409
     code = "fleet_error"
+
+
+class ToolError(LltmRayError):
+    """A program of llama.cpp did not do its work; the message has its own words."""
+
+    code = "tool_error"
+
+
+class DiskFullError(LltmRayError):
+    """The disk has no room for a file that is to be written."""
+
+    http_status = 507
+    code = "disk_full"
+
+
+class CancelledError(LltmRayError):
+    """Stopped on request before it was done."""
+
+    http_status = 499
+    code = "cancelled"
+
+
+class ExtractionError(LltmRayError):
+    """A model's answer could not be read; says at which character of which text."""
+
+    http_status = 502
+    code = "extraction_failed"
+
+    def __init__(self, text: int, start: int, why: str) -> None:
+        super().__init__(f"text {text}, from character {start}: {why}", text=text, start=start, why=why)
+
+
+class NativeError(LltmRayError):
+    """A device, a library below it, or an operation on tensors failed; the message has CUDA's own words."""
+
+
+class DeviceError(NativeError):
+    """No such device, or operands that are not on the same one."""
+
+    http_status = 400
+    code = "invalid_request_error"
+
+
+class DeviceMemoryError(NativeError):
+    """A device, or the host, has no room for a tensor."""
+
+    http_status = 507
+    code = "device_memory_error"
+
+
+class ShapeError(NativeError):
+    """Shapes, strides or axes that do not fit the operation."""
+
+    http_status = 400
+    code = "invalid_request_error"
+
+
+class DTypeError(NativeError):
+    """An element type, or a value of it, that the operation does not take."""
+
+    http_status = 400
+    code = "invalid_request_error"

@@ -184,7 +184,15 @@ class Adapter:
 
     name: str
     scale: float = 1.0
-    """What requests that choose no adapter get of it."""
+    """With which its server was started: what requests get that choose it; 0 is 1 for them."""
+    now: float | None = None
+    """What requests that choose no adapter get of it, where that was changed since."""
+    path: str = field(default="", compare=False, repr=False)
+
+    @property
+    def own(self) -> float:
+        """What requests that choose no adapter get of it."""
+        return self.scale if self.now is None else self.now
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,12 +15,13 @@ import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import shake_128
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from lltm_ray._prefix import HASH_BYTES, hash_prefixes
+from lltm_ray._prefix import HASH_BYTES, SIZE_BITS, hash_blocks, hash_prefixes
 from lltm_ray.telemetry.batch import KINDS, SCHEMAS, pack
 from lltm_ray.telemetry.rows import AttemptRow, GpuRow, QueueRow, RequestRow, ServerRow, SpanRow
 
@@ -38,7 +39,6 @@ CACHED_CONVERSATIONS = 32
 """An engine keeps so many, the last used."""
 BYTES_A_TOKEN = 4
 _SALT = b"of a simulated fleet"
-_FILLER = b"the quick brown fox jumps over the lazy dog and then it sleeps; " * 1200
 _KINDS = ("requests", "attempts", "spans", "servers", "gpus", "queues")
 
 
@@ -94,6 +94,8 @@ class Plan:
     """Factor of the rate."""
     spread_prefix: bool = False
     """Engines forget shared system prompts: each request that begins with one, and is no later turn, computes it."""
+    stamped: bool = False
+    """Each conversation and single request has a stamp of its own before the shared system prompt."""
 
     long_talks: str = ""
     """Engine that has all conversations that are 16,000 tokens long already, and no others: no fault. At most at 8
@@ -271,9 +273,23 @@ class _Engine:
 
 FAMILY_TOKENS = [*(256 + 192 * (i % 5) for i in range(63)), 0]
 """Tokens of each shared system prompt; the last is none."""
-_FAMILY_TEXT = [
-    (f"system prompt {i}: ".encode() + _FILLER)[: BYTES_A_TOKEN * tokens] for i, tokens in enumerate(FAMILY_TOKENS)
-]
+_LONG_TEXT = shake_128(b"long").digest(BYTES_A_TOKEN * 4 * LONG_TOKENS)
+STAMP_TOKENS = 12
+
+
+def _text(mark: str, tokens: int) -> bytes:
+    """So many tokens that begin with a mark, and share nothing with those of any other mark."""
+    return (mark.encode() + shake_128(mark.encode()).digest(BYTES_A_TOKEN * tokens))[: BYTES_A_TOKEN * tokens]
+
+
+_FAMILY_TEXT = [_text(f"system prompt {i}: ", tokens) for i, tokens in enumerate(FAMILY_TOKENS)]
+
+
+def family_blocks(family: int) -> set[int]:
+    """A shared system prompt's blocks as rows of requests with different stamps tell them."""
+    prompts = [_text(mark, STAMP_TOKENS) + _FAMILY_TEXT[family] + _text(mark, 99) for mark in ("one", "other")]
+    one, other = (set(np.frombuffer(hash_blocks(each, _SALT), ">i8").tolist()) for each in prompts)
+    return one & other
 
 
 def family_hashes(family: int) -> list[str]:
@@ -349,9 +365,12 @@ class _Fleet:
         family = min(int(self._random.expovariate(0.5)), self._plan.families - 1)
         name = f"c-{self._random.getrandbits(48):012x}" if is_named else ""
         talk = _Talk(name, tenant, family, turns, _FAMILY_TEXT[family], FAMILY_TOKENS[family])
+        if self._plan.stamped:
+            stamp = _text(f"{now:015.6f} {tenant}: ", STAMP_TOKENS)
+            talk.prompt, talk.tokens = stamp + talk.prompt, STAMP_TOKENS + talk.tokens
         if self._plan.long_talks and self._random.random() < 1 / self._plan.engines:
             talk.home, tokens = self._plan.long_talks, int(LONG_TOKENS * self._random.lognormvariate(0, 0.2))
-            talk.prompt, talk.tokens = _FILLER[: BYTES_A_TOKEN * tokens], tokens
+            talk.prompt, talk.tokens = _LONG_TEXT[: BYTES_A_TOKEN * tokens], tokens
             self._at(now, self._by_name[talk.home].remember, talk)
         self._at(now, self._arrive, talk)
 
@@ -364,8 +383,7 @@ class _Fleet:
         user = tokens if is_attack else int(min(max(dice.lognormvariate(4.0, 0.7), 8), 1500))
         generate = dice.randint(4, 12) if is_attack else int(min(max(dice.lognormvariate(3.5, 0.6), 4), 400))
         number = len(self.rows["requests"]) + len(self._waiting)
-        mark = f"{dice.getrandbits(64):016x} says: ".encode()
-        talk.prompt += (mark + _FILLER)[: BYTES_A_TOKEN * user]
+        talk.prompt += _text(f"{dice.getrandbits(64):016x} says: ", user)
         talk.tokens += user
         pace = dice.lognormvariate(0, self._plan.noise)
         gone = dice.randint(1, generate) if dice.random() < self._plan.gone_share else 0
@@ -413,14 +431,14 @@ class _Fleet:
     def _cost(self, engine: _Engine, ask: _Ask) -> tuple[float, float]:
         if not engine.is_up:
             return -1.0, 0.0  # nobody has told the gateway yet
-        computed = ask.tokens - engine.cached(ask, no_families=self._plan.spread_prefix)
+        computed = ask.tokens - engine.cached(ask, no_families=self._plan.spread_prefix or self._plan.stamped)
         is_home = ask.talk in engine.cache
         return (0.0 if is_home else computed * PREFILL_S + LOAD_S * engine.busy), self._random.random()
 
     def _send(self, now: float, ask: _Ask, engine: _Engine) -> None:
         slot = engine.free.pop(self._random.randrange(len(engine.free)))
         prompt = ask.tokens + ask.delivered
-        cached = engine.cached(ask, no_families=self._plan.spread_prefix)
+        cached = engine.cached(ask, no_families=self._plan.spread_prefix or self._plan.stamped)
         sent = now + ASK_S
         todo = max((ask.gone_at or ask.generate) - ask.delivered, 1)
         job = _Job(ask, engine, slot, sent, cached, prompt - cached, todo)
@@ -561,7 +579,7 @@ class _Fleet:
 
     def _finish(self, now: float, ask: _Ask, status: int, error_type: str, error: str) -> None:
         talk, zero = ask.talk, ask.arrived
-        talk.prompt += (f"{ask.span_id} answers: ".encode() + _FILLER)[: BYTES_A_TOKEN * ask.delivered]
+        talk.prompt += _text(f"{ask.span_id} answers: ", ask.delivered)
         talk.tokens += ask.delivered
         if talk.turns > 0:
             self._at(now + 0.3 + self._random.expovariate(1 / self._plan.think_s), self._arrive, talk)
@@ -596,6 +614,7 @@ class _Fleet:
                 content="",
                 prompt_bytes=len(ask.prompt),
                 prefix=hash_prefixes(ask.prompt, _SALT),
+                blocks=hash_blocks(ask.prompt, _SALT),
             )
         )
         self.rows["attempts"] += ask.attempts
@@ -779,6 +798,7 @@ def many_spans(spans: int, seed: int = 0) -> dict[str, pa.Table]:
         "policy": "residency",
         "prompt_bytes": BYTES_A_TOKEN * (cached + computed),
         "prefix": _many_prefixes(family, talk),
+        "blocks": _many_blocks(family, talk),
     }
     attempts = common | {
         "request_span_id": span,
@@ -874,9 +894,22 @@ def _mixed(numbers: Any) -> Any:
 
 def _many_prefixes(family: Any, talk: Any) -> pa.Array:
     """Three beginnings are the family's, the others the conversation's."""
+    return _eights(_many_hashes(family, talk))
+
+
+def _many_blocks(family: Any, talk: Any) -> pa.Array:
+    """As the beginnings, of 400 bytes each."""
+    return _eights(_many_hashes(family, talk) >> np.uint64(SIZE_BITS) << np.uint64(SIZE_BITS) | np.uint64(400))
+
+
+def _many_hashes(family: Any, talk: Any) -> Any:
     seeds = [_mixed(family) + np.uint64(d) if d < 3 else _mixed(talk + 1000) + np.uint64(d) for d in range(_DEPTHS)]
-    hashes = np.stack([_mixed(each) for each in seeds], axis=1).astype(">u8")
-    return _fixed(hashes.view(np.uint8).reshape(len(talk), -1), pa.large_binary()).cast(pa.binary())
+    return np.stack([_mixed(each) for each in seeds], axis=1)
+
+
+def _eights(numbers: Any) -> pa.Array:
+    """Rows of numbers as 8 bytes each."""
+    return _fixed(numbers.astype(">u8").view(np.uint8).reshape(len(numbers), -1), pa.large_binary()).cast(pa.binary())
 
 
 def _hex(dice: np.random.Generator, n: int, digits: int) -> pa.Array:

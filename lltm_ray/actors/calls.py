@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import ray
 
+from lltm_ray.actors import names
 from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
-from lltm_ray.actors.fleet import Fleet, get_engine
+from lltm_ray.actors.fleet import Fleet, get_engine, newest
+from lltm_ray.actors.remote import find
 from lltm_ray.actors.watch import keep_going, watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
 from lltm_ray.records import Completion, FleetStatus, StreamEvent, Timings
@@ -20,9 +23,12 @@ from lltm_ray.routing.adapters import choose
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.prompt import prompt_key, reply_key
 from lltm_ray.routing.router import Lease, Router, Served
+from lltm_ray.routing.tries import Tries
+
+log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""Engines tried for one call, as in the gateway."""
+"""Tries of one call, as in the gateway."""
 Messages = list[dict[str, Any]]
 _PATHS = {"chat": "/v1/chat/completions", "complete": "/completion"}
 
@@ -33,6 +39,8 @@ class Calls:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._router = Router(2**31, CALL_TIMEOUT_S, wake=fleet.directory.wake.remote)
+        self._places: dict[str, str] = {}
+        self._renewals: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Learn the fleet's table and keep it true from here on."""
@@ -54,6 +62,12 @@ class Calls:
     def _learn(self, status: FleetStatus) -> None:
         self._router.update(status.engines, status.models)
         self._router.hint(status.hints, status.salt)
+        before, self._places = self._places, {engine.name: engine.node_id for engine in status.engines}
+        for name, node_id in self._places.items():
+            if before.get(name, node_id) != node_id:
+                task = asyncio.get_running_loop().create_task(self._renew(name))
+                self._renewals.add(task)
+                task.add_done_callback(self._renewals.discard)
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
         """One method of the chosen engine's actor."""
@@ -67,8 +81,15 @@ class Calls:
         """One method of any ready engine's actor, for what takes no slot."""
         try:
             async with asyncio.timeout(timeout_s):
-                engine = self._router.pick(model or None)
-                return await _awaited(getattr(self._handle(engine.name), method).remote(*args))
+                tries = Tries(self._router, MAX_ATTEMPTS)
+                while True:
+                    engine = self._router.pick(model or None, exclude=tries.avoid)
+                    try:
+                        return await _awaited(getattr(self._handle(engine.name), method).remote(*args), engine.name)
+                    except EngineError:
+                        tries.fail(engine)
+                        if tries.is_over:
+                            raise
         except TimeoutError:
             raise DeadlineError(f"{method} on fleet {self._fleet.config.name!r}", timeout_s) from None
 
@@ -85,15 +106,15 @@ class Calls:
         """Tried elsewhere as long as no event was delivered."""
         deadline = asyncio.get_running_loop().time() + timeout_s
         ask = self._ask("chat", messages, timeout_s=timeout_s, **params)
-        tried: set[str] = set()
+        tries = Tries(self._router, MAX_ATTEMPTS, ask=ask)
         while True:
-            lease = await self._router.acquire(ask, exclude=tried)
+            lease = await self._router.acquire(ask, exclude=tries.avoid)
             delivered, served, text, source = False, None, [], None
             try:
                 handle = self._handle(lease.engine.name)
                 params |= _adapters(lease)
                 source = handle.stream.options(num_returns="streaming").remote(messages, timeout_s=timeout_s, **params)
-                while (event := await _next_event(source, deadline, timeout_s)) is not None:
+                while (event := await _next_event(source, deadline, timeout_s, lease.engine.name)) is not None:
                     delivered = True
                     self._router.began(lease)
                     text.append(event.text)
@@ -102,7 +123,7 @@ class Calls:
                     yield event
                 return
             except LltmRayError as error:
-                if delivered or not self._may_retry(error, lease, tried):
+                if delivered or not self._may_retry(error, lease, tries):
                     raise
             finally:
                 if source is not None:
@@ -111,18 +132,20 @@ class Calls:
 
     async def _call(self, method: str, *args: Any, **params: Any) -> Any:
         ask = self._ask(method, *args, **params)
-        tried: set[str] = set()
+        tries = Tries(self._router, MAX_ATTEMPTS, ask=ask)
         while True:
-            lease, served = await self._router.acquire(ask, exclude=tried), None
+            lease, served = await self._router.acquire(ask, exclude=tries.avoid), None
             try:
                 if method in _PATHS:
                     params |= _adapters(lease)
-                answer = await _awaited(getattr(self._handle(lease.engine.name), method).remote(*args, **params))
+                name = lease.engine.name
+                answer = await _awaited(getattr(self._handle(name), method).remote(*args, **params), name)
+                lease.row.recover()
                 if isinstance(answer, Completion):
                     served = _served(method, answer.timings, answer.text)
                 return answer
             except LltmRayError as error:
-                if not self._may_retry(error, lease, tried):
+                if not self._may_retry(error, lease, tries):
                     raise
             finally:
                 self._router.release(lease, served)
@@ -145,13 +168,12 @@ class Calls:
             can_pin=False,
         )
 
-    def _may_retry(self, error: LltmRayError, lease: Lease, tried: set[str]) -> bool:
+    def _may_retry(self, error: LltmRayError, lease: Lease, tries: Tries) -> bool:
         """An engine that is gone or going has given nothing: another one may."""
-        if not isinstance(error, EngineError) or len(tried) + 1 >= MAX_ATTEMPTS:
+        if not isinstance(error, EngineError):
             return False
-        tried.add(lease.engine.name)
-        self._router.suspect(lease.engine)
-        return True
+        tries.fail(lease.engine, is_broken=isinstance(error, EngineExitedError))
+        return not tries.is_over
 
     def _handle(self, name: str) -> Any:
         if name not in self._fleet.engines:
@@ -160,6 +182,12 @@ class Calls:
             except ValueError as error:  # it was stopped since the table was made
                 raise EngineExitedError(name) from error
         return self._fleet.engines[name]
+
+    async def _renew(self, name: str) -> None:
+        """An engine is on another node: by Ray, as the same actor, or made anew under its name."""
+        found = await asyncio.to_thread(find, names.engine(self._fleet.config.name, name))
+        if found is not None:
+            self._fleet.engines[name] = newest(self._fleet.engines.get(name), found)
 
 
 def _adapters(lease: Lease) -> dict[str, Any]:
@@ -184,26 +212,28 @@ class _first_error:  # noqa: N801 - used as a statement
 
 
 def _method_for(prompt: Any) -> str:
-    return "chat" if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict) else "complete"
+    is_messages = isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping)
+    return "chat" if is_messages else "complete"
 
 
-async def _awaited(call: Any) -> Any:
+async def _awaited(call: Any, engine: str) -> Any:
     """A Ray result with our own errors as raised; cancelling the wait cancels the call."""
     try:
         return await call
     except ray.exceptions.RayTaskError as error:
         raise cause_of(error) from None
     except ray.exceptions.RayActorError as error:
-        raise EngineExitedError(str(error).splitlines()[0]) from None
+        log.info("%s does not answer: %s", engine, error)
+        raise EngineExitedError(engine) from None
     except asyncio.CancelledError:
         ray.cancel(call)
         raise
 
 
-async def _next_event(source: Any, deadline: float, timeout_s: float) -> StreamEvent | None:
+async def _next_event(source: Any, deadline: float, timeout_s: float, engine: str) -> StreamEvent | None:
     try:
         async with asyncio.timeout_at(deadline):
-            event: StreamEvent = await _awaited(await anext(source))
+            event: StreamEvent = await _awaited(await anext(source), engine)
             return event
     except StopAsyncIteration:
         return None

@@ -19,6 +19,8 @@ import ray
 from lltm_ray._shelf import SavedSlot
 from lltm_ray.actors import names
 from lltm_ray.actors.crew import Crew, cause_of, end_engine, engine_names, find_engines
+from lltm_ray.actors.directory_table import is_silent
+from lltm_ray.actors.mender import LostShares
 from lltm_ray.actors.placement import (
     Reservation,
     demand_of,
@@ -32,7 +34,7 @@ from lltm_ray.actors.placement import (
 )
 from lltm_ray.actors.remote import find, is_revived
 from lltm_ray.actors.shelf import Book
-from lltm_ray.actors.watch import get_directory, keep_going
+from lltm_ray.actors.watch import PROPAGATE_S, get_directory, keep_going
 from lltm_ray.config import FleetConfig, ModelConfig
 from lltm_ray.errors import LltmRayError, PlacementError
 from lltm_ray.gpu.shares import NodeCapacity
@@ -56,8 +58,6 @@ RETRY_S = 0.5
 ROOM_LOOK_S = 0.5
 VIEW_LAG_S = 1.5
 """How long Ray's count of what is free may trail a share that was given back."""
-PROPAGATE_S = 0.3
-"""From the directory's word to the last router that has heard it; requests sent meanwhile are waited for."""
 WOKEN_FOR_S = 60.0
 """How long a wake counts when nobody repeats it."""
 LAST_WORDS_S = 30.0
@@ -102,6 +102,7 @@ class Controller:
         self._released_at_s = float("-inf")
         self._status = FleetStatus(name=self._fleet)
         self._done: deque[str] = deque(maxlen=64)
+        self._lost = LostShares()
         self._is_swept = False
 
     def snapshot(self) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class Controller:
     def _sweep(self) -> None:
         """What an earlier life of this controller left: shares with nobody on them, engines not yet told to start."""
         manned = engine_names(self._fleet)
-        for name, _group in list(reserved(self._fleet)):
+        for name, _share in list(reserved(self._fleet)):
             if name not in manned:
                 release(self._fleet, name)
         if is_revived():
@@ -145,6 +146,7 @@ class Controller:
                 self._places.setdefault(engine.model, set()).add(engine.node_id)
             if engine.state in MOVING and engine.name not in self._moves:
                 self._begin_stop(engine, "its stop was interrupted")
+        await self._bury_lost(status)
         now_s, engines = time.monotonic(), self._engines(status)
         stuck = frozenset(name for name, move in self._moves.items() if move.stuck)
         nodes = await asyncio.to_thread(read_nodes) if stuck else ()
@@ -166,6 +168,16 @@ class Controller:
         await self.book.trim()
         if status.shelf != self.book.shelf:  # or the directory was restarted
             await self.tell_shelf()
+
+    async def _bury_lost(self, status: FleetStatus) -> None:
+        """End engines that were lost with their node and that Ray cannot place: others can be made instead."""
+        is_any = any(is_silent(engine) for engine in status.engines)
+        held = await asyncio.to_thread(lambda: dict(reserved(self._fleet))) if is_any else {}
+        models = {engine.name: engine.model for engine in status.engines}
+        for name in self._lost.overdue(held, time.monotonic()):
+            if name in models and name not in self._moves:
+                log.warning("%s of fleet %s was lost with its node", name, self._fleet)
+                self._run(Move(engine=name, model=models[name], is_start=False), self._end(name))
 
     def _engines(self, status: FleetStatus) -> dict[str, EngineInfo]:
         """The directory's table with what is under way. That a start failed, and why, is its own task's to say."""
@@ -260,8 +272,7 @@ class Controller:
             if any(not each.is_start for each in self._moves.values()):  # room is being made
                 deadline = time.monotonic() + limit_s
             if time.monotonic() > max(deadline, self._released_at_s + limit_s):
-                need = f"{share.plan.gpus:g} GPU and {share.plan.cpus:g} CPU"
-                raise PlacementError(need, f"smaller, and stayed so for room_timeout_s={limit_s:g} s")
+                raise PlacementError(share.plan.need, f"smaller, and stayed so for room_timeout_s={limit_s:g} s")
             move.stuck = True
             await self._tell()
         move.stuck = False

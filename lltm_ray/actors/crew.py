@@ -29,8 +29,16 @@ class Crew:
     """As in `EngineSpec`."""
     exposed: bool = False
 
-    def make(self, model: ModelConfig, share: Reservation, *, engines_on_node: int, detached: bool) -> Any:
-        """The actor of one more engine on its share; it starts its server when `ensure_ready` is called."""
+    def make(
+        self,
+        model: ModelConfig,
+        share: Reservation,
+        *,
+        engines_on_node: int,
+        detached: bool,
+        starts_itself: bool = False,
+    ) -> Any:
+        """The actor of one more engine on its share; its server starts when `ensure_ready` is called, or by itself."""
         spec = EngineSpec(
             name=share.plan.engine,
             fleet=self.config.for_model(model),
@@ -39,6 +47,7 @@ class Crew:
             engines_on_node=engines_on_node,
             gateway_node_id=self.gateway_node_id,
             exposed=self.exposed,
+            starts_itself=starts_itself,
         )
         calls = {"max_concurrency": spec.fleet.engine.n_parallel + MAX_WAITING + 1000}
         own = {"name": names.engine(self.config.name, spec.name)} | options(detached=detached)

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from lltm_ray._turns import Messages
+from lltm_ray.actors.engine_adapters import AdapterCalls, EngineAdapters
 from lltm_ray.actors.engine_trace import Carrier, EngineTrace
-from lltm_ray.actors.launch import EngineSpec, Launch, adapters_of, plan_launch, slot_seal
+from lltm_ray.actors.launch import EngineSpec, Launch, plan_launch, slot_seal
 from lltm_ray.actors.orphan import end_this_actor, until_orphaned
 from lltm_ray.actors.remote import is_revived, node_ip
-from lltm_ray.actors.watch import HEARTBEAT_S, get_directory, keep_going, watch_fleet
+from lltm_ray.actors.watch import HEARTBEAT_S, PROPAGATE_S, get_directory, keep_going, watch_fleet
 from lltm_ray.errors import (
     DeadlineError,
     EngineExitedError,
@@ -44,7 +46,6 @@ RETRY_START_S = 5.0
 CALL_TIMEOUT_S = 3600.0
 MAX_WAITING = 1000
 """Calls that may wait for a slot of one engine."""
-Message = dict[str, Any]
 
 
 class Engine:
@@ -59,7 +60,9 @@ class Engine:
         self._slots, self._slots_total, self._calls = asyncio.Semaphore(1), 1, 0
         self._starting: asyncio.Task[None] | None = None
         self.trace = EngineTrace(self, None)
-        self._closed = False
+        self.adapters = EngineAdapters(self)
+        self._closed = self._is_restarting = False
+        self._restarting = asyncio.Lock()
         self._info = EngineInfo(
             name=spec.name,
             model=spec.fleet.served_name or spec.fleet.model,
@@ -132,17 +135,40 @@ class Engine:
     async def stop(self, drain_s: float) -> None:
         """Finish running requests for up to `drain_s`, then end the server for good."""
         self._closed = True
-        if self._server is not None:
-            await self._server.stop(drain_s=drain_s)
-            self._server.spec.key_file.unlink(missing_ok=True)
+        await self._end_server(drain_s)
+        self.update(state=EngineState.STOPPED)
+
+    async def restart(self, drain_s: float) -> EngineInfo:
+        """Another server, with the adapters that the fleet wants now; routers send nothing from the first moment on.
+
+        Running requests have `drain_s` to finish. Of several restarts each waits for the one before.
+        """
+        async with self._restarting:
+            if self._closed:
+                raise EngineNotReadyError(self.spec.name, "stopped for good")
+            self._is_restarting = True
+            try:
+                self.update(state=EngineState.STARTING, detail="restarts with other adapters")
+                await asyncio.sleep(PROPAGATE_S)
+                await self._end_server(drain_s)
+            finally:
+                self._is_restarting = False
+            return await self.ensure_ready()
+
+    async def _end_server(self, drain_s: float) -> None:
+        server = self._server
+        if server is not None:
+            await server.stop(drain_s=drain_s)
+            server.spec.key_file.unlink(missing_ok=True)
+            self._server = None
         if self._slots_folder is not None:
             await asyncio.to_thread(self._slots_folder.remove)
-        self._update(state=EngineState.STOPPED)
 
     async def _start(self) -> None:
         began_unix_nano = time.time_ns()
         try:
             if self._server is None:
+                self.spec = await self.adapters.dress(self.spec)
                 host = "127.0.0.1" if self.spec.is_local(self._info.node_id) else self._info.node_ip
                 progress = self._download_progress()
                 self._server = self._adopt(
@@ -153,22 +179,22 @@ class Engine:
             await self._server.ensure_ready()
             self.trace.loaded(began_unix_nano)
         except LltmRayError as error:
-            self._update(state=EngineState.STOPPED if self._closed else EngineState.FAILED, detail=error.message)
+            self.update(state=EngineState.STOPPED if self._closed else EngineState.FAILED, detail=error.message)
             self.trace.loaded(began_unix_nano, error.message)
             raise
         except Exception as error:  # the actor's border: a full disk, a folder that cannot be written, ...
             log.exception("%s: cannot be started", self.spec.name)
-            self._update(state=EngineState.FAILED, detail=repr(error))
+            self.update(state=EngineState.FAILED, detail=repr(error))
             raise EngineStartError(repr(error)) from error
 
     def _adopt(self, launch: Launch) -> ServerProcess:
         embeds = self.spec.fleet.engine.embeddings
         kinds = [name for name, on in (("embeddings", embeds), ("rerank", self.spec.fleet.engine.reranking)) if on]
-        self._fitted = launch.detail
+        self._fitted, self.adapters.model_path = launch.detail, launch.model.path
         self._slots_folder = launch.slots
         self._slots_total = launch.plan.n_parallel
         self._slots = asyncio.Semaphore(self._slots_total)
-        self._update(
+        self.update(
             model=launch.served_name,
             api_key=launch.server.api_key,
             slots_total=launch.plan.n_parallel,
@@ -181,14 +207,17 @@ class Engine:
             cache_ram_tokens=launch.cache_ram_tokens,
             slot_similarity_ratio=launch.slot_similarity_ratio,
             kv_unified=self.spec.fleet.engine.kv_unified,
-            adapters=adapters_of(self.spec.fleet.engine),
+            adapters=self.adapters.worn,
         )
         return ServerProcess(launch.server, self._on_change)
 
     def _on_change(self, now: ServerSnapshot) -> None:
-        self._update(state=now.state, url=now.url, server_pid=now.pid, detail=now.detail or self._fitted)
+        state = EngineState.STARTING if self._is_restarting else now.state
+        self.update(state=state, url=now.url, server_pid=now.pid, detail=now.detail or self._fitted)
+        self.adapters.server_is(state)
 
-    def _update(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
+        """Say something new of it to whoever follows."""
         self._info = self._info.with_(**changes)
         self._tell(self._info)
 
@@ -202,12 +231,12 @@ class Engine:
                 last = time.monotonic()
                 share = f"{done / total:.0%} of " if total else ""
                 shown = f"downloading {name}: {share}{(total or done) / 2**20:,.0f} MiB"
-                loop.call_soon_threadsafe(lambda: self._update(detail=shown))
+                loop.call_soon_threadsafe(lambda: self.update(detail=shown))
 
         return report
 
 
-class EngineActor:
+class EngineActor(AdapterCalls):
     """Handle methods: `chat, complete, stream, embed, rerank, tokenize, detokenize, slots, health, info, stop`."""
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -217,7 +246,7 @@ class EngineActor:
         sender = _make_sender(spec)
         self._trace = self._engine.trace = EngineTrace(self._engine, sender)
         loop = asyncio.get_running_loop()
-        works = [self._live(revived=is_revived()), self._end_with_fleet()]
+        works = [self._live(revived=is_revived() or spec.starts_itself), self._end_with_fleet()]
         if sender is not None:
             works += [keep_going("send telemetry", sender.run), keep_going("learn the fleet's salt", self._learn_salt)]
         self._tasks = [loop.create_task(work) for work in works]
@@ -228,7 +257,7 @@ class EngineActor:
 
     async def chat(
         self,
-        messages: list[Message],
+        messages: str | Messages,
         *,
         timeout_s: float = CALL_TIMEOUT_S,
         carrier: Carrier | None = None,
@@ -256,7 +285,7 @@ class EngineActor:
 
     async def stream(
         self,
-        messages: list[Message],
+        messages: str | Messages,
         *,
         timeout_s: float = CALL_TIMEOUT_S,
         carrier: Carrier | None = None,
@@ -302,7 +331,7 @@ class EngineActor:
         """Token ids of a text."""
         return await self._engine.client.tokenize(text, **params)
 
-    async def count_tokens(self, messages: list[Message]) -> int:
+    async def count_tokens(self, messages: str | Messages) -> int:
         """Tokens of chat messages as the model's template writes them."""
         prompt = await self._engine.client.apply_template(messages)
         return len(await self._engine.client.tokenize(prompt, add_special=True, parse_special=True))

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lltm_ray._prefix import hash_prefixes
+from lltm_ray._prefix import BlockSampler, hash_prefixes
 from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.records import Adapter, Completion, Embeddings, StreamEvent, Timings, Usage
@@ -75,6 +75,7 @@ class EngineTrace:
     def __init__(self, engine: Engine, sender: Sender | None) -> None:
         self._engine = engine
         self._sender = sender
+        self._blocks = BlockSampler()
         self.salt = b""
         """The fleet's, with which beginnings of prompts are hashed; until it is known they are not told."""
 
@@ -154,9 +155,11 @@ class EngineTrace:
 
     def _rows(self, told: _Told, seen: Seen, parent: TraceContext) -> tuple[RequestRow, AttemptRow]:
         key = _key(told.route, told.params, self._engine.info.adapters)
-        prefix = hash_prefixes(key, self.salt) if self.salt else b""
+        prefix, blocks = b"", b""
+        if self.salt:
+            prefix, blocks = hash_prefixes(key, self.salt), self._blocks.of(key, self.salt)
         request = told.request(self._engine.info.model, seen, parent)
-        return request._replace(prompt_bytes=len(key), prefix=prefix), told.attempt(self._engine, seen)
+        return request._replace(prompt_bytes=len(key), prefix=prefix, blocks=blocks), told.attempt(self._engine, seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +276,7 @@ def _headers(parent: TraceContext) -> Carrier:
 
 def _key(route: str, params: Mapping[str, Any], adapters: Sequence[Adapter]) -> bytes:
     """The prompt as a gateway's router compares it. A `lora` that says what the engine does anyway is no choice."""
-    own = [{"id": id_, "scale": each.scale} for id_, each in enumerate(adapters)]
+    own = [{"id": id_, "scale": each.own} for id_, each in enumerate(adapters)]
     chosen = _choice(params.get("lora"), adapters)
     if chosen is None or chosen != _choice(own, adapters):
         return prompt_key(route, params, chosen)

@@ -18,7 +18,7 @@ from lltm_ray._prefix import SALT_BYTES
 from lltm_ray.actors import names
 from lltm_ray.actors.analytics import find_analytics, make_analytics, wait_for_analytics
 from lltm_ray.actors.controller import ControllerActor, ControllerSpec
-from lltm_ray.actors.crew import Crew, cause_of, end_engine, end_leftovers, find_engines
+from lltm_ray.actors.crew import Crew, cause_of, end_engine, end_leftovers, engine_names, find_engines
 from lltm_ray.actors.directory import Directory
 from lltm_ray.actors.gateway import GatewayActor, port_of
 from lltm_ray.actors.placement import (
@@ -84,6 +84,7 @@ class Fleet:
         if self.controller is not None:  # first of all: it would start new ones
             _settle([self.controller.close.remote()], 0.0)
             ray.kill(self.controller)
+        _settle([self.directory.end_repairs.remote()], 0.0)
         self.refresh()
         try:
             self._drain()
@@ -91,15 +92,14 @@ class Fleet:
             for handle in (*self.gateways.values(), self.directory, self.telemetry, self.analytics):
                 if handle is not None:
                     ray.kill(handle)
-            for name in self.engines:
+            for name in {*self.engines, *engine_names(self.config.name)}:
                 end_engine(self.config.name, name)
             release(self.config.name)
 
     def refresh(self) -> None:
-        """See engines that were started or stopped since."""
-        if self.config.is_elastic:
-            found = find_engines(self.config.name)  # an actor ends with its first handle: keep those we have
-            self.engines = {name: self.engines.get(name, handle) for name, handle in found.items()}
+        """See engines that were started, replaced or stopped since."""
+        found = find_engines(self.config.name)
+        self.engines = {name: newest(self.engines.get(name), handle) for name, handle in found.items()}
 
     def _drain(self) -> None:
         drain_s = self.config.drain_timeout_s
@@ -139,11 +139,13 @@ def start_fleet(
     """
     config = replace(config, telemetry=settle_content(config.telemetry, os.environ))
     models, plans = _plan(config)
-    fleet = _claim_name(config, plans, detached=detached)
+    here = ray.get_runtime_context().get_node_id() if config.gateway else None
+    crew = Crew(config=config, run_id=secrets.token_hex(4), gateway_node_id=here, exposed=expose)
+    fleet = _claim_name(crew, models, detached=detached)
     try:
         end_leftovers(config.name)
         shares = reserve(config, plans, detached=detached)
-        _populate(fleet, models, shares, detached=detached, expose=expose)
+        _populate(fleet, crew, models, shares, detached=detached)
         _wait_ready(fleet, on_progress)
     except BaseException:
         fleet.stop()
@@ -151,17 +153,16 @@ def start_fleet(
     return fleet
 
 
-def _claim_name(config: FleetConfig, plans: tuple[SharePlan, ...], *, detached: bool) -> Fleet:
+def _claim_name(crew: Crew, models: tuple[ModelConfig, ...], *, detached: bool) -> Fleet:
     """The directory comes first: its name is the lock that keeps two starts of one fleet apart."""
-    run_id = secrets.token_hex(4)
-    own = options(detached=detached) | {"name": names.directory(config.name)} | near()
+    name = crew.config.name
+    own = options(detached=detached) | {"name": names.directory(name)} | near()
     try:
-        engines = tuple(plan.engine for plan in plans)
-        directory = actor(Directory).options(**own).remote(config, run_id, engines, secrets.token_bytes(SALT_BYTES))
+        directory = actor(Directory).options(**own).remote(crew, models, secrets.token_bytes(SALT_BYTES))
     except ValueError:
-        why = f"fleet {config.name!r} runs already: stop it (lltm-ray down), or choose another --name"
+        why = f"fleet {name!r} runs already: stop it (lltm-ray down), or choose another --name"
         raise FleetError(why) from None
-    return Fleet(config=config, run_id=run_id, directory=directory)
+    return Fleet(config=crew.config, run_id=crew.run_id, directory=directory)
 
 
 def _plan(config: FleetConfig) -> tuple[tuple[ModelConfig, ...], tuple[SharePlan, ...]]:
@@ -187,8 +188,8 @@ def find_fleet(name: str) -> Fleet:
     directory = find_directory(name)
     if directory is None:
         raise FleetError(f"no fleet {name!r} runs on this Ray cluster: start it (lltm-ray up --name {name})")
-    config, run_id, engine_names = ray.get(directory.describe.remote(), timeout=ANSWER_TIMEOUT_S)
-    found = find_engines(name) if config.is_elastic else {each: find(names.engine(name, each)) for each in engine_names}
+    config, run_id, planned = ray.get(directory.describe.remote(), timeout=ANSWER_TIMEOUT_S)
+    found = find_engines(name) if config.is_elastic else {each: find(names.engine(name, each)) for each in planned}
     engines = {engine: handle for engine, handle in found.items() if handle is not None}
     processes = config.gateway.processes if config.gateway else 0
     gateways = {each: find(names.gateway(name, each)) for each in names.gateways(processes)}
@@ -209,30 +210,29 @@ def find_directory(name: str) -> Any | None:
     return find(names.directory(name))
 
 
+def newest(known: Any | None, found: Any) -> Any:
+    """The handle to use of two of one name: an actor ends with its first handle, so keep that while it is the same."""
+    return known if known is not None and known._actor_id == found._actor_id else found
+
+
 def get_engine(fleet: str, name: str) -> Any:
     """Handle of one engine, by name."""
     return get_named(names.engine(fleet, name))
 
 
 def _populate(
-    fleet: Fleet,
-    models: tuple[ModelConfig, ...],
-    shares: tuple[Reservation, ...],
-    *,
-    detached: bool,
-    expose: bool,
+    fleet: Fleet, crew: Crew, models: tuple[ModelConfig, ...], shares: tuple[Reservation, ...], *, detached: bool
 ) -> None:
-    config, here = fleet.config, ray.get_runtime_context().get_node_id()
+    config = fleet.config
     crowd = Counter(share.plan.node_id for share in shares)
     fleet.telemetry = make_telemetry(config, detached=detached)
-    crew = Crew(config=config, run_id=fleet.run_id, gateway_node_id=here if config.gateway else None, exposed=expose)
     for share, model in zip(shares, name_engines(models).values(), strict=True):
         beside = engines_beside(models, len(read_nodes()), crowd[share.plan.node_id]) if config.is_elastic else 0
         fleet.engines[share.plan.engine] = crew.make(
             model, share, engines_on_node=beside or crowd[share.plan.node_id], detached=detached
         )
-    if config.gateway is not None:
-        fleet.gateways = _make_gateways(config, config.gateway, here, detached=detached)
+    if config.gateway is not None and crew.gateway_node_id is not None:
+        fleet.gateways = _make_gateways(config, config.gateway, crew.gateway_node_id, detached=detached)
     if config.is_elastic:
         own = options(detached=detached) | {"name": names.controller(config.name)} | near()
         fleet.controller = actor(ControllerActor).options(**own).remote(ControllerSpec(crew=crew, models=models))

@@ -27,6 +27,7 @@ from lltm_ray.config import GatewayConfig, TelemetryConfig, read_environment
 from lltm_ray.gateway.app import GatewayApp
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.moves import MoveReport
+from lltm_ray.gateway.session_store import SessionStore
 from lltm_ray.gateway.trace import Tracing
 from lltm_ray.records import FleetStatus, GatewayInfo, ServerCounters
 from lltm_ray.routing.ledger import Drift, Ledger
@@ -57,6 +58,8 @@ class OtherGateways:
     def __init__(self, fleet: str, name: str) -> None:
         self._fleet, self._name = fleet, name
         self.names: tuple[str, ...] = ()
+        self.adapters: dict[str, tuple[str, ...]] = {}
+        """Names of each engine's, by id; an engine that was restarted meanwhile may number them otherwise."""
 
     async def move_caches(self, engine: str, deadline_s: float) -> list[MoveReport]:
         """The same drain at each of them; one that does not answer keeps what it knows of."""
@@ -68,8 +71,12 @@ class OtherGateways:
         await self._ask("open_engine", engine)
 
     async def rescale(self, engine: str, scales: dict[int, float]) -> None:
-        """The same at each of them."""
+        """The same at each of them; and the engine, which tells whoever else sends it requests."""
+        named = {name: scales.get(id_, 0.0) for id_, name in enumerate(self.adapters.get(engine, ()))}
         await self._ask("rescale", engine, scales)
+        handle = await asyncio.to_thread(find, names.engine(self._fleet, engine))
+        if handle is not None:
+            handle.note_scales.remote(named)
 
     async def _ask(self, method: str, *args: Any) -> list[Any]:
         others = [names.gateway(self._fleet, name) for name in self.names if name != self._name]
@@ -111,13 +118,15 @@ class Front:
         self._wakes: dict[str, asyncio.Task[None]] = {}
         self._others = OtherGateways(fleet, name)
         self._tracing = _tracing(self._sender, telemetry)
+        node_id = ray.get_runtime_context().get_node_id()
         self.app = GatewayApp(
             router=self._router,
             config=config,
             keys=ApiKeys.from_file(config.api_key_file) if config.api_key_file else ApiKeys(),
             status=lambda: self._status,
             ledger=self._ledger,
-            files=RayFiles(ray.get_runtime_context().get_node_id()),
+            files=RayFiles(node_id),
+            sessions=_open_sessions(config, fleet, node_id),
             account=self.account,
             peers=self._others,
             tracing=self._tracing,
@@ -168,6 +177,7 @@ class Front:
             if self._tracing is not None and status.salt:
                 self._tracing.salt = status.salt
             self._others.names = tuple(each.name for each in status.gateways)
+            self._others.adapters = {each.name: tuple(own.name for own in each.adapters) for each in status.engines}
             self._router.update(status.engines, status.models, self._share(status))
             self._router.hint(status.hints, status.salt)
             self._clerk.hear(status)
@@ -301,6 +311,11 @@ def _tracing(sender: Sender | None, config: TelemetryConfig | None) -> Tracing |
     settled = settle_content(config, os.environ)  # a fleet's start has done so; a front alone asks here
     capture = make_capture(config.redact) if settled and settled.capture_content else None
     return Tracing(sender.outbox.add, capture, later=sender.outbox.later)
+
+
+def _open_sessions(config: GatewayConfig, fleet: str, node_id: str) -> SessionStore | None:
+    folder = read_environment().cache_dir / "sessions" / fleet
+    return SessionStore(folder, config.sessions_mib * 2**20, node_id) if config.sessions_mib else None
 
 
 def _open_trace(config: GatewayConfig, name: str) -> TraceRecorder | None:

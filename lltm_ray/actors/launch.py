@@ -10,11 +10,19 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
-from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO, EngineConfig, Environment, FleetConfig, read_environment
-from lltm_ray.errors import PlacementError
+from lltm_ray.config import (
+    LLAMA_CPP_SIMILARITY_RATIO,
+    EngineConfig,
+    Environment,
+    FleetConfig,
+    LoraAdapter,
+    read_environment,
+)
+from lltm_ray.errors import ModelNotFoundError, PlacementError
 from lltm_ray.gpu.host import available_ram_bytes, usable_cores
 from lltm_ray.gpu.nvml import read_inventory, visible
 from lltm_ray.gpu.shares import memory_budget
@@ -25,7 +33,7 @@ from lltm_ray.llamacpp.slot_folder import OwnedFolder, SlotFolder, own_folder, s
 from lltm_ray.models.gguf import read_model, shard_paths
 from lltm_ray.models.memory import MemoryPlan, plan_fit
 from lltm_ray.models.resolve import ResolvedModel, resolve
-from lltm_ray.records import Adapter, GpuInfo
+from lltm_ray.records import Adapter, GpuInfo, ModelInfo, ModelState
 
 Progress = Callable[[str, int, int], None]
 
@@ -49,6 +57,8 @@ class EngineSpec:
     """Node of the only gateway; None for a fleet without one, or with gateways that are not ours."""
     exposed: bool = False
     """Gateways may be on any node (Ray Serve)."""
+    starts_itself: bool = False
+    """Nobody waits for it: it tries until it stands, as after a restart by Ray."""
 
     def is_local(self, node_id: str) -> bool:
         """Whether nobody on another node needs the server of an engine on this one: then it binds loopback."""
@@ -88,8 +98,8 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
         PlacementError: a GPU share was given but no GPU is visible here.
     """
     environment = read_environment()
-    fleet = spec.fleet
-    model = resolve(fleet.model, cache_dir=environment.cache_dir, offline=environment.hf_offline, progress=progress)
+    find = partial(resolve, cache_dir=environment.cache_dir, offline=environment.hf_offline, progress=progress)
+    spec, model = _with_draft(spec, find), find(spec.fleet.model)
     gpus = _own_gpus(spec.share)
     engine = _by_slot_rule(spec, _as_neighbour(spec))
     plan = plan_fit(
@@ -98,12 +108,12 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
         config=replace(engine, tensor_split=_devices_used(engine, len(gpus))),
         on_gpu=bool(gpus),
     )
-    served_name = fleet.served_name or model.name
+    served_name = spec.fleet.served_name or model.name
     slots = _own_slots(spec, environment)
     engine = replace(engine, slot_save_path=str(slots.path)) if slots else engine
     try:
-        spec = replace(spec, fleet=replace(fleet, engine=engine))
-        server = _server(spec, environment, model.path, plan, served_name, host)
+        own = replace(spec, fleet=replace(spec.fleet, engine=engine))
+        server = _server(own, environment, model.path, plan, served_name, host)
     except BaseException:
         if slots:
             slots.remove()
@@ -119,6 +129,23 @@ def plan_launch(spec: EngineSpec, *, host: str, progress: Progress | None = None
         slots=slots,
         slot_folder=engine.slot_save_path or "",
     )
+
+
+def _with_draft(spec: EngineSpec, find: Callable[[str], ResolvedModel]) -> EngineSpec:
+    """The same engine, its draft model named by the file.
+
+    Raises:
+        ModelNotFoundError: no such draft; it names the setting, for there are two models.
+    """
+    engine = spec.fleet.engine
+    if engine.model_draft is None:
+        return spec
+    try:
+        path = find(engine.model_draft).path
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(engine.model_draft, f"engine.model_draft: {error.why}") from error
+    engine = replace(engine, model_draft=str(path))
+    return replace(spec, fleet=replace(spec.fleet, engine=engine))
 
 
 def slot_seal(engine: EngineConfig, model: Path, executable: str) -> str:
@@ -147,7 +174,32 @@ def _cache_ram_tokens(cache_ram_mib: int, plan: MemoryPlan) -> int:
 
 def adapters_of(engine: EngineConfig) -> tuple[Adapter, ...]:
     """What requests may choose from, in the order in which llama-server numbers them."""
-    return tuple(Adapter(name=each.label, scale=each.scale) for each in engine.lora)
+    return tuple(Adapter(name=each.label, scale=each.scale, path=each.path) for each in engine.lora)
+
+
+def with_adapters(spec: EngineSpec, adapters: tuple[Adapter, ...]) -> EngineSpec:
+    """An engine's part with these adapters instead of its settings'.
+
+    Raises:
+        ConfigError: its other settings do not go with adapters.
+    """
+    lora = tuple(LoraAdapter(path=each.path, scale=each.scale, name=each.name) for each in adapters)
+    return replace(spec, fleet=replace(spec.fleet, engine=replace(spec.fleet.engine, lora=lora)))
+
+
+def models_of(config: FleetConfig) -> tuple[ModelInfo, ...]:
+    """What the table lists of each model before anything is known of its engines."""
+    return tuple(
+        ModelInfo(
+            name=model.name,
+            state=ModelState.COLD,
+            min_engines=model.min_engines or 0,
+            max_engines=model.max_engines or model.engines,
+            is_elastic=config.is_elastic,
+            adapters=adapters_of(model.engine or config.engine),
+        )
+        for model in config.served()
+    )
 
 
 def _server(

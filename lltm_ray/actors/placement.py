@@ -127,8 +127,7 @@ def reserve(fleet: FleetConfig, plans: Sequence[SharePlan], *, detached: bool) -
     reservations = tuple(reserve_one(fleet.name, plan, detached=detached) for plan in plans)
     late = [item for item in reservations if not item.group.wait(RESERVE_TIMEOUT_S)]
     if late:
-        need = f"{late[0].plan.gpus:g} GPU and {late[0].plan.cpus:g} CPU"
-        raise PlacementError(need, f"taken by others in the last {RESERVE_TIMEOUT_S:.0f} s")
+        raise PlacementError(late[0].plan.need, f"taken by others in the last {RESERVE_TIMEOUT_S:.0f} s")
     return reservations
 
 
@@ -147,18 +146,31 @@ def reserve_one(fleet: str, plan: SharePlan, *, detached: bool) -> Reservation:
 
 def release(fleet: str, engine: str | None = None) -> None:
     """Give back every share that the fleet still holds, or that of one engine, whoever reserved it."""
-    for name, group in reserved(fleet):
+    for name, share in reserved(fleet):
         if engine in (None, name):
             log.info("giving back the share of %s", name)
-            remove_placement_group(group)
+            remove_placement_group(share.group)
 
 
-def reserved(fleet: str) -> Iterator[tuple[str, PlacementGroup]]:
-    """Engines that hold a share, or wait for one, and their groups."""
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A share that Ray holds for an engine, or is asked for."""
+
+    group: PlacementGroup
+    node_id: str
+    """Empty until it is there."""
+    is_lost: bool
+    """Its node is gone, and Ray looks for room elsewhere."""
+
+
+def reserved(fleet: str) -> Iterator[tuple[str, Held]]:
+    """Engines that hold a share, or wait for one, and their shares."""
     prefix = names.engine(fleet, "")
     for group_id, group in placement_group_table().items():
         if group["name"].startswith(prefix) and group["state"] != "REMOVED":
-            yield group["name"].removeprefix(prefix), PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+            node_id = group["bundles_to_node_id"].get(0, "") if group["state"] == "CREATED" else ""
+            held = PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group_id)))
+            yield group["name"].removeprefix(prefix), Held(held, node_id, group["state"] == "RESCHEDULING")
 
 
 def _split(gpus: float) -> tuple[float, ...]:

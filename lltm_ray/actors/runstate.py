@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from lltm_ray.config import read_environment
 
@@ -64,6 +64,15 @@ class RunState:
             state.forget()
             return None
         return state
+
+
+def write_private(path: Path, value: Any) -> None:
+    """JSON, whole and for its owner alone: a new file, then a rename."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = path.with_suffix(".new")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+        json.dump(value, stream)
+    fresh.replace(path)
 
 
 def started_at(pid: int) -> str:

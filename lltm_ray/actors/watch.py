@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
 """Engines and gateways speak this often."""
+PROPAGATE_S = 0.3
+"""From the directory's word to the last router that has heard it; requests sent meanwhile are waited for."""
 RETRY_FIRST_S, RETRY_MAX_S = 0.1, 5.0
 WELL_AFTER_S = 60.0
 """Work that went on for so long is not what failed a moment ago."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lltm_ray._prefix import END_BYTES
+from lltm_ray._prefix import END_BYTES, SIZE_BITS
 from lltm_ray.analytics import phases
 from lltm_ray.analytics.columns import NONE, Floats, Ints, encode, find, floats, ints, seconds, span_ids
 from lltm_ray.analytics.frames import Engine
@@ -34,7 +34,7 @@ COLUMNS: Mapping[str, Mapping[str, pa.DataType]] = {
         **dict.fromkeys(("conversation", "error_type", "policy"), _TEXT),
         **dict.fromkeys(("arrived_unix_nano", "status", "delivered_tokens", "prompt_bytes"), _INT),
         **dict.fromkeys(("ttft_s", "total_s"), _FLOAT),
-        "prefix": pa.binary(),
+        **dict.fromkeys(("prefix", "blocks"), pa.binary()),
     },
     "attempts": {
         **dict.fromkeys(("request_span_id", "span_id", "engine", "outcome"), _TEXT),
@@ -140,6 +140,7 @@ class _Ingest:
             attempts=frame({name: column for name, column in attempts.items() if name != "span"}),
             spans=frame(spans),
             prefixes=frame(self._prefixes()),
+            blocks=frame(self._blocks()),
             engines=frame(self._engines),
             **{kind: frame(columns) for kind, columns in self._samples().items()},
         )
@@ -287,16 +288,25 @@ class _Ingest:
         }
 
     def _prefixes(self) -> dict[str, Any]:
-        """Hashes are 8 bytes each, one after the other."""
-        column = pc.fill_null(self._of("requests", "prefix"), b"")
+        r, depth, hashes = self._hashes("prefix")
+        ends: Ints = np.asarray(END_BYTES, np.int64)
+        return {"r": r, "depth": depth, "hash": hashes, "end_bytes": ends[depth]}
+
+    def _blocks(self) -> dict[str, Any]:
+        r, place, block = self._hashes("blocks")
+        size = block & (2**SIZE_BITS - 1)
+        before = np.cumsum(size) - size
+        start = before - before[np.arange(len(r)) - place]
+        return {"r": r, "place": place, "block": block, "start": start, "size": size}
+
+    def _hashes(self, name: str) -> tuple[Ints, Ints, Ints]:
+        """A request's stand one after the other, 8 bytes each: r, place within the request, value."""
+        column = pc.fill_null(self._of("requests", name), b"")
         count = ints(pc.binary_length(column)) // _HASH.itemsize
         joined = b"".join(column.to_pylist()) if len(column) else b""
         r = np.repeat(np.arange(len(count)), count)
         first = np.repeat(np.cumsum(count) - count, count)
-        depth = np.arange(len(r)) - first
-        ends: Ints = np.asarray(END_BYTES, np.int64)
-        hashes = np.frombuffer(joined, _HASH).astype(np.int64)
-        return {"r": r, "depth": depth, "hash": hashes, "end_bytes": ends[depth]}
+        return r, np.arange(len(r)) - first, np.frombuffer(joined, _HASH).astype(np.int64)
 
     def _samples(self) -> dict[str, dict[str, Any]]:
         of = self._of

@@ -153,8 +153,8 @@ def reuse(trace: Trace, trie: Trie) -> Frame:
         move; wasted_s: the time that took; is_forgotten: 0 or 1, whether its own engine had had them.
     """
     xp, of, chain = trace.engine.xp, columns_of(trace), turns(trace)
-    start, done = _prefill(trace, of)
-    ready = _least(trace, trie.node, done[trie.r], len(trie.hash))
+    start, done = prefill_times(trace, of)
+    ready = least_of(trace, trie.node, done[trie.r], len(trie.hash))
     is_ready = ready[trie.node] < start[trie.r]
     blocks = xp.bincount(trie.r[is_ready], minlength=len(start))  # longer beginnings are ready later
     node = xp.full(len(start), -1)
@@ -193,7 +193,7 @@ def families(trace: Trace, trie: Trie, found: Frame) -> tuple[Array, Array]:
     is_new[1:] = pairs[1:] != pairs[:-1]
     sharing = xp.bincount(pairs[is_new] // (len(labels) + 1), minlength=size)
     below = xp.flatnonzero((trie.parent >= 0) & (sharing > 1))
-    most = -_least(trace, trie.parent[below], -sharing[below], size)
+    most = -least_of(trace, trie.parent[below], -sharing[below], size)
     is_family = (sharing > 1) & (sharing > most)
     at = xp.flatnonzero(is_family[trie.node])
     r, node = trie.r[at], trie.node[at]
@@ -207,7 +207,7 @@ def families(trace: Trace, trie: Trie, found: Frame) -> tuple[Array, Array]:
     return family, above
 
 
-def _prefill(trace: Trace, of: Mapping[str, Array]) -> tuple[Array, Array]:
+def prefill_times(trace: Trace, of: Mapping[str, Array]) -> tuple[Array, Array]:
     """By request: when its first attempt's prefill began and its last one's ended; its own begin and end if unknown."""
     engine, xp, n = trace.engine, trace.engine.xp, len(trace.requests)
     r, began, ended = (engine.array(trace.attempts[name]) for name in ("r", "headers_s", "first_s"))
@@ -220,7 +220,7 @@ def _prefill(trace: Trace, of: Mapping[str, Array]) -> tuple[Array, Array]:
     return start, xp.where((count > 0) & ~xp.isnan(ended[last]), ended[last], of["ended_s"])
 
 
-def _least(trace: Trace, group: Array, values: Array, groups: int) -> Array:
+def least_of(trace: Trace, group: Array, values: Array, groups: int) -> Array:
     """The smallest value of each group; infinity for none."""
     engine = trace.engine
     found = engine.frame({"group": group, "value": values.astype("float64")})
@@ -239,7 +239,7 @@ def _was_here(trace: Trace, trie: Trie, times: tuple[Array, Array], node: Array)
     is_asked[-1] = False
     at = xp.flatnonzero(is_asked[trie.node])
     places, place = xp.unique(trie.node[at] * engines + served[trie.r[at]], return_inverse=True)
-    ready = xp.concatenate([_least(trace, place, done[trie.r[at]], len(places)), xp.full(1, xp.inf)])
+    ready = xp.concatenate([least_of(trace, place, done[trie.r[at]], len(places)), xp.full(1, xp.inf)])
     wanted = xp.searchsorted(places, node * engines + served)  # it is there itself
     return ready[xp.where(node >= 0, wanted, -1)] < start
 

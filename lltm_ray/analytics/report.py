@@ -20,7 +20,7 @@ from lltm_ray.analytics.trace import Trace
 _log = logging.getLogger(__name__)
 MODULES = (
     *("latency", "critical_path", "graph", "bottlenecks", "classes", "anomaly"),
-    *("prefix", "failures", "interference", "hardware", "queueing", "conversations"),
+    *("prefix", "shared_text", "failures", "interference", "hardware", "queueing", "conversations"),
 )
 """Modules of this package, each an analysis, in the order they run."""
 _MOST_TIMELINES = 60

@@ -1,4 +1,4 @@
-"""A window of telemetry as frames of numbers: requests, attempts, spans, prefixes, and samples beside them.
+"""A window of telemetry as frames of numbers: requests, attempts, spans, prefixes, blocks, and samples beside them.
 
 All times are float64 seconds since `Trace.start_unix_nano`, durations are seconds, counts are int64, names are int64
 codes of `Trace.names` (-1: none), and what did not happen is NaN. A row's number (`r` of a request, `a` of an attempt,
@@ -20,7 +20,7 @@ PHASES = ("request", "route", "attempt", "queue", "prefill", "decode")
 """Names of the spans that a request's rows make, in the order of their codes; others' names follow. `queue`, `prefill`
 and `decode` are below their `attempt`, which like `route` is below the `request`."""
 REQUEST, ROUTE, ATTEMPT, QUEUE, PREFILL, DECODE = range(len(PHASES))
-FRAMES = ("requests", "attempts", "spans", "prefixes", "engines", "gpus", "servers", "queues")
+FRAMES = ("requests", "attempts", "spans", "prefixes", "blocks", "engines", "gpus", "servers", "queues")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,8 @@ class Trace:
     slot."""
     prefixes: Frame
     """r; depth: from 0; hash: of the prompt's beginning up to `end_bytes`, salted; end_bytes."""
+    blocks: Frame
+    """r; place: from 0; block: equal for equal text, salted; start: in bytes of the prompt; size."""
     engines: Frame
     """engine, node, gpu, device, model, share: GPUs it asked for. One row for each GPU; gpu -1 where there is none,
     device -1 where no sample of it tells."""

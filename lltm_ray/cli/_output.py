@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from lltm_ray.errors import ConfigError, LltmRayError
+from lltm_ray.models.resolve import DEMONSTRATIONS
 
 PIPE_WIDTH = 200
 """Columns where nobody looks at a terminal: lines are for programs and files then, and paths must stay whole."""
@@ -72,6 +73,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title:
     for row in cells:
         table.add_row(*(escape(shown(value)) for value in row))
     OUT.print(table)
+
+
+def tell_if_demonstration(*models: str) -> None:
+    """Say it once, where a person sees it, of models whose answers are not to be relied on."""
+    for model in sorted(set(models) & set(DEMONSTRATIONS)):
+        ERR.print(f"{model} is {DEMONSTRATIONS[model]}", style="dim", markup=False)
 
 
 def shown(value: Any) -> str:

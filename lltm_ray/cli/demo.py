@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from lltm_ray import _optional
-from lltm_ray.cli._output import ERR, OUT, errors_end_the_command
+from lltm_ray.cli._output import ERR, OUT, errors_end_the_command, tell_if_demonstration
 from lltm_ray.cli.bench import show
 from lltm_ray.config import FleetConfig, GatewayConfig
 from lltm_ray.driver import Cluster
@@ -23,13 +23,13 @@ from lltm_ray.load.run import run_load
 from lltm_ray.records import FleetStatus
 
 LOAD_REQUESTS = 200
-CHATS = ("What is a slot?", "And a KV cache?", "Who are you?")
+TALK = ("What is lltm_ray?", "How do I start a fleet?", "How do I stop it?")
 
 
 @errors_end_the_command()
 def demo(
     engines: Annotated[int, typer.Option(help="How many llama-servers.")] = 2,
-    model: Annotated[str, typer.Option(help="tiny needs no network; its words mean nothing.")] = "tiny",
+    model: Annotated[str, typer.Option(help="tiny needs no network; any other as for `up`.")] = "tiny",
     report: Annotated[Path, typer.Option(help="Where the figures go.")] = Path("demo-report.json"),
     page: Annotated[Path, typer.Option("--html", help="Where the report goes.")] = Path("demo-report.html"),
 ) -> None:
@@ -42,9 +42,9 @@ def demo(
         start_s = time.perf_counter() - began
         status = cluster.status()
         OUT.print(f"ready in {start_s:.1f} s at {cluster.endpoint}/v1")
-        _say_if_noise(model)
+        tell_if_demonstration(model)
         client = openai.OpenAI(base_url=f"{cluster.endpoint}/v1", api_key="none", max_retries=0)
-        chats = [_chat(client, status.engines[0].model, question) for question in CHATS]
+        chats = _talk(client, status.engines[0].model)
         client.close()
         load = _load(str(cluster.endpoint), status.engines[0].model)
         seen, found = cluster.status(), cluster.report()
@@ -57,17 +57,23 @@ def demo(
     OUT.print(f"drained; no server is left. Figures: {report}, report: {page}")
 
 
-def _say_if_noise(model: str) -> None:
-    if model == "tiny":
-        OUT.print("(tiny has random weights: its words mean nothing, its tokens and times are real)")
+def _talk(client: Any, model: str) -> list[dict[str, Any]]:
+    """One conversation; every turn carries the ones before it."""
+    messages: list[dict[str, str]] = []
+    turns = []
+    for question in TALK:
+        OUT.print(f"\n> {question}")
+        messages.append({"role": "user", "content": question})
+        turns.append({"question": question} | _answer(client, model, messages))
+        messages.append({"role": "assistant", "content": turns[-1]["text"]})
+    return turns
 
 
-def _chat(client: Any, model: str, question: str) -> dict[str, Any]:
-    """One streamed answer, printed as it comes, with the figures that the demo is about."""
-    OUT.print(f"\n> {question}")
+def _answer(client: Any, model: str, messages: list[dict[str, str]]) -> dict[str, Any]:
+    """One streamed answer, printed when it is whole, with the figures that the demo is about."""
     began, first, text = time.perf_counter(), 0.0, ""
     answer = client.chat.completions.with_raw_response.create(
-        model=model, messages=[{"role": "user", "content": question}], max_tokens=48, stream=True
+        model=model, messages=messages, max_tokens=128, stream=True
     )
     events = 0
     with answer.parse() as stream:
@@ -81,7 +87,7 @@ def _chat(client: Any, model: str, question: str) -> dict[str, Any]:
     total_s, engine = time.perf_counter() - began, answer.headers.get("x-lltm-engine", "")
     ttft_ms = (first - began) * 1e3
     OUT.print(f"[dim]{events} tokens, first after {ttft_ms:.1f} ms, {events / total_s:.0f} tokens/s, by {engine}[/]")
-    return {"question": question, "text": text, "ttft_ms": ttft_ms, "total_s": total_s, "engine": engine}
+    return {"text": text, "ttft_ms": ttft_ms, "total_s": total_s, "engine": engine}
 
 
 def _load(url: str, model: str) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from rich.markup import escape
 
 from lltm_ray import _optional
 from lltm_ray.cli._output import OUT, JsonFlag, human_bytes, print_json
-from lltm_ray.config import GatewayConfig, read_environment
+from lltm_ray.config import EngineConfig, GatewayConfig, read_environment
 from lltm_ray.errors import LltmRayError, MissingExtraError
+from lltm_ray.gpu.nccl import read_nccl
 from lltm_ray.gpu.nvml import read_inventory
 from lltm_ray.llamacpp.binary import EMBEDDED, find_server, server_version
 
@@ -86,6 +87,17 @@ def _check_platform() -> Finding:
     if sys.platform == "linux":
         return Finding(state="ok", detail=detail)
     return Finding(state="warn", detail=detail, remedy="only Linux is tested; elsewhere use a Linux container")
+
+
+def _check_machine() -> Finding:
+    from lltm_ray.integrations.kaggle.machine import detect
+    from lltm_ray.integrations.kaggle.presets import choose
+
+    machine = detect(look_online=False)
+    state, remedy = ("warn", machine.gpu_reason) if machine.gpus and machine.gpu_reason else ("ok", "")
+    own, unasked = choose(machine=machine), EngineConfig().n_parallel
+    detail = f"{machine}; quick_start starts {own}; `lltm-ray up` takes {unasked} slots each unless told"
+    return Finding(state=state, detail=detail, remedy=remedy)
 
 
 def _check_ray() -> Finding:
@@ -154,6 +166,16 @@ def _check_nvml() -> Finding:
     if found.state == "ok" and reason:
         return Finding(state="off", detail=f"{found.detail} is installed, but {reason}")
     return found
+
+
+def _check_nccl() -> Finding:
+    found = read_nccl()
+    told = "".join(f", {name}={value}" for name, value in found.environment.items())
+    if found.version:
+        return Finding(state="ok", detail=f"{found.version_text} from {found.origin}{told}")
+    if found.path:
+        return Finding(state="warn", detail=found.reason + told, remedy="reinstall it; GPU collectives need it")
+    return Finding(state="off", detail=found.reason + told)
 
 
 def _check_rapids() -> Finding:
@@ -234,6 +256,7 @@ def _check_port() -> Finding:
 CHECKS: dict[str, Callable[[], Finding]] = {
     "python": _check_python,
     "platform": _check_platform,
+    "machine": _check_machine,
     "ray": _check_ray,
     "llama-server": _check_server,
     "embedded engine": _check_embedded,
@@ -241,8 +264,9 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "parent-death signal": _check_parent_death,
     "uvloop": _check_uvloop,
     "httptools": _check_httptools,
-    "extra otlp": _check_otlp,
-    "extra nvml": _check_nvml,
+    "otlp": _check_otlp,
+    "nvml": _check_nvml,
+    "nccl": _check_nccl,
     "extra rapids": _check_rapids,
     "extra torch": _check_torch,
     "extra graphistry": _check_graphistry,

@@ -16,10 +16,10 @@ from rich.live import Live
 from rich.table import Table
 
 from lltm_ray.actors.runstate import RunState
-from lltm_ray.cli._output import ERR, OUT, errors_end_the_command
-from lltm_ray.config import FleetConfig, build, read_environment
+from lltm_ray.cli._output import ERR, OUT, errors_end_the_command, tell_if_demonstration
+from lltm_ray.config import SPLIT_MODES, FleetConfig, build, read_environment
 from lltm_ray.driver import Cluster
-from lltm_ray.errors import FleetError
+from lltm_ray.errors import ConfigError, FleetError
 from lltm_ray.records import FleetStatus
 
 DETACH_TIMEOUT_S = 3600.0
@@ -29,7 +29,9 @@ _READY_ENV = "LLTM_RAY_UP_READY_FD"
 
 @errors_end_the_command()
 def up(
-    model: Annotated[str | None, typer.Option(help="tiny, a catalogue name, a path, or repo:file[@revision].")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="tiny, random, a catalogue name, a path, repo:file[@revision].")
+    ] = None,
     engines: Annotated[int | None, typer.Option(help="How many llama-servers to start with.")] = None,
     min_engines: Annotated[int | None, typer.Option(help="Never fewer llama-servers than this.")] = None,
     max_engines: Annotated[int | None, typer.Option(help="Never more; 0 to start with needs it.")] = None,
@@ -37,6 +39,11 @@ def up(
     gpu_share: Annotated[float | None, typer.Option(help="GPUs per engine: 0, a fraction, or a whole number.")] = None,
     n_parallel: Annotated[int | None, typer.Option(help="Slots per engine.")] = None,
     ctx: Annotated[int | None, typer.Option(help="Context tokens per engine, shared by its slots.")] = None,
+    split_mode: Annotated[
+        str | None, typer.Option(help=f"How an engine's GPUs share a model: {', '.join(SPLIT_MODES)}.")
+    ] = None,
+    tensor_split: Annotated[str | None, typer.Option(help="Parts of an engine's GPUs, e.g. 3,1.")] = None,
+    main_gpu: Annotated[int | None, typer.Option(help="GPU of an engine, from 0, for --split-mode none.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to bind; anything but loopback needs keys.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the endpoint; 0 takes a free one.")] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File with one API key a line.")] = None,
@@ -62,7 +69,15 @@ def up(
         "gpu_share": gpu_share,
         "llama_server": str(llama_server) if llama_server else None,
         "memory_limit_bytes": int(memory_limit_gib * 2**30) if memory_limit_gib else None,
-        "engine": {"n_parallel": n_parallel, "n_ctx": ctx, "embeddings": embeddings or None, "pooling": pooling},
+        "engine": {
+            "n_parallel": n_parallel,
+            "n_ctx": ctx,
+            "split_mode": split_mode,
+            "tensor_split": _parts(tensor_split) if tensor_split else None,
+            "main_gpu": main_gpu,
+            "embeddings": embeddings or None,
+            "pooling": pooling,
+        },
         "gateway": {"host": host, "port": port, "api_key_file": str(api_key_file) if api_key_file else None},
     }
     given = _given(settings)
@@ -86,6 +101,13 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     """Without what the user left out, so that the file or the defaults decide."""
     kept = {name: _given(value) if isinstance(value, dict) else value for name, value in settings.items()}
     return {name: value for name, value in kept.items() if value is not None and value != {}}
+
+
+def _parts(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError("tensor_split", text, "must be a number for each of an engine's GPUs, e.g. 3,1") from None
 
 
 def _up_here(fleet: FleetConfig) -> None:
@@ -128,6 +150,7 @@ def _start(fleet: FleetConfig, **options: Any) -> Cluster:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended while starting: undo what was started
     told = ", ".join(f"{model.engines} engine(s) of {model.name}" for model in fleet.served())
     ERR.print(f"starting {told} …")
+    tell_if_demonstration(*(model.model for model in fleet.served()))
     with Live(console=ERR, refresh_per_second=5, transient=True) as live:
         return Cluster.start(fleet, on_progress=lambda status: live.update(_progress(status)), **options)
 

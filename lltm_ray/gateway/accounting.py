@@ -52,6 +52,10 @@ class RequestRecord:
         return read_usage(self.ends)
 
 
+_LAST_EVENTS = (b'"stop":true', b'"type":"message_stop"', b'"type":"response.completed"')
+"""Of /completion, Anthropic's messages, and responses; in generated text their quotes are escaped."""
+
+
 class Ends:
     """The first and the last few parts of a body, bounded, at the cost of one append a part."""
 
@@ -66,6 +70,12 @@ class Ends:
         if not self._first:
             self._first = part
         self._last.append(part)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the last event says that a stream of them is over."""
+        last = self.join().rstrip().rpartition(b"\n\n")[2]
+        return last == b"data: [DONE]" or any(mark in last for mark in _LAST_EVENTS)
 
     def find(self, key: bytes) -> dict[str, Any] | None:
         """The JSON object after the last `key`."""

@@ -30,8 +30,11 @@ from lltm_ray.gateway.migrate import Migrator
 from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.protocol import EXTENSION
 from lltm_ray.gateway.relay import Relay
-from lltm_ray.gateway.replies import JSON, NOT_FOUND, ClientLink, Receive, Scope, Send, encode, send_error
+from lltm_ray.gateway.replies import NOT_FOUND, ClientLink, Receive, Scope, Send, refuse_and_linger, send_error
 from lltm_ray.gateway.request import ClientGoneError, Handler, Request, read_body, read_pin, understand
+from lltm_ray.gateway.session_routes import SessionRoutes
+from lltm_ray.gateway.session_store import SessionStore
+from lltm_ray.gateway.sessions import Sessions
 from lltm_ray.gateway.settle import cut_off, settle
 from lltm_ray.gateway.shelf import Shelf
 from lltm_ray.gateway.slot_files import LocalFiles, SlotFiles
@@ -61,8 +64,6 @@ _log = logging.getLogger(__name__)
 KEPT_RECORDS = 1024
 MAX_TARGET_BYTES = 8192
 """Longest path and query; llama-server hangs up on ones that are too long for it, and does not say so."""
-LINGER_S = 2.0
-"""How long a refused body is read and dropped, so that the refusal reaches a client that only writes."""
 _DRAINING = b'{"error":{"message":"the gateway is shutting down","type":"unavailable_error","code":503}}'
 _NO_FOLDER = (
     b'{"error":{"message":"slots are not saved or restored for clients here: to allow it, start the fleet with '
@@ -82,6 +83,7 @@ class GatewayApp:
         ledger: the account of every request's tokens; None keeps none.
         account: the ledger's state for `/lltm/status`.
         files: carries saved slots between engines' folders.
+        sessions: where named sessions are kept; None: nowhere.
         peers: the fleet's other gateways.
         tracing: takes rows of finished requests; None: no clock is read for it.
         telemetry: the fleet's figures, for the live page and `/metrics`; None: the fleet runs without.
@@ -99,6 +101,7 @@ class GatewayApp:
         clock: Callable[[], float] = time.monotonic,
         ledger: Ledger | None = None,
         files: SlotFiles | None = None,
+        sessions: SessionStore | None = None,
         account: Callable[[], dict[str, Any]] = dict,
         peers: Peers | None = None,
         tracing: Tracing | None = None,
@@ -119,14 +122,13 @@ class GatewayApp:
         self.leveller = Leveller(router, self.migrator)
         confirm, warm = self.migrator.confirm, self.shelf.warm
         self._relay = Relay(router, self._pool, config, ledger=ledger, confirm=confirm, warm=warm, clock=clock)
-        self._fleet_routes = FleetRoutes(
-            router, Fleet(router, self._pool, peers), config, self._look(status, account), telemetry
-        )
+        self.sessions = Sessions(sessions, router, self._relay, self.shelf, config) if sessions else None
+        fleet, look = Fleet(router, self._pool, peers), self._look(status, account)
+        self._fleet_routes = FleetRoutes(router, fleet, config, look, telemetry)
         self._explain_routes = ExplainRoutes(ledger)
         self._dashboard_routes = DashboardRoutes(telemetry)
         self._deadlines = Deadlines(config.request_timeout_s)
-        self._running = 0
-        self._is_draining = False
+        self._running, self._is_draining = 0, False
         self._idle = asyncio.Event()
         self._routes = self._build_routes(peers)
 
@@ -142,6 +144,7 @@ class GatewayApp:
         routes: dict[tuple[str, str], Handler] = {("POST", path): self._generate for path in GENERATING}
         routes |= {("POST", path): self._cheap for path in CHEAP}
         routes |= DrainRoutes(self.migrator, peers).build() | self._explain_routes.build()
+        routes |= SessionRoutes(self.sessions, self._config).build()
         return routes | self._dashboard_routes.build() | self._fleet_routes.build()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -268,7 +271,8 @@ class GatewayApp:
         if not isinstance(error, RequestTooLargeError):
             await send_error(request.send, error, headers)
             return
-        await _refuse_and_linger(request, error)
+        if not await refuse_and_linger(request.send, request.receive, error, headers):
+            request.record.error += " (and its sender did not stop)"
 
     def _finish(self, request: Request) -> None:
         record = request.record
@@ -304,11 +308,15 @@ class GatewayApp:
             if needs_slot:
                 patience_s = self._config.queue_timeout_s
                 request.ask = build_ask(request, self._router, tenant=request.tenant, patience_s=patience_s)
+                if self.sessions is not None:
+                    await self.sessions.offer(request)
             await self._relay.forward(request)
         except asyncio.CancelledError:
             cause = guard.absorb()
             if cause is None:
                 raise
+            if request.is_whole and cause is Cause.CLIENT_GONE:
+                return
             cut_off(request.entry, cause)
             if cause is Cause.DEADLINE:
                 raise DeadlineError("the request", self._config.request_timeout_s) from None
@@ -366,28 +374,6 @@ async def _preflight(request: Request) -> None:
     ]
     request.record.status = 200
     await request.send({"type": "http.response.start", "status": 200, "headers": headers})
-    await request.send({"type": "http.response.body", "body": b""})
-
-
-async def _refuse_and_linger(request: Request, error: LltmRayError) -> None:
-    """Send the refusal whole, then drop what the client still sends for a moment, and close."""
-    body = encode(error.as_dict())
-    headers = [
-        (b"content-type", JSON),
-        (b"content-length", str(len(body)).encode("ascii")),
-        (b"connection", b"close"),
-        *request.own_headers(),
-    ]
-    await request.send({"type": "http.response.start", "status": error.http_status, "headers": headers})
-    await request.send({"type": "http.response.body", "body": body, "more_body": True})
-    try:
-        async with asyncio.timeout(LINGER_S):
-            while True:
-                message = await request.receive()
-                if message["type"] != "http.request" or not message.get("more_body", False):
-                    break
-    except TimeoutError:
-        request.record.error += " (and its sender did not stop)"
     await request.send({"type": "http.response.body", "body": b""})
 
 

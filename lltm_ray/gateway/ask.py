@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
+from lltm_ray._sessions import SESSION_HEADER
 from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.request import Request
 from lltm_ray.routing.adapters import Lora, choose
@@ -18,7 +19,7 @@ DEADLINE_HEADER = b"x-lltm-deadline-ms"
 """Milliseconds from the request's arrival to the latest beginning of its answer."""
 PRIORITY_HEADER = b"x-lltm-priority"
 """-10..10; higher is served first, 0 is everybody's."""
-_SESSION_HEADERS = (b"x-session-id", b"x-conversation-id")
+_SESSION_HEADERS = (b"x-session-id", b"x-conversation-id", SESSION_HEADER.encode("ascii"))
 _SESSION_FIELDS = ("prompt_cache_key", "conversation", "session_id", "user")
 _LIMITS = ("max_completion_tokens", "max_tokens", "n_predict", "max_output_tokens")
 _MOST_TOKENS = 2**31

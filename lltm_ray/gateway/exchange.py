@@ -7,6 +7,7 @@ in `served`; the claim is given back as soon as the engine is done, however slow
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Exchange:
         self._warm = common.warm
         self._chat_ids = common.chat_ids
         self._events = 0
-        self._is_counted = False
+        self._is_counted = self._is_sending = self._is_closed = False
         self._text: str | None = None
         self.tap: StreamTap | None = None
         self.is_relayed = request.streamed is None and not request.is_stream
@@ -158,6 +159,8 @@ class Exchange:
     async def _send_whole(self, connection: Connection) -> None:
         body = await connection.read_all(WHOLE_BYTES)
         self._note(body, is_first=True)
+        if self._request.keep is not None and self._lease is not None and connection.status == 200:
+            await self._request.keep(self._lease)
         self.close(is_good=connection.status == 200)
         await self._request.answer(connection.status, self._head(connection.headers), body)
 
@@ -188,25 +191,36 @@ class Exchange:
         request, head = self._request, self._head(connection.headers)
         request.begin(connection.status)
         await request.send({"type": "http.response.start", "status": connection.status, "headers": head})
-        if not connection.is_drained:
-            request.entry.cell.delivered(self._position)
-            await request.send({"type": "http.response.body", "body": part, "more_body": True})
-            part = await self._pass_on(connection)
-        if self.tap is not None:
-            part += self.tap.rest()
-        self.close(is_good=connection.status == 200)
-        await request.send({"type": "http.response.body", "body": part})
+        try:
+            if not connection.is_drained:
+                request.entry.cell.delivered(self._position)
+                await self._send(part)
+                part = await self._pass_on(connection)
+            if self.tap is not None:
+                part += self.tap.rest()
+            self.close(is_good=connection.status == 200)
+            await self._send(part, more=False)
+        except asyncio.CancelledError:
+            if self._is_told:  # a client may leave at the last event, without waiting for the body's end
+                request.is_whole = True
+                self.close(is_good=True)
+            raise
+
+    async def _send(self, part: bytes, *, more: bool = True) -> None:
+        self._is_sending = bool(part)
+        await self._request.send({"type": "http.response.body", "body": part, "more_body": more})
+        self._is_sending = False
 
     async def _pass_on(self, connection: Connection) -> bytes:
         """Everything up to the last part, which is returned."""
-        link, send, cell = self._request.link, self._request.send, self._request.entry.cell
+        link, cell = self._request.link, self._request.entry.cell
         push = link.pusher(connection.unblock) if link is not None else None
         if link is None or push is None:
             part = self._told(await connection.read())
             while not connection.is_drained:
                 if part:
                     cell.delivered(self._position)
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                    await self._send(part)
                 part = self._told(await connection.read())
             return part
 
@@ -236,6 +250,15 @@ class Exchange:
                 request.ends.add(part)
         request.record.bytes_sent += len(part)
         return part
+
+    @property
+    def _is_told(self) -> bool:
+        """Whether the client was sent the answer's last event."""
+        if self._is_sending:
+            return False
+        if self.tap is not None:
+            return self.tap.is_finished
+        return self._is_counted and self._request.ends.is_final and not is_several(self._request.body_json)
 
     @property
     def _position(self) -> int:
@@ -269,7 +292,10 @@ class Exchange:
         return head
 
     def close(self, *, is_good: bool) -> None:
-        """The engine is done: read its counts, give the slot back."""
+        """The engine is done: read its counts, give the slot back; once."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         timings, attempt = self._timings(), self._attempt
         if self._seen is not None:
             self._seen.ended_at, self._seen.timings = self._clock(), timings
@@ -319,11 +345,13 @@ def splice(data: bytes, field: bytes) -> bytes:
 
 def route_headers(lease: Lease, attempt: Attempt, attempts: int) -> Headers:
     """Why it went where it went, in short: slot, prompt tokens that should be cached there, wait, attempts."""
+    offer = lease.ask.offer
     return [
         (b"x-lltm-slot", b"%d" % lease.slot if lease.slot >= 0 else b"any"),
         (b"x-lltm-cached", b"%d/%d" % (lease.cached_tokens, lease.ask.prompt_tokens)),
         (b"x-lltm-wait-ms", b"%.1f" % (attempt.queue_s * 1e3)),
         (b"x-lltm-attempts", b"%d" % attempts),
+        *([] if offer is None else [(b"x-lltm-session", offer.header())]),
     ]
 
 

@@ -17,7 +17,7 @@ _HOP_BY_HOP = frozenset(
 )
 """RFC 9110, section 7.6.1, and what proxies add to it."""
 _NOT_UPSTREAM = _HOP_BY_HOP | {b"host", b"content-length", b"expect", b"authorization", b"x-api-key"}
-_NOT_UPSTREAM |= {b"x-lltm-engine", b"x-lltm-deadline-ms", b"x-lltm-priority", b"x-request-id"}
+_NOT_UPSTREAM |= {b"x-lltm-engine", b"x-lltm-deadline-ms", b"x-lltm-priority", b"x-lltm-session", b"x-request-id"}
 _NOT_UPSTREAM |= {b"x-conversation-id"}  # with it llama-server would go on generating after the client left
 _NOT_UPSTREAM_TRACED = _NOT_UPSTREAM | {b"traceparent", b"tracestate"}
 _NOT_DOWNSTREAM = _HOP_BY_HOP | {b"server"}

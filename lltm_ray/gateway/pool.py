@@ -35,7 +35,7 @@ class UpstreamPool:
         pooled connection and sends once.
 
         Raises:
-            ConnectFailedError: no connection within `connect_timeout_s`.
+            ConnectFailedError: no connection within `connect_timeout_s`; the server has seen nothing of the request.
             UpstreamBrokenError: it broke before the head.
         """
         pooled = None if fresh else self._take(url)
@@ -47,7 +47,13 @@ class UpstreamPool:
                 if pooled.got_bytes:
                     raise
                 self._note_end(url, was_chunked=was_chunked)
-        return await self._exchange(await self._connect(url), request)
+        try:
+            connection = await self._connect(url)
+        except ConnectFailedError as error:
+            if pooled is not None and pooled.was_sent:
+                raise UpstreamBrokenError(f"{error}, since the request was sent") from error
+            raise
+        return await self._exchange(connection, request)
 
     def release(self, connection: Connection) -> None:
         """Pool a connection whose answer was read to its end; abort it in any other state.

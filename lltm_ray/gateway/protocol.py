@@ -174,6 +174,8 @@ class GatewayProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> None:
         """See `asyncio.Protocol`; the transport closes itself."""
+        if self.cycle is not None:  # else uvicorn calls it an error that its answer has no end
+            self.cycle.disconnected = True
         self._lose()
 
     def _lose(self) -> None:

@@ -7,6 +7,7 @@ connection, so that nobody takes a part for the whole.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable
@@ -26,9 +27,8 @@ from lltm_ray.records import EngineInfo
 from lltm_ray.routing.ledger import Attempt, Ledger
 from lltm_ray.routing.ledger.entry import Outcome
 from lltm_ray.routing.router import Lease, Router
+from lltm_ray.routing.tries import Tries
 
-_MAX_BREAKS = 2
-"""Engines that may break off one request: the first could have been ill, a second says that the request is."""
 _FAILED = (ConnectFailedError, UpstreamBrokenError, LoadingError)
 
 
@@ -77,48 +77,46 @@ class Relay:
                 byte; `EngineExitedError` when one failed after it and none could go on, for the ASGI host to close the
                 connection.
         """
-        tried: set[str] = set()
-        breaks = 0
+        is_pinned = request.only is not None
+        tries = Tries(self._router, self._max_attempts, is_pinned=is_pinned, ask=request.ask, clock=self._clock)
         record = request.record
         while True:
-            engine, lease, attempt = await self._begin(request, tried)
+            engine, lease, attempt = await self._begin(request, tries.avoid)
             exchange = Exchange(request, engine, lease, attempt, self._common)
             try:
-                await exchange.run(self._pool, may_load=record.attempts >= self._max_attempts, failover=self._failover)
+                await exchange.run(self._pool, may_load=tries.is_last, failover=self._failover)
                 return
             except UnjoinableError:
                 request.streamed = None
                 attempt.outcome, attempt.is_estimate = Outcome.RETRIED, True
             except _FAILED as error:
                 record.error = str(error)
-                breaks += isinstance(error, UpstreamBrokenError)
-                self._router.suspect(engine)
+                _note_failure(tries, engine, error)
                 attempt.outcome, attempt.is_estimate = Outcome.FAILED, isinstance(error, UpstreamBrokenError)
-                tried.add(engine.name)
                 if request.is_started:
                     _note_cut(request, attempt, exchange)
                     self._release(lease)
                     if request.trace is not None:
                         request.trace.end()
-                    await self._go_on(request, engine, attempt, exchange.tap, tried, error)
+                    await self._go_on(request, engine, attempt, exchange.tap, tries, error)
                     return
-                if request.once or record.attempts >= self._max_attempts or breaks == _MAX_BREAKS:
+                if request.once or tries.is_over:
                     raise EngineNotReadyError(engine.name, f"unreachable: {error}") from error
                 attempt.outcome = Outcome.RETRIED
             finally:
                 self._end(request, lease, attempt, exchange)
 
-    async def _begin(self, request: Request, tried: set[str]) -> tuple[EngineInfo, Lease | None, Attempt]:
+    async def _begin(self, request: Request, avoid: set[str]) -> tuple[EngineInfo, Lease | None, Attempt]:
         """Claim a slot, or choose an engine where none is needed, and open the attempt's line in the account."""
         record, lease = request.record, None
         if request.ask is None:
-            engine = self._router.pick(request.model, only=request.only, exclude=tried)
+            engine = self._router.pick(request.model, only=request.only, exclude=avoid)
             attempt = Attempt(engine=engine.name)
         else:
             asked_at = self._clock()
             seen = request.trace.attempt(asked_at) if request.trace is not None else None
             try:
-                lease = await self._router.acquire(request.ask, exclude=tried)
+                lease = await self._router.acquire(request.ask, exclude=avoid)
             except OverloadedError:
                 record.model = request.ask.model  # by now the served name, and whose load it was
                 raise
@@ -168,7 +166,7 @@ class Relay:
         engine: EngineInfo,
         attempt: Attempt,
         tap: StreamTap | None,
-        tried: set[str],
+        tries: Tries,
         error: Exception,
     ) -> None:
         """Continue a broken stream on other engines.
@@ -191,18 +189,18 @@ class Relay:
         continuation = Continuation(
             request.path, request.body_json, tap, self._pool, request_id=request.id, trace=request.trace
         )
-        while request.record.attempts < self._max_attempts:
+        while tries.spent < tries.most:
             try:
-                if await self._continue(request, continuation, tap, tried):
+                if await self._continue(request, continuation, tap, tries):
                     return
             except LltmRayError as refusal:
                 raise EngineExitedError(f"{engine.name} ({refusal.message})") from refusal
         raise EngineExitedError(engine.name) from error
 
-    async def _continue(self, request: Request, continuation: Continuation, tap: StreamTap, tried: set[str]) -> bool:
+    async def _continue(self, request: Request, continuation: Continuation, tap: StreamTap, tries: Tries) -> bool:
         """One more engine; whether it brought the answer to its end."""
         broken = request.entry.attempts[-1]
-        survivor, lease, attempt = await self._begin(request, tried)
+        survivor, lease, attempt = await self._begin(request, tries.avoid)
         broken.outcome = Outcome.CONTINUED
         before = tap.delivered_tokens
         slot, lora = (lease.slot, lease.lora) if lease else (-1, b"")
@@ -215,9 +213,8 @@ class Relay:
                     await request.send({"type": "http.response.body", "body": part, "more_body": True})
             await self._finish(request, b"")
             return True
-        except _FAILED:
-            self._router.suspect(survivor)
-            tried.add(survivor.name)
+        except _FAILED as error:
+            _note_failure(tries, survivor, error)
             if tap.is_finished:  # it died between its last event and the end of its answer
                 await self._finish(request, tap.ending())
                 return True
@@ -225,6 +222,9 @@ class Relay:
             return False
         except LltmRayError:
             attempt.outcome = Outcome.FAILED
+            raise
+        except asyncio.CancelledError:
+            request.is_whole = tap.is_finished
             raise
         finally:
             if request.trace is not None:
@@ -238,6 +238,11 @@ class Relay:
     async def _finish(self, request: Request, rest: bytes) -> None:
         request.record.error = ""
         await request.send({"type": "http.response.body", "body": rest})
+
+
+def _note_failure(tries: Tries, engine: EngineInfo, error: Exception) -> None:
+    is_reached = not isinstance(error, ConnectFailedError)
+    tries.fail(engine, is_reached=is_reached, is_broken=isinstance(error, UpstreamBrokenError))
 
 
 def _note_cut(request: Request, attempt: Attempt, exchange: Exchange) -> None:

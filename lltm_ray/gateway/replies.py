@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from lltm_ray.errors import LltmRayError, OverloadedError
@@ -35,6 +37,8 @@ class ClientLink(Protocol):
         """Call this when the client's socket is lost; None takes it back."""
 
 
+LINGER_S = 2.0
+"""How long a refused body is read and dropped, so that the refusal reaches a client that only writes."""
 JSON = b"application/json; charset=utf-8"
 NOT_FOUND = b'{"error":{"message":"File Not Found","type":"not_found_error","code":404}}'
 """llama-server's own words, also for a known path with a wrong method."""
@@ -57,6 +61,27 @@ async def send_error(send: Send, error: LltmRayError, headers: Headers) -> None:
     if isinstance(error, OverloadedError):
         headers = [*headers, (b"retry-after", str(math.ceil(error.retry_after_s)).encode("ascii"))]
     await send_json(send, error.as_dict(), headers, status=error.http_status)
+
+
+async def refuse_and_linger(send: Send, receive: Receive, error: LltmRayError, headers: Headers) -> bool:
+    """Send a refusal whole, drop what the client still sends for a moment, and close; whether it stopped by itself."""
+    body = encode(error.as_dict())
+    head = [
+        (b"content-type", JSON),
+        (b"content-length", str(len(body)).encode("ascii")),
+        (b"connection", b"close"),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": error.http_status, "headers": head})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    has_stopped = False
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while not has_stopped:
+                message = await receive()
+                has_stopped = message["type"] != "http.request" or not message.get("more_body", False)
+    await send({"type": "http.response.body", "body": b""})
+    return has_stopped
 
 
 def encode(value: Any) -> bytes:

@@ -18,9 +18,14 @@ from lltm_ray.gateway.timeline import RequestTrace
 from lltm_ray.gateway.upstream import Headers
 from lltm_ray.routing.ledger import LedgerEntry
 from lltm_ray.routing.policy import Ask, Choice
+from lltm_ray.routing.router import Lease
 
 INLINE_BYTES = 2**20
 """Bodies up to this are parsed on the event loop: a thread would cost more than it saves."""
+
+
+Keep = Callable[[Lease], Awaitable[None]]
+"""Does something with a claimed slot; must not raise."""
 
 
 class ClientGoneError(ConnectionError):
@@ -62,7 +67,11 @@ class Request:
     """Whether its line belongs into the account, however it ends."""
     is_started: bool = False
     """Whether the client may have seen a part of the answer: no retry any more."""
+    is_whole: bool = False
+    """Whether the client left with all of its answer."""
     ends: Ends = field(default_factory=Ends)
+    keep: Keep | None = None
+    """Takes a copy of the slot between a whole answer and its next request; None: nobody does."""
     trace: RequestTrace | None = None
     """Its identity and clock readings; None: nobody keeps any."""
     reply_text: str | None = None

@@ -18,11 +18,13 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from lltm_ray._prefix import END_BYTES, HASH_BYTES, hash_prefixes
+from lltm_ray._sessions import RESTORED, Offer
 from lltm_ray._shelf import Parting, SavedSlot
 from lltm_ray.errors import LltmRayError, UpstreamError
 from lltm_ray.gateway.migrate import Migrator
 from lltm_ray.gateway.slot_files import SHOWN
 from lltm_ray.gateway.work import Notes, Work, working
+from lltm_ray.llamacpp.replies import SlotAction
 from lltm_ray.llamacpp.slot_folder import new_name
 from lltm_ray.records import EngineInfo, EngineState
 from lltm_ray.routing.residency import Held
@@ -52,6 +54,8 @@ class Find(NamedTuple):
     """Of the prompt that it holds, about."""
     is_whole: bool
     """All that it holds is the beginning of this prompt."""
+    is_named: bool = False
+    """A session's, which stays."""
 
 
 class Shelf:
@@ -65,7 +69,7 @@ class Shelf:
 
     def __init__(self, router: Router, migrator: Migrator, notes: Notes | None = None) -> None:
         self._router = router
-        self._slots, self._files = migrator.slots, migrator.files
+        self.slots, self._files = migrator.slots, migrator.files
         self._migrator = migrator
         self._notes = notes
         self._salt = b""
@@ -143,17 +147,15 @@ class Shelf:
         if lease is None:
             return []
         try:
-            done = await self._slots.save(engine, held.slot, filename)
+            done = await self.copy_out(engine, held.slot, engine.with_(slot_folder=folder), filename)
             if done.tokens < WORTH_TOKENS:
                 return []
-            await self._put(engine, engine.with_(slot_folder=folder), filename)
         except (OSError, LltmRayError) as error:
             why = _reason(error)
             _log.warning("%s: slot %d of %d tokens is not saved: %s", engine.name, held.slot, held.tokens, why)
             return []
         finally:
             self._router.release(lease)
-            await self._remove(engine, filename)
         file = SavedSlot(
             name=filename,
             folder=folder,
@@ -163,22 +165,28 @@ class Shelf:
             tokens=done.tokens,
             size_bytes=done.size_bytes,
             key_bytes=len(key),
-            whole=self._hash(key),
+            whole=hash_whole(key, self._salt),
             hashes=hash_prefixes(key, self._salt),
             saved_unix_nano=used_unix_nano,
         )
         return [file]
 
-    async def _put(self, engine: EngineInfo, shelf: EngineInfo, filename: str) -> None:
-        try:
-            await self._files.carry(engine, shelf, filename)
-            await self._remove(engine, filename)
-        except BaseException:  # what nobody lists must not stay
-            await self._remove(shelf, filename)
-            raise
+    async def copy_out(self, engine: EngineInfo, slot: int, place: EngineInfo, filename: str) -> SlotAction:
+        """Save a slot that the caller has claimed into the folder of `place`; fewer than `WORTH_TOKENS` nowhere.
 
-    def _hash(self, key: bytes) -> bytes:
-        return blake2b(key, digest_size=_WHOLE_BYTES, key=self._salt).digest()
+        Raises:
+            OSError, LltmRayError: it could not be saved or carried; nothing of it is left.
+        """
+        try:
+            done = await self.slots.save(engine, slot, filename)
+            if done.tokens >= WORTH_TOKENS:
+                await self._files.carry(engine, place, filename)
+        except BaseException:  # what nobody lists must not stay
+            await self._remove(place, filename)
+            raise
+        finally:
+            await self._remove(engine, filename)
+        return done
 
     async def _remove(self, engine: EngineInfo, filename: str) -> None:
         try:
@@ -190,6 +198,9 @@ class Shelf:
 
     async def warm(self, lease: Lease) -> None:
         """A request has its slot: restore there what is saved of its prompt, if that is worth it."""
+        offer = lease.ask.offer
+        if offer is not None and offer.file is not None and await self._warm_session(lease, offer, offer.file):
+            return
         if lease.model not in self._saved or lease.slot < 0 or lease.engine.adapters:
             return
         found = self._find(lease)
@@ -200,17 +211,64 @@ class Shelf:
         with suppress(OSError, LltmRayError), working(self._notes, Work("take from shelf", lease.engine.name)):
             await self._restore(found, lease)
 
+    async def _warm_session(self, lease: Lease, offer: Offer, file: SavedSlot) -> bool:
+        """Restore the session that the request names, however long that takes: its user asked for it."""
+        why = await self._unfit(lease, offer, file)
+        key = lease.ask.key
+        found = self._match(file, key, hash_prefixes(key, offer.salt), offer.salt)._replace(is_named=True)
+        if not why and found.tokens < WORTH_TOKENS:
+            why = "its prompt does not begin as what was saved"
+        if why:
+            offer.refuse(why)
+            return False
+        if found.tokens - lease.cached_tokens < WORTH_TOKENS:
+            offer.outcome = "cached"
+            return False
+        try:
+            with working(self._notes, Work("take session", lease.engine.name)):
+                await self._restore(found, lease)
+        except (OSError, LltmRayError) as error:
+            offer.refuse(f"its file is not restored: {_reason(error)}")
+            return False
+        offer.outcome = f"{RESTORED}{found.tokens}"
+        return True
+
+    async def _unfit(self, lease: Lease, offer: Offer, file: SavedSlot) -> str:
+        """Why an engine's slot must not take a session's file; empty where it may."""
+        engine = lease.engine
+        if why := self.unsavable(engine, lease.slot):
+            return why
+        if why := other_seal(engine, file.seal):
+            return why
+        try:
+            build = await self.slots.build(engine)
+        except (OSError, LltmRayError) as error:
+            return f"the engine does not say which llama.cpp it is: {_reason(error)}"
+        return "" if build == offer.build else f"it was saved by llama.cpp {offer.build}, this is {build}"
+
+    def unsavable(self, engine: EngineInfo, slot: int) -> str:
+        """Why an engine's slot can be neither saved nor restored; empty where it can."""
+        if slot < 0:
+            return "llama-server chose the slot; sessions need gateway.policy = 'residency'"
+        if engine.adapters:
+            return "the engine has adapters (engine.lora), and llama.cpp does not save whose keys and values these are"
+        if not (engine.slot_folder and engine.slot_seal):
+            return "the engine has no folder for slots, by engine.embeddings, engine.reranking or engine.extra_args"
+        is_off = self._migrator.is_off(engine.model)
+        return f"model {engine.model!r} does not reuse restored slots" if is_off else ""
+
     def _find(self, lease: Lease) -> Find | None:
         seal, key = lease.engine.slot_seal, lease.ask.key
         hashes = hash_prefixes(key, self._salt)
         fitting = (file for file in self._saved[lease.model] if file.seal == seal and file.name not in self._taken)
-        finds = (self._match(file, key, hashes) for file in fitting)
+        finds = (self._match(file, key, hashes, self._salt) for file in fitting)
         return max(finds, key=lambda find: (find.is_whole, find.tokens), default=None)
 
-    def _match(self, file: SavedSlot, key: bytes, hashes: bytes) -> Find:
+    @staticmethod
+    def _match(file: SavedSlot, key: bytes, hashes: bytes, salt: bytes) -> Find:
         depth = _common(file.hashes, hashes)
         is_all = depth * HASH_BYTES == len(file.hashes) and file.key_bytes <= len(key)
-        if is_all and self._hash(key[: file.key_bytes]) == file.whole:
+        if is_all and hash_whole(key[: file.key_bytes], salt) == file.whole:
             return Find(file, file.tokens, is_whole=True)
         shared_bytes = END_BYTES[depth - 1] if depth else 0
         return Find(file, file.tokens * shared_bytes // file.key_bytes, is_whole=False)
@@ -233,9 +291,11 @@ class Shelf:
         is_good = is_bad = False
         try:
             await self._files.carry(_shelf_of(file), engine, file.name, copy)
-            done = await self._slots.restore(engine, lease.slot, copy)
+            done = await self.slots.restore(engine, lease.slot, copy)
             is_good = done.tokens == file.tokens
             is_bad = not is_good
+            if is_bad and found.is_named:
+                raise OSError(f"{done.tokens} of {file.tokens} tokens were restored")
         except (OSError, LltmRayError) as error:
             is_bad = _is_damage(error)
             _log.warning("%s: %s is not restored: %s", engine.name, file.name[:SHOWN], _reason(error))
@@ -251,6 +311,8 @@ class Shelf:
     def _settle(self, found: Find, *, is_good: bool, is_bad: bool) -> None:
         """A file goes when its conversation went on from it, or when it will never do; else somebody may try again."""
         self._counts["restored" if is_good else "failed"] += 1
+        if found.is_named:
+            return
         if is_bad or (is_good and found.is_whole):
             self._taken.add(found.file.name)
             self.used(found.file.name)
@@ -262,6 +324,18 @@ class Shelf:
         seen = max(took_s - _OVERHEAD_S, 0.0) / max(file.size_bytes, 1)
         seen = min(max(seen, _QUICK * prior), _SLOW * prior)
         self._byte_s[is_afar] += _WEIGHT * (seen - self._byte_s[is_afar])
+
+
+def other_seal(engine: EngineInfo, seal: str) -> str:
+    """Why an engine must not take a slot that was saved under a seal; empty where that is its own."""
+    if seal == engine.slot_seal:
+        return ""
+    return "it was saved with another model file, llama-server or `engine` settings: set them again, or save it again"
+
+
+def hash_whole(key: bytes, salt: bytes) -> bytes:
+    """What tells a prompt's key from every other one."""
+    return blake2b(key, digest_size=_WHOLE_BYTES, key=salt).digest()
 
 
 def _prior(is_afar: bool) -> float:

@@ -12,7 +12,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any
 
-from lltm_ray._prefix import SALT_BYTES, hash_prefixes
+from lltm_ray._prefix import SALT_BYTES, BlockSampler, hash_prefixes
 from lltm_ray.gateway.accounting import is_several
 from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.request import Request
@@ -47,6 +47,7 @@ class Tracing:
     """Calls what it is given when it suits, as `Outbox.later`; None: rows are made at once."""
     faults: int = 0
     """What could not be told, or not whole."""
+    _blocks: BlockSampler = field(default_factory=BlockSampler, repr=False)
 
     def __post_init__(self) -> None:
         self.salt = self.salt or secrets.token_bytes(SALT_BYTES)
@@ -60,7 +61,9 @@ class Tracing:
 
     def _tell(self, request: Request, trace: RequestTrace) -> None:
         try:
-            row = request_row(request, trace, self._content(request), self.salt)
+            key = request.ask.key if request.ask is not None else b""
+            hashes = hash_prefixes(key, self.salt), self._blocks.of(key, self.salt)
+            row = request_row(request, trace, self._content(request), hashes)
             for attempt in attempt_rows(request, trace):
                 self.add("attempts", attempt)
             self.add("requests", row)
@@ -91,14 +94,13 @@ class Tracing:
             _log.warning("%s could not be told (%s); such there were: %d", what, type(error).__name__, self.faults)
 
 
-def request_row(request: Request, trace: RequestTrace, content: str, salt: bytes) -> RequestRow:
+def request_row(request: Request, trace: RequestTrace, content: str, hashes: tuple[bytes, bytes]) -> RequestRow:
     """The request as a row; it must be over, its record and its line in the account complete.
 
-    `content` is the text of prompt and answer, if the operator asked for it; `salt` what prompts are hashed with.
+    `content` is the text of both sides, if the operator asked for it; `hashes`: of the prompt's beginnings, its blocks.
     """
     record, entry, fields = request.record, request.entry, request.body_json
     body = fields if isinstance(fields, dict) else {}
-    key = request.ask.key if request.ask is not None else b""
     ends = record.ends
     return RequestRow(
         trace_id=trace.trace_id,
@@ -128,8 +130,9 @@ def request_row(request: Request, trace: RequestTrace, content: str, salt: bytes
         policy=entry.policy,
         why=entry.why,
         content=content,
-        prompt_bytes=len(key),
-        prefix=hash_prefixes(key, salt),
+        prompt_bytes=len(request.ask.key) if request.ask is not None else 0,
+        prefix=hashes[0],
+        blocks=hashes[1],
     )
 
 

@@ -51,7 +51,7 @@ class Connection(asyncio.Protocol):
         self.status = 0
         self.headers: Headers = []
         self.content_length: int | None = None
-        self.got_bytes = False
+        self.got_bytes = self.was_sent = False
         self._received_bytes = 0
         self._size_bytes = 0
         self._sink_error = None
@@ -64,7 +64,8 @@ class Connection(asyncio.Protocol):
         """Send a whole request, head and body in one write."""
         self._reset()
         self._busy = True
-        if self._transport is None or self._transport.is_closing():
+        self.was_sent = self._transport is not None and not self._transport.is_closing()
+        if self._transport is None or not self.was_sent:
             self._error = UpstreamBrokenError("the connection was closed while idle")
             return
         self._transport.writelines(request)

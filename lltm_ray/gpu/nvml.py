@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lltm_ray import _optional
 from lltm_ray.errors import MissingExtraError
 from lltm_ray.records import GpuInfo
 
+_T = TypeVar("_T")
 _LIBRARY_NOT_FOUND, _DRIVER_NOT_LOADED, _NO_PERMISSION, _VERSION_MISMATCH = 12, 9, 4, 18  # nvmlReturn_t of nvml.h
 _REASONS = {
     _LIBRARY_NOT_FOUND: "no NVIDIA driver is installed here (libnvidia-ml.so.1 is missing)",
@@ -58,15 +59,21 @@ def session() -> Iterator[Any]:
 
 def read_inventory() -> Inventory:
     """List this machine's devices; MIG devices stand in for a GPU in MIG mode. An absent GPU is a reason, no error."""
+    found = attempt(_list)
+    return Inventory(reason=found) if isinstance(found, str) else found
+
+
+def attempt(work: Callable[[Any], _T]) -> _T | str:
+    """What `work` makes of the `pynvml` module in a session, or in one sentence why NVML cannot be asked."""
     try:
         nvml = _optional.load("pynvml", install="pip install nvidia-ml-py", feature="reading GPUs")
     except MissingExtraError as error:
-        return Inventory(reason=error.message)
+        return error.message
     try:
         with session():
-            return _list(nvml)
+            return work(nvml)
     except nvml.NVMLError as error:
-        return Inventory(reason=_why(error))
+        return _why(error)
 
 
 def processes_memory(uuid: str) -> dict[int, int]:

@@ -52,6 +52,11 @@ class SharePlan:
     cpus: float
     gpu_ids: tuple[int, ...] = ()
 
+    @property
+    def need(self) -> str:
+        """The share in words."""
+        return f"{self.gpus:g} GPU and {self.cpus:g} CPU"
+
 
 @dataclass(slots=True)
 class _Node:

@@ -33,6 +33,7 @@ from lltm_ray.analytics import prefix
 from lltm_ray.analytics.frames import Array, Frame
 from lltm_ray.analytics.trace import Trace
 from lltm_ray.errors import ConfigError
+from lltm_ray.knowledge.graph import KnowledgeGraph
 
 Plottable = Any
 """A `graphistry.Plottable`; its frames are `_nodes` and `_edges`."""
@@ -117,6 +118,12 @@ def prefix_graph(trace: Trace) -> Plottable:
     families["evidence"] = [" ".join(each) for each in families["evidence"]]
     links = tables["links"].rename(columns={"parent": "source", "child": "target"})
     return graph(_on(trace, families), _on(trace, links), name="prefixes")
+
+
+def knowledge_graph(found: KnowledgeGraph) -> Plottable:
+    """Entities and their relations; nodes: type, mentions; edges: relation, mentions."""
+    nodes, edges = found.to_frames()
+    return graph(nodes, edges, name="knowledge")
 
 
 def _of_traces(trace: Trace, trace_ids: Sequence[str]) -> Frame:

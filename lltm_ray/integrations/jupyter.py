@@ -1,6 +1,12 @@
-"""Notebooks: the live page's panels in a cell, a load to look at, and statistics of both, one call each.
+"""Notebooks: ask a fleet in a cell, see its tokens, watch its panels, put a load on it. The one door to all of these.
 
 ```python
+ChatWidget(cluster)                                # a chat to type into
+stream_generate(cluster, "What is a slot?")        # an answer that grows in its cell
+compare_temperatures(cluster, "Go on", (0, 0.5, 1))
+view_tokens(cluster, "some text"), view_answer(cluster, "What is a slot?")
+display_metrics(cluster)
+
 load = generate_load(cluster, seconds=30, clients=8)
 dashboard = Dashboard(cluster)
 dashboard.show()
@@ -8,8 +14,8 @@ dashboard.run(30)
 load.statistics()
 ```
 
-The panels are alive where a kernel with anywidget shows them; without it they are a figure of the last update. The
-extra `jupyter` brings it, and pandas for DataFrames.
+Requests go through the gateway, as those of any client. The panels are alive where a kernel with anywidget shows them;
+without it they are a figure of the last update. The extra `jupyter` brings it, and pandas for DataFrames.
 """
 
 from __future__ import annotations
@@ -27,10 +33,33 @@ import requests
 
 from lltm_ray._optional import load
 from lltm_ray.errors import ConfigError, FleetError, MissingExtraError
-from lltm_ray.integrations._panels import Panels
+from lltm_ray.integrations.notebook._panels import Panels
+from lltm_ray.integrations.notebook._source import Answer
+from lltm_ray.integrations.notebook.chat import Chat
+from lltm_ray.integrations.notebook.chat_widget import ChatWidget
+from lltm_ray.integrations.notebook.metrics_table import display_metrics
+from lltm_ray.integrations.notebook.streaming import stream_generate
+from lltm_ray.integrations.notebook.temperatures import Temperatures, compare_temperatures
+from lltm_ray.integrations.notebook.token_view import Token, TokenView, view_answer, view_tokens
 from lltm_ray.load.result import LoadPlan, LoadResult
 from lltm_ray.load.run import run_load
 
+__all__ = [
+    "Answer",
+    "Chat",
+    "ChatWidget",
+    "Dashboard",
+    "Load",
+    "Temperatures",
+    "Token",
+    "TokenView",
+    "compare_temperatures",
+    "display_metrics",
+    "generate_load",
+    "stream_generate",
+    "view_answer",
+    "view_tokens",
+]
 EVERY_S = 1.0
 _ANSWER_S = 10.0
 _PERCENTILES = ("latency_s", "ttft_s", "queue_s")

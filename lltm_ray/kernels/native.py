@@ -1,7 +1,9 @@
-"""The face of `csrc/`: what the CUDA runtime sees, without PyTorch or CuPy."""
+"""Devices as the native module (`csrc/`) sees them, without PyTorch or CuPy; `tensors` is its other half."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +18,34 @@ class NativeDevice:
     name: str
     compute_capability: tuple[int, int]
     multiprocessors: int
+    max_threads_per_block: int
+    max_threads_per_multiprocessor: int
+    warp_size: int
+    shared_bytes_per_block: int
+    l2_bytes: int
     total_bytes: int
     free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolUse:
+    """Stream-ordered memory of one device: what tensors hold, and what is kept for the next ones."""
+
+    used_bytes: int
+    used_high_bytes: int
+    reserved_bytes: int
+    reserved_high_bytes: int
+
+
+def require_native() -> Any:
+    """The native module.
+
+    Raises:
+        MissingExtraError: it was not built.
+    """
+    return load(
+        "lltm_ray.kernels._native", install="LLTM_RAY_NATIVE=1 pip install .", feature="the native module (csrc/)"
+    )
 
 
 def cuda_version() -> int:
@@ -26,7 +54,7 @@ def cuda_version() -> int:
     Raises:
         MissingExtraError: the native module was not built.
     """
-    return int(_native().cuda_version())
+    return int(require_native().cuda_version())
 
 
 def read_devices() -> tuple[NativeDevice, ...]:
@@ -34,13 +62,65 @@ def read_devices() -> tuple[NativeDevice, ...]:
 
     Raises:
         MissingExtraError: the native module was not built.
-        RuntimeError: the CUDA runtime or driver is broken, in its own words.
+        NativeError: the CUDA runtime or driver is broken, in its own words.
     """
     names = NativeDevice.__dataclass_fields__
-    return tuple(NativeDevice(**{name: getattr(found, name) for name in names}) for found in _native().devices())
+    found = require_native().devices()
+    return tuple(NativeDevice(**{name: getattr(device, name) for name in names}) for device in found)
 
 
-def _native() -> Any:
-    return load(
-        "lltm_ray.kernels._native", install="LLTM_RAY_NATIVE=1 pip install .", feature="the native module (csrc/)"
-    )
+def current_device() -> int:
+    """Index of the device that "cuda" means on this thread.
+
+    Raises:
+        DeviceError: the module was built without CUDA.
+    """
+    return int(require_native().current_device())
+
+
+@contextmanager
+def use_device(index: int) -> Iterator[None]:
+    """Make a device the thread's current one for a while.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    native = require_native()
+    before = native.current_device()
+    native.set_current_device(index)
+    try:
+        yield
+    finally:
+        native.set_current_device(before)
+
+
+def synchronize(index: int, stream: int | None = None) -> None:
+    """Wait for all work of a device, or of one of its streams.
+
+    Raises:
+        DeviceError: there is no such device.
+        NativeError: the work failed, in CUDA's own words.
+    """
+    native = require_native()
+    if stream is None:
+        native.synchronize(index)
+    else:
+        native.synchronize_stream(index, stream)
+
+
+def read_pool(index: int) -> PoolUse:
+    """Memory that tensors of this process use on a device, and what is kept of what they used.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    return PoolUse(**require_native().pool_use(index))
+
+
+def trim_pool(index: int) -> None:
+    """Give memory that no tensor holds back to the device, for other libraries; waits for the device's work.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    require_native().trim_pool(index)

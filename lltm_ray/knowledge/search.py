@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lltm_ray.errors import ConfigError
+from lltm_ray.knowledge.scores import Indices, NumpyScorer, Scorer
 from lltm_ray.knowledge.vectors import Vectors, unit
 
 _BLOCK_SCORES = 2**24
@@ -43,10 +44,12 @@ class VectorIndex:
     Args:
         model: name of the model that makes the vectors; those of another one do not compare.
         length: elements of a vector; None: as the first one has.
+        scorer: what multiplies, e.g. on a GPU; None: NumPy.
     """
 
-    def __init__(self, model: str = "", length: int | None = None) -> None:
+    def __init__(self, model: str = "", length: int | None = None, *, scorer: Scorer | None = None) -> None:
         self.model = model
+        self.scorer = scorer or NumpyScorer()
         self.texts: list[str] = []
         self._length = length
         self._blocks: list[Vectors] = []
@@ -98,19 +101,23 @@ class VectorIndex:
         asked = unit(queries, self._length)
         if not self.texts:
             return [[] for _ in asked]
-        vectors = self._vectors()
-        step = max(1, _BLOCK_SCORES // len(vectors))
+        step = max(1, _BLOCK_SCORES // len(self.texts))
         return [
-            self._nearest(scores, k)
+            [Hit(int(index), self.texts[index], float(score)) for index, score in zip(*row, strict=True)]
             for start in range(0, len(asked), step)
-            for scores in asked[start : start + step] @ vectors.T
+            for row in zip(*self._nearest(asked[start : start + step], k), strict=True)
         ]
 
-    def _nearest(self, scores: Vectors, k: int) -> list[Hit]:
-        k = min(k, len(scores))
-        best = np.argpartition(-scores, k - 1)[:k]
-        order = best[np.lexsort((best, -scores[best]))]  # equal ones in the order in which they were added
-        return [Hit(int(index), self.texts[index], float(scores[index])) for index in order]
+    def _nearest(self, asked: Vectors, k: int) -> tuple[Indices, Vectors]:
+        """The best of each query, in order: of the best of each tile of vectors."""
+        vectors, tiles = self._vectors(), []
+        for start in range(0, len(vectors), _BLOCK_SCORES):
+            tile = vectors[start : start + _BLOCK_SCORES]
+            best, scores = self.scorer.top(asked, tile, min(k, len(tile)))
+            tiles.append((best + start, scores))
+        indices, found = (np.concatenate(column, axis=1) for column in zip(*tiles, strict=True))
+        order = np.lexsort((indices, -found), axis=1)[:, :k]  # equal ones in the order in which they were added
+        return np.take_along_axis(indices, order, 1), np.take_along_axis(found, order, 1)
 
     def _vectors(self) -> Vectors:
         if len(self._blocks) > 1:
@@ -134,7 +141,7 @@ class VectorIndex:
                 raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> VectorIndex:
+    def load(cls, path: str | os.PathLike[str], *, scorer: Scorer | None = None) -> VectorIndex:
         """Read what `save` wrote; nothing in the file is executed.
 
         Raises:
@@ -145,7 +152,7 @@ class VectorIndex:
                 texts, vectors = json.loads(stored["texts"].tobytes()), stored["vectors"]
                 if not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
                     raise TypeError("its texts are no list of texts")
-                index = cls(str(stored["model"]), vectors.shape[1] or None)
+                index = cls(str(stored["model"]), vectors.shape[1] or None, scorer=scorer)
                 index.add(texts, vectors)
         except _NO_INDEX as error:
             raise ConfigError("path", os.fspath(path), f"is no saved index: {error}") from error

@@ -33,7 +33,7 @@ from lltm_ray.errors import ConfigError, DeadlineError, EngineExitedError, Engin
 from lltm_ray.llamacpp import wire
 from lltm_ray.llamacpp.pools import POOLS, connects
 from lltm_ray.llamacpp.replies import Reply
-from lltm_ray.llamacpp.sse import Collector, StreamReader, collect
+from lltm_ray.llamacpp.sse import StreamReader, collect
 from lltm_ray.records import Completion, StreamEvent
 
 P = ParamSpec("P")
@@ -388,10 +388,7 @@ class AsyncLlamaClient(_Face):
 
     async def collect(self, call: wire.StreamCall) -> Completion:
         """As `LlamaClient.collect`."""
-        collector = Collector()
-        async for event in self.stream(call):
-            collector.add(event)
-        return collector.result()
+        return collect([event async for event in self.stream(call)])
 
 
 async def _note_reuse(session: aiohttp.ClientSession, context: SimpleNamespace, params: Any) -> None:

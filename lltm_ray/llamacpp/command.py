@@ -215,7 +215,7 @@ def _derived(config: EngineConfig) -> dict[str, Value | None]:
         "--tensor-split": ",".join(str(part) for part in config.tensor_split) or None,
         "--lora-scaled": ",".join(f"{_plain_path(item.path)}:{item.scale}" for item in config.lora) or None,
         # A draft model alone leaves the kind of drafting to a guess from its metadata.
-        "--spec-type": "draft-simple" if drafts else None,
+        "--spec-type": config.spec_type or ("draft-simple" if drafts else None),
     }
 
 

@@ -142,7 +142,7 @@ def step(life: Life, event: Event, policy: Policy) -> tuple[Life, tuple[Effect, 
     match event:
         case Start():
             return _start(life)
-        case BecameReady() if life.state is EngineState.STARTING and not life.doomed:
+        case BecameReady() if life.state is EngineState.STARTING and life.has_process and not life.doomed:
             return replace(life, state=EngineState.READY, was_ready=True, why=""), ()
         case Unusable(why) if life.state in (EngineState.STARTING, EngineState.READY) and life.has_process:
             return replace(life, doomed=why), (Kill(),)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from lltm_ray._turns import as_messages
 from lltm_ray.errors import ConfigError, UpstreamError
 from lltm_ray.llamacpp import replies
 from lltm_ray.llamacpp.replies import Health, JsonObject, LoraAdapter, Reply, SlotAction
@@ -21,6 +22,8 @@ from lltm_ray.records import Embeddings, RerankHit, SlotState
 T = TypeVar("T")
 Prompt = str | Mapping[str, Any] | Sequence[int | str]
 """Text, `{"prompt_string", "multimodal_data"}`, or token ids that may be mixed with text."""
+Chat = str | Sequence[Mapping[str, Any]]
+"""Messages, mappings with `role` in OpenAI's form; or a text, which is one message of the user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,17 +95,17 @@ def encode(body: Any) -> bytes | None:
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-def chat(messages: Sequence[Mapping[str, Any]], **params: Any) -> StreamCall:
+def chat(messages: Chat, **params: Any) -> StreamCall:
     """Chat, POST /v1/chat/completions.
 
     Args:
-        messages: mappings with `role`, in OpenAI's form.
+        messages: mappings with `role`, in OpenAI's form; or a text, which is one message of the user.
         params: any parameter of the route: `max_tokens`, `tools`, `logprobs`, `id_slot`, ...
 
     Raises:
         ConfigError: a wrong message or parameter, before anything is sent.
     """
-    return _openai("/v1/chat/completions", params, messages=_messages(messages))
+    return _openai("/v1/chat/completions", params, messages=as_messages(messages))
 
 
 def completions(prompt: Prompt, **params: Any) -> StreamCall:
@@ -134,9 +137,9 @@ def responses(input: str | Sequence[Mapping[str, Any]], **params: Any) -> Stream
     return StreamCall(path="/v1/responses", body=body, decode=replies.read_responses_event)
 
 
-def messages(messages: Sequence[Mapping[str, Any]], **params: Any) -> StreamCall:
+def messages(messages: Chat, **params: Any) -> StreamCall:
     """Anthropic's Messages API, POST /v1/messages: `max_tokens`, `system`, `tools`, ..."""
-    body = _given(params, messages=_messages(messages), stream=True)
+    body = _given(params, messages=as_messages(messages), stream=True)
     return StreamCall(path="/v1/messages", body=body, decode=replies.read_messages_event)
 
 
@@ -174,9 +177,9 @@ def detokenize(tokens: Sequence[int]) -> Call[str]:
     return Call(path="/detokenize", body={"tokens": list(tokens)}, parse=lambda reply: str(reply.json()["content"]))
 
 
-def apply_template(messages: Sequence[Mapping[str, Any]], **params: Any) -> Call[str]:
+def apply_template(messages: Chat, **params: Any) -> Call[str]:
     """The prompt that the model's chat template makes of messages, POST /apply-template."""
-    body = _given(params, messages=_messages(messages))
+    body = _given(params, messages=as_messages(messages))
     return Call(path="/apply-template", body=body, parse=lambda reply: str(reply.json()["prompt"]))
 
 
@@ -285,18 +288,6 @@ def _check_one_choice(params: Mapping[str, Any]) -> None:
 
 def _slot_action(slot_id: int, action: str, body: JsonObject) -> Call[SlotAction]:
     return Call(path=f"/slots/{slot_id}", query={"action": action}, body=body, parse=replies.read_slot_action)
-
-
-def _messages(messages: Any) -> list[Mapping[str, Any]]:
-    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise ConfigError("messages", messages, 'must be a list of messages such as {"role": "user", "content": "hi"}')
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise ConfigError(f"messages[{index}]", message, 'must be a mapping with "role" and "content"')
-        role = message.get("role")
-        if not isinstance(role, str) or not role:
-            raise ConfigError(f"messages[{index}].role", role, 'must be a name such as "user" or "assistant"')
-    return list(messages)
 
 
 def _prompt(prompt: Any) -> Any:

@@ -20,6 +20,7 @@ import aiohttp
 
 from lltm_ray.errors import LltmRayError, ModelNotFoundError, UpstreamError
 from lltm_ray.load.answer import AnswerReader
+from lltm_ray.load.conversations import Prompts
 from lltm_ray.load.prompts import PromptMaker
 from lltm_ray.load.result import LoadPlan, LoadResult, Sent, summarize
 
@@ -42,18 +43,20 @@ async def run_load(
         LltmRayError: the server cannot be reached at all.
         UpstreamError: it refuses even the two probe requests that size the prompts.
     """
-    async with _open_session(plan) as session:
+    async with open_session(plan) as session:
         try:
-            model = plan.model or await _first_model(session, plan)
-            prompts = await _size_prompts(session, plan, model)
+            model = plan.model or await first_model(session, plan)
+            prompts = await size_prompts(session, plan, model, plan.prompt_tokens)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise LltmRayError(f"cannot reach {plan.url}: {error or 'no answer'}; is it up? (`lltm-ray up`)") from error
-        run = _Run(plan, session, model, prompts)
+        run = LoadRun(plan, session, model, prompts)
         interrupted = await _watch(run, stop or asyncio.Event(), progress)
-        return summarize(plan, model, run.records, wall_s=run.now(), cancelled=run.cancelled, interrupted=interrupted)
+        return summarize(
+            plan, model, run.records, wall_s=run.now(), cancelled=len(run.dropped), interrupted=interrupted
+        )
 
 
-async def _watch(run: _Run, stop: asyncio.Event, progress: Progress | None) -> bool:
+async def _watch(run: LoadRun, stop: asyncio.Event, progress: Progress | None) -> bool:
     """Wait for the run or for `stop`; returns whether it was stopped."""
     work, stopped = asyncio.create_task(run.work()), asyncio.create_task(stop.wait())
     try:
@@ -71,13 +74,16 @@ async def _watch(run: _Run, stop: asyncio.Event, progress: Progress | None) -> b
                 await task
 
 
-class _Run:
+class LoadRun:
     """One run under way; single-threaded, so plain lists and counters do."""
 
-    def __init__(self, plan: LoadPlan, session: aiohttp.ClientSession, model: str, prompts: PromptMaker) -> None:
+    def __init__(self, plan: LoadPlan, session: aiohttp.ClientSession, model: str, prompts: Prompts) -> None:
         self.plan = plan
         self.records: list[Sent] = []
-        self.cancelled = 0
+        self.running: dict[int, Sent] = {}
+        self.dropped: list[Sent] = []
+        self.streamed = 0
+        """Events with content, of all requests."""
         self._session = session
         self._model = model
         self._prompts = prompts
@@ -119,14 +125,16 @@ class _Run:
             group.create_task(self._measure(number, due_s))
 
     async def _measure(self, number: int, due_s: float) -> None:
-        record = Sent(due_s=due_s, started_s=self.now())
+        record = self.running[number] = Sent(due_s=due_s, started_s=self.now())
         try:
             await self._send(number, record)
         except asyncio.CancelledError:
-            self.cancelled += 1
+            self.dropped.append(record)
             raise
         except (aiohttp.ClientError, OSError, ValueError) as error:
             record.error, record.detail = _kind(error), str(error)
+        finally:
+            del self.running[number]
         record.ended_s = self.now()
         self.records.append(record)
 
@@ -142,7 +150,9 @@ class _Run:
                 reader.take_whole(await response.read())
             else:
                 async for piece in response.content.iter_any():
+                    before = reader.pieces
                     reader.feed(piece)
+                    self.streamed += reader.pieces - before
                     if record.first_s is None and reader.pieces:
                         record.first_s = self.now()
         record.error, record.detail = reader.error()
@@ -173,7 +183,8 @@ def _kind(error: Exception) -> str:
     return "disconnected" if isinstance(error, aiohttp.ClientError | OSError) else "bad answer"
 
 
-def _open_session(plan: LoadPlan) -> aiohttp.ClientSession:
+def open_session(plan: LoadPlan) -> aiohttp.ClientSession:
+    """A client of the plan's server."""
     headers = {"content-type": "application/json"}
     if plan.api_key:
         headers["authorization"] = f"Bearer {plan.api_key}"
@@ -207,7 +218,12 @@ def _body(plan: LoadPlan, model: str, prompt: str, number: int) -> bytes:
     return json.dumps(body).encode()
 
 
-async def _first_model(session: aiohttp.ClientSession, plan: LoadPlan) -> str:
+async def first_model(session: aiohttp.ClientSession, plan: LoadPlan) -> str:
+    """The first that the server lists.
+
+    Raises:
+        UpstreamError, ModelNotFoundError, LltmRayError: it refuses, has none, or is another kind of server.
+    """
     async with session.get("v1/models") as response:
         text = await response.text(errors="replace")
         if response.status >= 400:
@@ -226,7 +242,7 @@ def _no_server(plan: LoadPlan, path: str, text: str) -> LltmRayError:
     return LltmRayError(f"{plan.url} is no OpenAI-compatible server: /{path} answered {said!r}; check the URL")
 
 
-async def _size_prompts(session: aiohttp.ClientSession, plan: LoadPlan, model: str) -> PromptMaker:
+async def size_prompts(session: aiohttp.ClientSession, plan: LoadPlan, model: str, tokens: int) -> PromptMaker:
     """Two short requests tell how many tokens the server's template adds and how many a word of ours takes."""
     counts = []
     for words in _PROBE_WORDS:
@@ -242,4 +258,4 @@ async def _size_prompts(session: aiohttp.ClientSession, plan: LoadPlan, model: s
         except (ValueError, TypeError, AttributeError) as error:
             raise _no_server(plan, "v1/chat/completions", text) from error
         counts.append(reader.input_tokens)
-    return PromptMaker.sized(plan.prompt_tokens, plan.seed, dict(zip(_PROBE_WORDS, counts, strict=True)))
+    return PromptMaker.sized(tokens, plan.seed, dict(zip(_PROBE_WORDS, counts, strict=True)))

@@ -1,8 +1,9 @@
 """How much memory one engine takes: `estimate`. Pure: no I/O; sizes in bytes, contexts in tokens.
 
-The KV cache is computed exactly as llama.cpp allocates it; weights are the file's own; the compute buffer is an upper
-estimate held against llama.cpp's own report by the tests. Not counted: LoRA adapters, a projector, a draft model and
-`--cache-ram` (host memory, 8 GiB at most by llama-server's default); take those off the budget first.
+The KV cache is computed exactly as llama.cpp allocates it; weights are the file's own; compute buffer and outputs
+follow its graph. On the CPU the sum lies within 5 % of llama.cpp's own report, which the tests read. Not counted: LoRA
+adapters, a projector, a draft model and `--cache-ram` (host memory, 8 GiB at most by llama-server's default); take
+those off the budget first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MIB = 2**20
 MARGIN_RATIO = 0.05
 """Share of everything else kept free: allocator rounding, and what the compute estimate does not know."""
 MARGIN_BYTES = 64 * MIB
-"""Kept free beside it: output buffers, cuBLAS workspaces, the server process itself."""
+"""Kept free beside it: cuBLAS workspaces, the server process itself."""
 CUDA_CONTEXT_BYTES = 300 * MIB
 """What a CUDA context and llama.cpp's kernels take on each GPU before any model (250-500 MiB by driver and card)."""
 CTX_MULTIPLE = 256
@@ -50,6 +51,8 @@ class MemoryEstimate:
     kv_host_bytes: int
     compute_bytes: int
     """Compute buffers, on the devices if any layer is there, else on the host."""
+    output_bytes: int
+    """Logits and embeddings that llama.cpp hands out; always on the host."""
     margin_bytes: int
     """Safety margin and CUDA contexts, on the same side as the compute buffers."""
     on_device: bool
@@ -64,7 +67,7 @@ class MemoryEstimate:
     def host_bytes(self) -> int:
         """All that the machine's memory must hold."""
         shared = 0 if self.on_device else self.compute_bytes + self.margin_bytes
-        return self.weights_host_bytes + self.kv_host_bytes + shared
+        return self.weights_host_bytes + self.kv_host_bytes + self.output_bytes + shared
 
     @property
     def kv_bytes(self) -> int:
@@ -141,11 +144,12 @@ class MemoryModel:
         kv_device = sum(kv[max(len(kv) - n_gpu, 0) :]) + state if on_device else 0
         kv_host = sum(kv) + state - kv_device
         n_devices = max(1, sum(part > 0 for part in self.config.tensor_split)) if on_device else 1
-        compute = self._compute_bytes(n_ctx, n_parallel) * n_devices
+        compute = self._compute_bytes(n_ctx, n_parallel, on_device=on_device) * n_devices
         whole = self._input_bytes + self._output_bytes + sum(layer.weights_bytes for layer in self._layers)
         # A tied output is the embeddings once more on the GPU; the host keeps its own.
         host = whole - max(weights - (self._input_bytes if self._tied else 0), 0)
         taken = weights + kv_device if on_device else whole + kv_host
+        n_out = self.info.n_vocab + self.info.n_embd * self.config.embeddings
         margin = int((taken + compute) * MARGIN_RATIO) + MARGIN_BYTES + CUDA_CONTEXT_BYTES * n_devices * on_device
         return MemoryEstimate(
             weights_device_bytes=weights,
@@ -153,6 +157,7 @@ class MemoryModel:
             kv_device_bytes=kv_device,
             kv_host_bytes=kv_host,
             compute_bytes=compute,
+            output_bytes=4 * n_parallel * n_out,
             margin_bytes=margin,
             on_device=on_device,
         )
@@ -191,12 +196,14 @@ class MemoryModel:
         n_streams = 1 if self.config.kv_unified else n_parallel
         cells = self._stream_cells(n_ctx, n_parallel)
         if layer.windowed and not self.config.swa_full:
-            window = self._window() * (n_parallel if self.config.kv_unified else 1)
-            cells = min(cells, _pad(window + self.config.n_ubatch))
+            cells = min(cells, self._window_cells(n_parallel))
         return layer.cell_bytes * cells * n_streams
 
     def _stream_cells(self, n_ctx: int, n_parallel: int) -> int:
         return _pad(_pad(n_ctx) // (1 if self.config.kv_unified else n_parallel))
+
+    def _window_cells(self, n_parallel: int) -> int:
+        return _pad(self._window() * (n_parallel if self.config.kv_unified else 1) + self.config.n_ubatch)
 
     def _window(self) -> int:
         return _LLAMA4_WINDOW if self.info.architecture == "llama4" else self.info.sliding_window
@@ -212,24 +219,39 @@ class MemoryModel:
         short = max(number("shortconv.l_cache") - 1, 0) * self.info.n_embd
         return 4 * (convolution + inner * state + short) * self.info.n_layer
 
-    def _compute_bytes(self, n_ctx: int, n_parallel: int) -> int:
+    def _compute_bytes(self, n_ctx: int, n_parallel: int, *, on_device: bool) -> int:
         """Largest graph that llama.cpp reserves: one physical batch, float32, buffers reused from layer to layer.
 
-        At its widest point it holds either the logits (`n_ubatch * n_vocab`; current builds reserve only a row a
-        slot, older ones and `pooling = none` all), three feed-forward rows, or without flash attention the scores of
-        all heads against all cells; beside it the hidden state with its Q, K and V, and the attention mask.
+        Beside the inputs live the hidden state, its norm and what their predecessors left too small to reuse: five rows
+        of `n_embd` a token. On top comes the widest of three places: feed-forward (gate, up and their product),
+        attention (Q before and after rope, its result, K and V; without flash attention the scores of all heads
+        against all cells), and the logits.
         """
-        info, cells = self.info, self._stream_cells(n_ctx, n_parallel)
-        n_batch = min(self.config.n_batch, self.config.n_ubatch)
-        if info.is_encoder:
-            cells = n_batch
-        heads = max(info.n_head) if isinstance(info.n_head, tuple) else info.n_head
-        flash = self.config.flash_attn != "off" and (self.config.flash_attn == "on" or info.key_length in _FLASH_HEADS)
-        masks = 2 if any(layer.windowed for layer in self._layers) else 1
-        n_ff = max(info.n_ff, info.number("expert_feed_forward_length") * max(info.n_expert_used, 1))
-        widest = max(info.n_vocab, 3 * n_ff, 0 if flash else heads * cells)
-        hidden = 6 * info.n_embd + 2 * heads * (info.key_length + info.value_length)
-        return 4 * n_batch * (widest + hidden + masks * cells)
+        info, config = self.info, self.config
+        n_batch = min(config.n_batch, config.n_ubatch, _pad(n_ctx))
+        cells = n_batch if info.is_encoder else self._stream_cells(n_ctx, n_parallel)
+        heads, heads_kv = _most(info.n_head), _most(info.n_head_kv)
+        flash = config.flash_attn != "off" and (config.flash_attn == "on" or info.key_length in _FLASH_HEADS)
+        attention = 3 * heads * info.key_length + heads_kv * (info.key_length + info.value_length)
+        attention += -4 * info.n_embd if flash else heads * cells
+        # Builds that reserve logits for a whole batch are met on GPUs, where a server of one's own is the rule.
+        n_rows = n_batch if on_device or config.embeddings else n_parallel
+        logits = -(-info.n_vocab * n_rows // n_batch) + info.n_embd
+        widest = max(self._feed_forward_width(), attention, logits)
+        return 4 * n_batch * (5 * info.n_embd + widest) + n_batch * self._input_width(cells, n_parallel, flash=flash)
+
+    def _feed_forward_width(self) -> int:
+        """float32 values of a token: gate, up and product; with experts those of all in use, or their outputs."""
+        info = self.info
+        n_expert_ff = info.number("expert_feed_forward_length") or info.n_ff
+        return max(3 * info.n_ff, info.n_expert_used * max(3 * n_expert_ff, 2 * info.n_embd))
+
+    def _input_width(self, cells: int, n_parallel: int, *, flash: bool) -> int:
+        """Bytes of a token among the inputs: its masks (float16 for flash attention) and its numbers."""
+        masks = cells
+        if any(layer.windowed for layer in self._layers):
+            masks += min(cells, self._window_cells(n_parallel)) if not self.config.swa_full else cells
+        return masks * (2 if flash else 4) + 64
 
 
 def _block_of(name: str) -> int | None:
@@ -257,6 +279,10 @@ def _row_bytes(setting: str, cache_type: str, length: int) -> int:
         why = f"its blocks of {block} do not divide this model's heads of {length}; use f16"
         raise ConfigError(setting, cache_type, why)
     return length // block * block_bytes
+
+
+def _most(counts: int | tuple[int, ...]) -> int:
+    return max(counts) if isinstance(counts, tuple) else counts
 
 
 def _pad(count: int) -> int:

@@ -6,15 +6,16 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lltm_ray.errors import ModelFormatError, ModelNotFoundError
-from lltm_ray.models.gguf_header import Header, HeaderReader, LazyValue, TensorInfo, Value
+from lltm_ray.models.gguf_header import Header, HeaderReader, LazyValue, Misplaced, TensorInfo, Value
 
 SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf\Z")
 """File names of a split model, as llama.cpp's `gguf-split` writes them."""
+MAX_LAYERS = 4096
 _POOLINGS = ("none", "mean", "cls", "last", "rank")
 """`llama_pooling_type` by number."""
 _ENCODERS = frozenset(
@@ -34,6 +35,7 @@ class GgufInfo:
     file_bytes: int
     version: int
     architecture: str
+    """Empty in all shards but the first."""
     name: str
     """`general.name`, else the file's stem."""
     n_params: int
@@ -96,18 +98,28 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufInfo:
         ModelNotFoundError: no such file, or it cannot be opened.
         ModelFormatError: not a GGUF, truncated, damaged or hostile; with the byte where reading stopped.
     """
+    header, size = read_header(path)
+    return describe_header(os.fspath(path), size, header)
+
+
+def read_header(path: str | os.PathLike[str], misplaced: Misplaced | None = None) -> tuple[Header, int]:
+    """One file's header as it stands, and the file's bytes; errors as `read_gguf`.
+
+    Args:
+        path: the file.
+        misplaced: told of tensors that do not lie where they should, which are errors without it.
+    """
     name = os.fspath(path)
     try:
         status = os.stat(name)
         if not stat.S_ISREG(status.st_mode):
             raise ModelFormatError(name, 0, "is a folder or a device; give the .gguf file itself")
         with open(name, "rb") as file:
-            header = HeaderReader(file, name, status.st_size).read()
+            return HeaderReader(file, name, status.st_size, misplaced).read(), status.st_size
     except FileNotFoundError as error:
         raise ModelNotFoundError(name, "no such file") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ModelNotFoundError(name, f"it cannot be read: {error}") from error
-    return _describe(name, status.st_size, header)
 
 
 def read_model(path: str | os.PathLike[str]) -> GgufInfo:
@@ -130,20 +142,21 @@ def read_model(path: str | os.PathLike[str]) -> GgufInfo:
         file_bytes=sum(info.file_bytes for info in infos),
         n_params=sum(info.n_params for info in infos),
         tensors=tensors,
-        quantization=_mix(tensors),
+        quantization=bytes_by_type(tensors),
     )
 
 
 def shard_paths(path: Path) -> tuple[Path, ...]:
-    """All files of the split model that `path` belongs to, by its name; `path` alone if it is not split."""
+    """All files of the split model that `path` belongs to, by its name; `path` alone if it has no such name."""
     match = SHARD.match(path.name)
-    if match is None:
+    count = int(match["count"]) if match else 0
+    if match is None or not 1 <= int(match["number"]) <= count:
         return (path,)
-    count = int(match["count"])
     return tuple(path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1))
 
 
-def _mix(tensors: tuple[TensorInfo, ...]) -> dict[str, int]:
+def bytes_by_type(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    """Tensor type -> bytes, most first."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.type] += tensor.nbytes
@@ -182,12 +195,14 @@ class _Fields:
         return tuple(whole[:n_layer] if isinstance(value, tuple) and n_layer else whole)
 
 
-def _describe(path: str, file_bytes: int, header: Header) -> GgufInfo:
+def describe_header(path: str, file_bytes: int, header: Header) -> GgufInfo:
+    """What a header says; errors as `read_gguf`."""
     fields = _Fields(path, header)
-    arch = fields.text("general.architecture")
-    if not arch:
+    arch = fields.text("general.architecture") or ""
+    split_no = fields.number("split.no", 2**16)
+    if not arch and not split_no:  # all but the first shard have nothing but their number
         raise ModelFormatError(path, 0, "has no general.architecture, so llama.cpp cannot load it")
-    n_layer = fields.number(f"{arch}.block_count", 4096)
+    n_layer = fields.number(f"{arch}.block_count", MAX_LAYERS)
     n_embd = fields.number(f"{arch}.embedding_length", 2**20)
     n_head = fields.numbers(f"{arch}.attention.head_count", 2**16, n_layer)
     n_head_kv = fields.numbers(f"{arch}.attention.head_count_kv", 2**16, n_layer, max(n_head))
@@ -201,7 +216,7 @@ def _describe(path: str, file_bytes: int, header: Header) -> GgufInfo:
         name=fields.text("general.name") or Path(path).stem,
         n_params=sum(tensor.n_elements for tensor in header.tensors),
         tensors=header.tensors,
-        quantization=_mix(header.tensors),
+        quantization=bytes_by_type(header.tensors),
         n_ctx_train=fields.number(f"{arch}.context_length", 2**31),
         n_layer=n_layer,
         n_embd=n_embd,
@@ -216,7 +231,7 @@ def _describe(path: str, file_bytes: int, header: Header) -> GgufInfo:
         sliding_window=fields.number(f"{arch}.attention.sliding_window", 2**31),
         chat_template=fields.text("tokenizer.chat_template"),
         pooling=_POOLINGS[pooling] if f"{arch}.pooling_type" in header.metadata else None,
-        split_no=fields.number("split.no", 2**16),
+        split_no=split_no,
         split_count=fields.number("split.count", 2**16),
         metadata=header.metadata,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import BinaryIO, NoReturn
 
@@ -87,12 +88,26 @@ class Header:
     key_offsets: dict[str, int]
     """Where each key's value begins, for errors."""
     tensors: tuple[TensorInfo, ...]
+    entries: dict[str, tuple[int, int]]
+    """Where each metadata entry, key and all, begins and ends: to copy it as it stands."""
+    alignment: int
+    data_offset: int
+    """Where the first tensor begins."""
+    metadata_end: int
+    """The byte after the last key's value."""
+
+
+Misplaced = Callable[[str, int, str], None]
+"""Told of a tensor that does not lie where it should: its name, the byte, and what is wrong."""
 
 
 class HeaderReader:
-    """Reads one header; every `fail` is a `ModelFormatError` with the byte where reading stopped."""
+    """Reads one header; every `fail` is a `ModelFormatError` with the byte where reading stopped.
 
-    def __init__(self, file: BinaryIO, path: str, file_bytes: int) -> None:
+    With `misplaced`, tensors that overlap, leave gaps, appear twice or pass the file's end are told to it, and kept.
+    """
+
+    def __init__(self, file: BinaryIO, path: str, file_bytes: int, misplaced: Misplaced | None = None) -> None:
         self._file = file
         self._path = path
         self._size = file_bytes
@@ -102,6 +117,7 @@ class HeaderReader:
         self._texts_bytes = 0
         self._strings = 0
         self._inlines = 0
+        self._misplaced = misplaced or (lambda _, at, why: self.fail(why, at))
 
     def read(self) -> Header:
         """Read and check the whole header.
@@ -115,15 +131,22 @@ class HeaderReader:
         self._check_count(n_metadata, "metadata entries", _MAX_METADATA, 8 + 4 + 1)
         metadata: dict[str, Value] = {}
         offsets: dict[str, int] = {}
+        entries: dict[str, tuple[int, int]] = {}
         for _ in range(n_metadata):
+            begin = self._at
             key = self._read_name("metadata key")
             if key in metadata:
                 self.fail(f"metadata key {key!r} appears twice")
             kind = self._unpack("I")
             offsets[key] = self._at
             metadata[key] = self._read_value(kind)
-        tensors = self._read_tensors(n_tensors, self._read_alignment(metadata, offsets))
-        return Header(version, metadata, offsets, tensors)
+            entries[key] = begin, self._at
+        metadata_end = self._at
+        alignment = self._read_alignment(metadata, offsets)
+        listed = [self._read_tensor() for _ in range(n_tensors)]
+        data_at = -(-self._at // alignment) * alignment
+        tensors = self._place(listed, alignment, data_at)
+        return Header(version, metadata, offsets, tensors, entries, alignment, data_at, metadata_end)
 
     def fail(self, why: str, at: int | None = None) -> NoReturn:
         """Refuse the file."""
@@ -246,23 +269,28 @@ class HeaderReader:
             self.fail(f"general.alignment is {value!r}, not a power of two from 8", offsets["general.alignment"])
         return value
 
-    def _read_tensors(self, count: int, alignment: int) -> tuple[TensorInfo, ...]:
-        listed = [self._read_tensor() for _ in range(count)]
-        data_at = -(-self._at // alignment) * alignment
+    def _place(self, listed: list[tuple[TensorInfo, int]], alignment: int, data_at: int) -> tuple[TensorInfo, ...]:
+        """The tensors with their places in the file; each must begin where the one before it ends, padded."""
         expected, seen, tensors = 0, set(), []
         for tensor, at in listed:
-            if tensor.name in seen:
-                self.fail(f"tensor {tensor.name!r} appears twice", at)
-            if tensor.offset_bytes != expected:
-                self.fail(f"tensor {tensor.name!r} lies at data offset {tensor.offset_bytes}, not {expected}", at)
-            if data_at + expected + tensor.nbytes > self._size:
-                why = f"tensor {tensor.name!r} of {tensor.nbytes} bytes passes the file's end at {self._size}"
-                self.fail(f"{why}: the file is truncated or damaged", data_at + expected)
-            seen.add(tensor.name)
-            start = data_at + expected
-            tensors.append(TensorInfo(tensor.name, tensor.shape, tensor.type, start, tensor.nbytes))
-            expected += -(-tensor.nbytes // alignment) * alignment
+            name, size, offset = tensor.name, tensor.nbytes, tensor.offset_bytes
+            if name in seen:
+                self._misplaced(name, at, f"tensor {name!r} appears twice")
+            if offset != expected:
+                self._misplaced(name, at, f"tensor {name!r} lies at data offset {offset}, not {expected}")
+            seen.add(name)
+            tensors.append(TensorInfo(name, tensor.shape, tensor.type, data_at + offset, size))
+            expected = offset + -(-size // alignment) * alignment
+        self._check_end(tensors)
         return tuple(tensors)
+
+    def _check_end(self, tensors: list[TensorInfo]) -> None:
+        """A cut file is told once, however many tensors it has lost."""
+        cut = [tensor for tensor in tensors if tensor.offset_bytes + tensor.nbytes > self._size]
+        if cut:
+            name, at = cut[0].name, min(cut[0].offset_bytes, self._size)
+            why = f"{len(cut)} of {len(tensors)} tensors, the first of them {name!r}: the file is truncated or damaged"
+            self._misplaced(name, at, f"beyond the file's end at {self._size}: {why}")
 
     def _read_tensor(self) -> tuple[TensorInfo, int]:
         """One entry, its offset still relative to the data, and where the entry begins."""
@@ -278,7 +306,8 @@ class HeaderReader:
         if kind not in TENSOR_TYPES:
             self.fail(f"tensor {name!r} has unknown type {kind}", self._at - 4)
         label, block, block_bytes = TENSOR_TYPES[kind]
-        if (shape[0] if shape else 1) % block:
-            self.fail(f"tensor {name!r}: rows of {shape[0]} elements are not whole {label} blocks of {block}", at)
+        row = shape[0] if shape else 1
+        if row % block:
+            self.fail(f"tensor {name!r}: rows of {row} elements are not whole {label} blocks of {block}", at)
         nbytes = math.prod(shape) // block * block_bytes
         return TensorInfo(name, shape, label, self._unpack("Q"), nbytes), at

@@ -1,4 +1,4 @@
-"""From a model's name to a file on this machine: `tiny`, a path, a catalogue name, or `repo:file[@revision]`."""
+"""From a model's name to a file on this machine: built in, a path, a catalogue name, or `repo:file[@revision]`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -15,12 +15,19 @@ from typing import Any
 
 from lltm_ray.errors import ConfigError, ModelDownloadError, ModelError, ModelNotFoundError
 from lltm_ray.models.catalog import CatalogEntry, load_catalog
+from lltm_ray.models.embedded import EMBEDDED, embedded_path
 from lltm_ray.models.gguf import SHARD, shard_paths
-from lltm_ray.models.tiny import ensure_tiny
+from lltm_ray.models.random_weights import ensure_random
 
 Progress = Callable[[str, int, int], None]
 """Called with (file, bytes done, bytes in all) while a file is downloaded."""
-TINY = "tiny"
+RANDOM = "random"
+DEMONSTRATIONS: Mapping[str, str] = {
+    "tiny": "a demonstration model of 9 million parameters: it answers what it was taught of serving models, no more",
+    "tiny-draft": "a draft model of 1 million parameters, for speculative decoding with tiny",
+    RANDOM: "random weights: its words mean nothing, its tokens and times are real",
+}
+"""The models that need no download, and what a person should know before they talk to one."""
 _HUB = re.compile(r"(?P<repo>[^/:@]+/[^/:@]+):(?P<file>[^@]+)(?:@(?P<revision>.+))?\Z")
 _ELSEWHERE = "or download it elsewhere and give the path"
 _PART = re.compile(r"[A-Za-z0-9_][\w.+=-]*\Z", re.ASCII)
@@ -29,7 +36,8 @@ _PART = re.compile(r"[A-Za-z0-9_][\w.+=-]*\Z", re.ASCII)
 class Origin(StrEnum):
     """Where a model came from."""
 
-    TINY = "tiny"
+    EMBEDDED = "embedded"
+    RANDOM = "random"
     PATH = "path"
     CATALOG = "catalog"
     HUB = "hub"
@@ -45,36 +53,51 @@ class ResolvedModel:
     """The file, or the first shard."""
     origin: Origin
     entry: CatalogEntry | None = None
-    demonstration: bool = False
-    """Whether its answers mean nothing (`tiny`)."""
 
 
-def resolve(model: str, *, cache_dir: Path, offline: bool = False, progress: Progress | None = None) -> ResolvedModel:
+def resolve(
+    model: str,
+    *,
+    cache_dir: Path,
+    offline: bool = False,
+    progress: Progress | None = None,
+    token: str | None = None,
+) -> ResolvedModel:
     """Find a model, or download it.
 
     Args:
-        model: `tiny`, a path, a catalogue name, or `owner/name:file.gguf[@revision]` on the hub.
-        cache_dir: our cache folder, for `tiny` and the record of verified files. Downloads lie in the hub's own
+        model: one of `DEMONSTRATIONS`, a path, a catalogue name, or `owner/name:file.gguf[@revision]` on the hub.
+        cache_dir: our cache folder, for `random` and the record of verified files. Downloads lie in the hub's own
             cache (`HF_HOME`), so that what other tools fetched is not fetched again.
         offline: use only what is cached.
         progress: called with (file, bytes done, bytes in all) while a file is downloaded.
+        token: for gated and private models. None: as the hub's own tools find it (`HF_TOKEN`, `hf auth login`).
 
     Raises:
         ModelNotFoundError: no such name, file, repo or revision; with the closest names.
         ModelDownloadError: the hub cannot be reached, refuses, or sent a file with the wrong sha256.
         ConfigError: a repo, file or revision that is not a plain name (`..`, an absolute path).
     """
-    if model == TINY:
-        return ResolvedModel(name=TINY, path=ensure_tiny(cache_dir), origin=Origin.TINY, demonstration=True)
+    if model in EMBEDDED:
+        return ResolvedModel(name=model, path=embedded_path(model), origin=Origin.EMBEDDED)
+    if model == RANDOM:
+        return ResolvedModel(name=RANDOM, path=ensure_random(cache_dir), origin=Origin.RANDOM)
     local = Path(model).expanduser() if model.startswith("~") else Path(model)
     hub = _HUB.match(model)
     if _is_file(local) or (_looks_like_path(model) and hub is None):
         return _resolve_path(model, local)
     if hub is not None:
-        wanted = _HubFile(model, hub["repo"], hub["file"], hub["revision"] or "")
+        wanted = _HubFile(model, hub["repo"], hub["file"], hub["revision"] or "", token)
         path = _fetch_all(wanted, offline, progress)
         return ResolvedModel(name=_stem(path), path=path, origin=Origin.HUB)
-    return _resolve_catalog(model, cache_dir, offline, progress)
+    return _resolve_catalog(model, cache_dir, offline, progress, token)
+
+
+def is_local(model: str) -> bool:
+    """Whether `resolve` finds a model without the hub: it is built in, or a path."""
+    path = Path(model).expanduser() if model.startswith("~") else Path(model)
+    is_path = _is_file(path) or (_looks_like_path(model) and not _HUB.match(model))
+    return model in DEMONSTRATIONS or is_path
 
 
 def _is_file(path: Path) -> bool:
@@ -110,15 +133,17 @@ def _stem(path: Path) -> str:
     return match["stem"] if match else path.stem
 
 
-def _resolve_catalog(model: str, cache_dir: Path, offline: bool, progress: Progress | None) -> ResolvedModel:
+def _resolve_catalog(
+    model: str, cache_dir: Path, offline: bool, progress: Progress | None, token: str | None
+) -> ResolvedModel:
     catalog = load_catalog()
     entry = catalog.get(model)
     if entry is None:
-        close = difflib.get_close_matches(model.lower(), catalog, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(model.lower(), (*DEMONSTRATIONS, *catalog), n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(close)}? " if close else ""
         why = f"{hint}`lltm-ray models list` shows all names; a path or `owner/name:file.gguf` works too"
         raise ModelNotFoundError(model, why)
-    path = _fetch_all(_HubFile(model, entry.repo, entry.file, entry.revision), offline, progress)
+    path = _fetch_all(_HubFile(model, entry.repo, entry.file, entry.revision, token), offline, progress)
     if entry.sha256:
         _verify(model, path, entry.sha256, cache_dir)
     return ResolvedModel(name=model, path=path, origin=Origin.CATALOG, entry=entry)
@@ -151,6 +176,7 @@ class _HubFile:
     repo: str
     file: str
     revision: str = ""
+    token: str | None = field(default=None, repr=False)
 
 
 def _fetch(wanted: _HubFile, *, offline: bool, progress: Progress | None) -> Path:
@@ -168,6 +194,7 @@ def _fetch(wanted: _HubFile, *, offline: bool, progress: Progress | None) -> Pat
             wanted.repo,
             wanted.file,
             revision=wanted.revision or None,
+            token=wanted.token,
             local_files_only=offline,
             tqdm_class=_build_bar(wanted.file, progress),
         )
@@ -220,7 +247,8 @@ def _explain_unreachable(wanted: _HubFile, offline: bool, status: int | None) ->
 
     if offline:
         why = f"offline, and {wanted.repo}/{wanted.file} is not in the hub's cache ({constants.HF_HUB_CACHE})"
-        return ModelDownloadError(wanted.model, f"{why}; go online once, {_ELSEWHERE}")
+        remedy = f"go online once (`lltm-ray models pull {wanted.model}`), {_ELSEWHERE}"
+        return ModelDownloadError(wanted.model, f"{why}; {remedy}")
     if status is not None:
         why = f"the hub at {constants.ENDPOINT} answered {status}, and the file is not in its cache"
         return ModelDownloadError(wanted.model, f"{why}; try again later, {_ELSEWHERE}")

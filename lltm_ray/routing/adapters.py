@@ -62,10 +62,17 @@ def choose(model: str, raw: Any, served: str, engines: Iterable[EngineInfo]) -> 
         raise ConfigError("lora", raw, f"model {model!r} has chosen already; leave one of the two away")
     if adapter:
         return ((adapter, None),)
-    numberings = {engine.adapters for engine in engines if engine.adapters}
-    if len(numberings) > 1 and raw:
+    numberings = sorted((engine.adapters for engine in engines if engine.adapters), key=len)
+    if not (raw and numberings):
+        return None
+    all_have = numberings[0]  # one more may be under way
+    if any(_numbers(each)[: len(all_have)] != _numbers(all_have) for each in numberings):
         raise ConfigError("lora", raw, "engines number their adapters differently: choose one as model:adapter")
-    return by_ids(raw, numberings.pop()) if raw and numberings else None
+    return by_ids(raw, all_have)
+
+
+def _numbers(adapters: Sequence[Adapter]) -> list[tuple[str, float]]:
+    return [(each.name, each.scale) for each in adapters]
 
 
 def by_ids(raw: Any, known: Sequence[Adapter]) -> Lora | None:
@@ -117,7 +124,7 @@ def lora_field(lora: Lora | None, known: Sequence[Adapter], own: Mapping[int, fl
     entries = []
     for id_, adapter in enumerate(known):
         if chosen is None:
-            scale = adapter.scale if own is None else own.get(id_, 0.0)
+            scale = adapter.own if own is None else own.get(id_, 0.0)
         else:
             asked = chosen.get(adapter.name, 0.0)
             scale = (adapter.scale or 1.0) if asked is None else asked

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
+from lltm_ray._sessions import Offer
 from lltm_ray.routing.adapters import Lora
 from lltm_ray.routing.rates import Rates
 from lltm_ray.routing.table import EngineView
@@ -47,6 +48,8 @@ class Ask:
     exclude: frozenset[str] = NOBODY
     """Engines to avoid as long as another one has a free slot."""
     can_pin: bool = True
+    offer: Offer | None = None
+    """Of the session it names."""
     hashes: bytes | None = None
     """Of the prompt's beginnings, once a hint asked for them; see `_prefix`."""
 

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 
 from lltm_ray.routing.hearsay import UNKNOWN, SlotDigest, SlotSample, hash_cuts
+from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.rows import Row
 from lltm_ray.routing.served import ServedModel
 
@@ -77,6 +78,14 @@ class Gossip:
                     _take(served, row, each)
             if number % _SLICE == _SLICE - 1:
                 await asyncio.sleep(0)
+
+    def unheard_tokens(self, model: str, ask: Ask) -> int:
+        """Tokens of a prompt that no engine is known to have cached, where another router may yet say otherwise."""
+        served = self._models.get(model)
+        if served is None or not any(row.lent for row in served.rows.values()):
+            return 0
+        match = served.match(ask)
+        return match.prompt_tokens - (match.engines[0][1] if match.engines else 0)
 
     def _find(self, told: SlotDigest | SlotSample) -> tuple[ServedModel | None, Row | None]:
         for served in self._models.values():

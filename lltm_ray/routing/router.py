@@ -26,10 +26,7 @@ from lltm_ray.routing.residency import Held
 from lltm_ray.routing.rows import Lease, Row, Served, describe, identity, is_hopeless
 from lltm_ray.routing.served import ServedModel, SlotShare
 
-__all__ = ["SUSPECT_S", "Lease", "Router", "Served"]
-
-SUSPECT_S = 1.0
-"""How long an engine is skipped after a failed connection, unless the directory shows a new server sooner."""
+__all__ = ["Lease", "Router", "Served"]
 
 
 class Router:
@@ -120,7 +117,7 @@ class Router:
         self._counsel.take(hints, salt)
 
     def suspect(self, engine: EngineInfo | str) -> None:
-        """A connection to this engine failed: skip it for `SUSPECT_S`, or until its server is another one.
+        """A connection to this engine failed: skip it for a second or more, or until its server is another one.
 
         Args:
             engine: as it was when the connection failed; if its server is another one by now, nothing happens. A name
@@ -129,8 +126,9 @@ class Router:
         row = self._engines.get(engine if isinstance(engine, str) else engine.name)
         if row is None or (isinstance(engine, EngineInfo) and identity(row.info) != identity(engine)):
             return
+        pause_s = row.relapse()
         self._models[row.model].suspect(row, 1)
-        asyncio.get_running_loop().call_later(SUSPECT_S, self._cooled, row)
+        asyncio.get_running_loop().call_later(pause_s, self._cooled, row)
 
     def _cooled(self, row: Row) -> None:
         self._models[row.model].suspect(row, -1)
@@ -281,6 +279,7 @@ class Router:
 
     def began(self, lease: Lease) -> None:
         """The first byte of the answer came."""
+        lease.row.recover()
         self._rooms[lease.model].began(lease)
 
     def release(self, lease: Lease, served: Served | None = None) -> None:

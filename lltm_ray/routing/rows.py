@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,10 @@ from lltm_ray.routing.adapters import Lora, lora_field
 from lltm_ray.routing.policy import Ask, Choice, EngineView
 from lltm_ray.routing.rates import Speed
 
+SUSPECT_S = 1.0
+"""How long an engine is skipped after a failed connection, unless the directory shows a new server sooner."""
+MAX_SUSPECT_S = 16.0
+"""The longest of it: it doubles with each further failure, until the engine begins an answer."""
 LATE_DETAIL = "no heartbeat"
 """How the directory's `detail` of an engine begins that failed only by its silence: it may be back within seconds."""
 
@@ -38,6 +42,8 @@ class Row(EngineView):
     """Claims whose slot llama-server chose: as long as there are some, nobody knows for sure which slots are idle."""
     suspicions: int = 0
     """Failed connections whose cool-down is not over."""
+    skip_s: float = 0.0
+    """Its last cool-down; 0: it has begun an answer since."""
     listed: bool = True
     scales: dict[int, float] | None = None
     """Its adapters' own scales by id, where they were changed since it started."""
@@ -50,6 +56,23 @@ class Row(EngineView):
     def is_usable(self) -> bool:
         """Whether it can take requests at all."""
         return self.listed and not self.closed and self.info.state is EngineState.READY and self.slots_total > 0
+
+    def relapse(self) -> float:
+        """Seconds to skip it for one more failed connection; failures at the same time count once."""
+        if not self.suspicions:
+            self.skip_s = min(2 * self.skip_s or SUSPECT_S, MAX_SUSPECT_S)
+        return self.skip_s
+
+    def recover(self) -> None:
+        """It has answered: its next failure is a first one."""
+        self.skip_s = 0.0
+
+    def learn(self, info: EngineInfo, forget: Callable[[Row], None]) -> None:
+        """The directory's newest word of the same server; at other scales what it has cached is of others."""
+        is_rescaled, self.info, self.listed = info.adapters != self.info.adapters, info, True
+        if is_rescaled:
+            self.scales = None
+            forget(self)
 
     def is_promised(self, lora: Lora | None) -> bool:
         """Whether requests with other adapters wait there: who came after them would go before them, for ever."""

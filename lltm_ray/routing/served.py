@@ -126,7 +126,7 @@ class ServedModel:
             row.adapters = frozenset(each.name for each in info.adapters)
             self.rows[name] = row
             self.forget_caches(row)
-        row.info, row.listed = info, True
+        row.learn(info, self.forget_caches)
         if row.owned != slots:
             self._reshape(row, slots)
         row.lent = frozenset(range(info.slots_total)) - slots

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lltm_ray._files import write_private
+from lltm_ray._turns import last_turns, with_system
 from lltm_ray.actors.calls import Messages
 from lltm_ray.errors import ConfigError
 from lltm_ray.sdk.engine import InferenceEngine
@@ -72,41 +73,23 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": result.text})
 
     def _with_system(self, messages: Messages) -> Messages:
-        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
+        return with_system(self.system, messages)
 
     def _request(self, text: str, max_tokens: int) -> Messages:
-        """As many of the last turns as fit, all while no limit is known; a turn begins with a user's message."""
+        """As many of the last turns as fit, all while no limit is known."""
         messages: Messages = [*self.messages, {"role": "user", "content": text}]
         limit = self._limit_tokens or self.engine.slot_tokens
         if not limit:  # no engine is ready: what becomes of the request is not ours to say
             return self._with_system(messages)
-        room = limit - max_tokens
-        starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-        low, high = 0, len(starts) - 1  # how many turns are left out
-        while low < high:
-            middle = (low + high) // 2
-            fits = self.engine.count_tokens(self._with_system(messages[starts[middle] :])) <= room
-            low, high = (low, middle) if fits else (middle + 1, high)
-        request = self._with_system(messages[starts[low] :])
-        if low == len(starts) - 1 and (need := self.engine.count_tokens(request)) > room:
-            why = f"the message and its system prompt take {need} tokens, the limit leaves {room} beside the answer"
-            raise ConfigError("max_tokens", max_tokens, f"{why}: shorten it, or raise limit_tokens or ctx_size")
-        return request
+        count = self.engine.count_tokens
+        return last_turns(messages, self.system, count, limit_tokens=limit, max_tokens=max_tokens)
 
     # files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the system prompt and all messages as JSON, readable by nobody else; whole or not at all."""
-        target = Path(path)
-        text = json.dumps({"system": self.system, "messages": self.messages}, ensure_ascii=False, indent=1).encode()
-        fresh, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}")
-        try:
-            with os.fdopen(fresh, "wb") as stream:
-                stream.write(text)
-            Path(name).replace(target)
-        except BaseException:
-            Path(name).unlink()
-            raise
+        stored = {"system": self.system, "messages": self.messages}
+        write_private(path, json.dumps(stored, ensure_ascii=False, indent=1))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], engine: InferenceEngine, **settings: Any) -> Conversation:

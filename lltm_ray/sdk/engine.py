@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
-from lltm_ray.actors.calls import Messages
+from lltm_ray._turns import Messages
 from lltm_ray.config import ModelConfig
 from lltm_ray.driver import Cluster
 from lltm_ray.errors import ConfigError, FleetError, LltmRayError
@@ -151,7 +151,7 @@ class InferenceEngine:
         cluster, began_s = self.cluster, time.perf_counter()
         params |= {"model": self._served, "max_tokens": max_tokens}
         try:
-            done = cluster.complete(str(prompt), **params) if raw else cluster.chat(_messages(prompt), **params)
+            done = cluster.complete(str(prompt), **params) if raw else cluster.chat(prompt, **params)
             result = of_completion(done, time.perf_counter() - began_s)
         except LltmRayError as error:
             result = InferResult(latency_ms=(time.perf_counter() - began_s) * 1e3, error=error)
@@ -160,7 +160,7 @@ class InferenceEngine:
 
     generate = infer
 
-    def chat(self, messages: Messages, **params: Any) -> InferResult:
+    def chat(self, messages: Prompt, **params: Any) -> InferResult:
         """One answer to a conversation; see `infer`."""
         return self.infer(messages, **params)
 
@@ -188,7 +188,7 @@ class InferenceEngine:
         """
         if raw:
             raise ConfigError("raw", raw, "streams go through the chat template; use infer(raw=True)")
-        events = self.cluster.stream(_messages(prompt), model=self._served, max_tokens=max_tokens, **params)
+        events = self.cluster.stream(prompt, model=self._served, max_tokens=max_tokens, **params)
         return InferStream(events, callback, self._figures.add)
 
     def batch_infer(self, prompts: Sequence[Prompt], **params: Any) -> list[InferResult]:
@@ -201,7 +201,7 @@ class InferenceEngine:
         """One vector for each text; the model must be loaded with `engine={"embeddings": True}`."""
         return self.cluster.embed(texts, **({"model": self._served} | params))
 
-    def count_tokens(self, messages: Messages) -> int:
+    def count_tokens(self, messages: Prompt) -> int:
         """Tokens of chat messages as the model's template writes them, its marks included."""
         return self.cluster.count_tokens(messages, model=self._served)
 
@@ -233,7 +233,3 @@ class InferenceEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.unload_model()
-
-
-def _messages(prompt: Prompt) -> Messages:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

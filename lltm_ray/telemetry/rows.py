@@ -56,6 +56,8 @@ class RequestRow(NamedTuple):
     """Of the prompt as the router compares it."""
     prefix: bytes = b""
     """Salted hashes of its beginnings; see `lltm_ray._prefix`."""
+    blocks: bytes = b""
+    """Salted hashes of its blocks, each by itself, with their sizes; see there."""
 
 
 class AttemptRow(NamedTuple):

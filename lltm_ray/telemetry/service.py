@@ -13,6 +13,7 @@ from typing import Any
 
 from lltm_ray.config import TelemetryConfig
 from lltm_ray.telemetry.batch import Batch
+from lltm_ray.telemetry.collective import Collectives
 from lltm_ray.telemetry.energy import Energy
 from lltm_ray.telemetry.hardware import observe_samples
 from lltm_ray.telemetry.hub import Receipt, build_hub
@@ -66,7 +67,7 @@ class TelemetryService:
         self._others: OrderedDict[str, deque[SpanRow]] = OrderedDict()
         self._roll = Roll()
         self._hub.on_request += [self._live.add_request, self._keep]
-        self._hub.on_rows["spans"].append(self._keep_spans)
+        self._hub.on_rows["spans"] += [self._keep_spans, Collectives(self._hub.instruments).add]
         for kind in _SAMPLES:
             self._hub.on_rows[kind].append(partial(self._samples.add, kind))
         self._hub.on_rows["servers"].append(self._place_gpus)
@@ -139,7 +140,7 @@ class TelemetryService:
         spans += [self._spans.of_row(row) for row in others]
         shown = [_shown(span, request.arrived_unix_nano) for span in spans]
         row = {name: value if value == value else None for name, value in request._asdict().items()}  # noqa: PLR0124
-        del row["prefix"]  # for analytics alone
+        del row["prefix"], row["blocks"]  # for analytics alone
         return {"request": row, "joules": self._joules.of_request(request.span_id), "spans": shown}
 
     def metrics(self, *, is_open: bool = False) -> bytes:

@@ -1,6 +1,6 @@
 """On a machine with NVIDIA GPUs: `pytest -m gpu tests/gpu`, with a CUDA llama-server on PATH or in LLAMA_SERVER_PATH.
 
-LLTM_RAY_GPU_MODEL names a GGUF to use instead of `tiny`.
+LLTM_RAY_GPU_MODEL names a GGUF to use instead of `random`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ import os
 import warnings
 
 import pytest
-import ray
-
-from lltm_ray.driver import join_ray
-from lltm_ray.gpu.nvml import read_inventory
 
 
 @pytest.fixture(scope="session")
 def gpus():
-    """The machine's devices, under one Ray for all tests."""
+    """The machine's devices, under one Ray for all tests; those of kernels run without either."""
+    import ray
+
+    from lltm_ray.driver import join_ray
+    from lltm_ray.gpu.nvml import read_inventory
+
     inventory = read_inventory()
     assert inventory.gpus, inventory.reason
     with warnings.catch_warnings():
@@ -29,4 +30,4 @@ def gpus():
 
 @pytest.fixture(scope="session")
 def model():
-    return os.environ.get("LLTM_RAY_GPU_MODEL", "tiny")
+    return os.environ.get("LLTM_RAY_GPU_MODEL", "random")

@@ -37,6 +37,7 @@ PLANS = {
     "cascade": {"cascade": "engine-1"},
     "throttle": {"throttle": "GPU-1"},
     "overload": {"overload": 3.0},
+    "stamped": {"stamped": True},
 }
 COMMUNITIES = "classes"
 MODULARITY_WITHIN = 0.05

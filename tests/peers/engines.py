@@ -20,14 +20,14 @@ import numpy as np
 
 from lltm_ray.config import EngineConfig
 from lltm_ray.llamacpp.command import build_args
-from lltm_ray.models.tiny import TinyShape, write_tiny
+from lltm_ray.models.random_weights import RandomShape, write_random
 
 from . import install
 from .peers import Peer, front
 from .processes import Running, StartError, free_port, running
 
 ENGINES, SLOTS, SLOT_TOKENS = 4, 4, 4096
-SHAPE = TinyShape(n_embd=128, n_layer=4, n_ff=384, n_ctx=8192)
+SHAPE = RandomShape(n_embd=128, n_layer=4, n_ff=384, n_ctx=8192)
 """Small enough for a laptop's CPU, large enough that prefill costs: about 0.15 ms a token, one token a character."""
 SOFTENING = 0.4
 SETTINGS: dict[str, Any] = {
@@ -93,13 +93,13 @@ class Fleet:
         return sum(server.counters().get(name, 0.0) for server in self.servers)
 
 
-def model(shape: TinyShape = SHAPE) -> Path:
+def model(shape: RandomShape = SHAPE) -> Path:
     """The model's file, made on first use."""
     path = install.CACHE / f"bench-{shape.n_embd}-{shape.n_head}-{shape.n_layer}-{shape.n_ff}-{SOFTENING}.gguf"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(".part")
-        write_tiny(scratch, shape)
+        write_random(scratch, shape)
         _soften(scratch)
         scratch.replace(path)
     return path
@@ -117,7 +117,7 @@ def _soften(path: Path) -> None:
 
 @contextlib.contextmanager
 def servers(
-    folder: Path, count: int = ENGINES, *, shape: TinyShape = SHAPE, **changes: Any
+    folder: Path, count: int = ENGINES, *, shape: RandomShape = SHAPE, **changes: Any
 ) -> Iterator[tuple[Server, ...]]:
     """Fresh servers without a key.
 
@@ -132,7 +132,7 @@ def servers(
 
 
 @contextlib.contextmanager
-def _server(log: Path, shape: TinyShape, changes: dict[str, Any]) -> Iterator[tuple[Running, Server]]:
+def _server(log: Path, shape: RandomShape, changes: dict[str, Any]) -> Iterator[tuple[Running, Server]]:
     port = free_port()
     config = EngineConfig(**SETTINGS | changes)
     args = build_args(

@@ -38,7 +38,7 @@ from lltm_ray.gateway.app import GatewayApp
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.server import serve
 from lltm_ray.gateway.trace import Tracing
-from lltm_ray.models.tiny import TinyShape
+from lltm_ray.models.random_weights import RandomShape
 from lltm_ray.records import EngineInfo, EngineState, FleetStatus, Hints
 from lltm_ray.routing.router import Router
 from lltm_ray.routing.served import SlotShare
@@ -49,7 +49,7 @@ from .engines import SLOT_TOKENS, SLOTS, Server, servers
 from .stutter import stutter
 from .workloads import filler
 
-SHAPE = TinyShape(n_embd=128, n_head=2, n_head_kv=2, n_layer=2, n_ff=384)
+SHAPE = RandomShape(n_embd=128, n_head=2, n_head_kv=2, n_layer=2, n_ff=384)
 SALT = b"of the hints' bench"
 EVERY_S, WINDOW_S = 3.0, 45.0
 DRAWS = 4000

@@ -144,10 +144,10 @@ def _usage(told: dict[str, Any]) -> tuple[int, int] | None:
 def fleet(exporters: tuple[str, ...]) -> FleetConfig:
     """Two engines for text, one of two slots, one that embeds, one that ranks."""
     models = (
-        ModelConfig(model="tiny", served_name="text", engines=2),
-        ModelConfig(model="tiny", served_name="narrow", engine=EngineConfig(n_parallel=2)),
-        ModelConfig(model="tiny", served_name="embed", engine=EngineConfig(embeddings=True, pooling="mean")),
-        ModelConfig(model="tiny", served_name="rank", engine=EngineConfig(reranking=True, pooling="rank")),
+        ModelConfig(model="random", served_name="text", engines=2),
+        ModelConfig(model="random", served_name="narrow", engine=EngineConfig(n_parallel=2)),
+        ModelConfig(model="random", served_name="embed", engine=EngineConfig(embeddings=True, pooling="mean")),
+        ModelConfig(model="random", served_name="rank", engine=EngineConfig(reranking=True, pooling="rank")),
     )
     return FleetConfig(
         models=models,

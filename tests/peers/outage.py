@@ -226,7 +226,7 @@ def main() -> int:
     exporters = (f"otlp-grpc=http://127.0.0.1:{ports[0]}", f"otlp-http=http://127.0.0.1:{ports[1]}")
     with tempfile.TemporaryDirectory() as name:
         config = FleetConfig(
-            model="tiny",
+            model="random",
             engines=2,
             name="outage",
             served_name="text",

@@ -40,7 +40,7 @@ from lltm_ray.analytics.ingest import COLUMNS, build_trace
 from lltm_ray.analytics.report import Report, make_report
 from lltm_ray.analytics.text import to_text
 from lltm_ray.gpu.meters import GpuSample
-from lltm_ray.models.tiny import TinyShape
+from lltm_ray.models.random_weights import RandomShape
 from lltm_ray.records import EngineState
 
 from .client import Client, Reply
@@ -49,7 +49,7 @@ from .stutter import Stutter, stutter
 from .workloads import Messages, filler
 
 NAME, ENGINES = "planted", 3
-SHAPE = TinyShape(n_embd=128, n_head=2, n_head_kv=2, n_layer=6, n_ff=768)
+SHAPE = RandomShape(n_embd=128, n_head=2, n_head_kv=2, n_layer=6, n_ff=768)
 """Some 1 ms a token: a duty cycle of 20 ms slows an answer evenly."""
 TENANTS = ("ann", "ben", "cid", "greedy")
 RATE, SLOWED, KILLS, LONG_PROMPT = 3.5, 3.0, 3, 2200

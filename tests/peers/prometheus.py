@@ -191,7 +191,7 @@ def _check(into: Findings, what: str, prometheus: Prometheus, expression: str) -
 def run(seconds: float, folder: Path, into: Findings) -> None:
     """Fleet, load, Prometheus."""
     config = FleetConfig(
-        model="tiny",
+        model="random",
         engines=2,
         name="prometheus",
         served_name="text",

@@ -66,7 +66,7 @@ def ratio(on: list[float], off: list[float], seed: int = 0) -> tuple[float, floa
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="random")
     parser.add_argument("--gpu", action="store_true", help="engines on one GPU, analytics on another")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=8.0)

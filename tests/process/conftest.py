@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from failover_harness import write_model
 from gateway_harness import Engine, real_engine
 
+from lltm_ray.config import SIMILARITY_RATIO
 from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
-from lltm_ray.models.tiny import TinyShape, ensure_tiny, write_tiny
+from lltm_ray.models.random_weights import RandomShape, ensure_random, write_random
+from lltm_ray.records import EngineInfo
 
 # The child ends when its stdin does, so it cannot outlive the tests however they die.
 _CHILD = """
@@ -92,9 +95,9 @@ def running_server(model: Path, slot_dir: Path, **settings: Any) -> Iterator[Run
 
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a context long enough for generations that take seconds."""
+    """The random model with a context long enough for generations that take seconds."""
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_tiny(path, TinyShape(n_ctx=32_768))
+    write_random(path, RandomShape(n_ctx=32_768))
     return path
 
 
@@ -173,7 +176,7 @@ async def faces(request: pytest.FixtureRequest) -> AsyncIterator[Faces]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model."""
-    return ensure_tiny(tmp_path_factory.mktemp("cache"))
+    return ensure_random(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +185,16 @@ def pair(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple
     with ExitStack() as stack:
         folder = tmp_path_factory.mktemp("engines")
         yield tuple(stack.enter_context(real_engine(name, tiny, folder)) for name in ("e0", "e1"))
+
+
+@pytest.fixture(scope="module")
+def heirs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineInfo, ...]]:
+    """An engine of four slots, and the one that is started when it is gone: so alike that it restores its slots."""
+    folder = tmp_path_factory.mktemp("engines")
+    model = write_model(folder / "tiny.gguf")
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(real_engine(name, model, folder, slots=4, similarity=SIMILARITY_RATIO))
+            for name in ("e0", "e1")
+        ]
+        yield tuple(each.info.with_(slot_seal="the same model and settings") for each in started)

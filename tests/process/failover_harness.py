@@ -17,7 +17,7 @@ import numpy as np
 from gateway_harness import Engine, Gateway, real_engine
 
 from lltm_ray.llamacpp.metrics import ServerMetrics, read_metrics
-from lltm_ray.models.tiny import TinyShape, write_tiny
+from lltm_ray.models.random_weights import RandomShape, write_random
 from lltm_ray.routing.ledger import Drift, Ledger
 
 CHAT, TEXT, NATIVE = ROUTES = ("/v1/chat/completions", "/v1/completions", "/completion")
@@ -51,12 +51,12 @@ class Got:
 
 
 def write_model(path: Path) -> Path:
-    """The tiny model with its queries and keys scaled down.
+    """The random model with its queries and keys scaled down.
 
     As it is, a rounding error grows to another greedy text now and then as other requests share the batch, without any
     engine's death, and texts could not be compared.
     """
-    write_tiny(path, TinyShape(n_ctx=32_768))
+    write_random(path, RandomShape(n_ctx=32_768))
     reader = gguf.GGUFReader(path, "r+")
     for tensor in reader.tensors:
         if "attn_q" in tensor.name or "attn_k" in tensor.name:
@@ -77,7 +77,7 @@ def _wish(path: str, kind: str, number: int, chance: random.Random) -> Wish:
     body |= {"messages": [{"role": "user", "content": prompt}]} if path == CHAT else {"prompt": prompt}
     limit = chance.randrange(60, 120) if kind == "bytes" else chance.randrange(120, 260)
     body["n_predict" if path == NATIVE else "max_tokens"] = limit
-    if kind == "bytes":  # the tiny model's byte tokens follow three special ones
+    if kind == "bytes":  # the random model's byte tokens follow three special ones
         body |= {"logit_bias": [[3 + byte, 15] for byte in "é€".encode()], "repeat_penalty": 1.3}
     if kind == "penalties":
         body |= {"repeat_penalty": 1.5, "repeat_last_n": 64, "presence_penalty": 1.0}

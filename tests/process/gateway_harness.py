@@ -19,9 +19,10 @@ from lltm_ray.config import LLAMA_CPP_SIMILARITY_RATIO, EngineConfig, GatewayCon
 from lltm_ray.gateway.app import GatewayApp
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.server import serve
+from lltm_ray.gateway.session_store import SessionStore
 from lltm_ray.gateway.slot_files import SlotFiles
 from lltm_ray.gateway.trace import Tracing
-from lltm_ray.models.tiny import TinyShape
+from lltm_ray.models.random_weights import RandomShape
 from lltm_ray.records import EngineInfo, EngineState, FleetStatus
 from lltm_ray.routing.ledger import Ledger
 from lltm_ray.routing.router import Router
@@ -122,12 +123,12 @@ def real_engine(
 
 
 def write_adapter(path: Path, seed: int = 0, rank: int = 4) -> None:
-    """A LoRA adapter for the attention of the tiny model, strong enough to change what it says."""
+    """A LoRA adapter for the attention of the random model, strong enough to change what it says."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", float(rank))
-    random, width = np.random.default_rng(seed), TinyShape().n_embd
+    random, width = np.random.default_rng(seed), RandomShape().n_embd
     for tensor in ("attn_q", "attn_output"):
         for name, shape in {"lora_a": (rank, width), "lora_b": (width, rank)}.items():
             values = (random.standard_normal(shape) / 2).astype(np.float32)
@@ -189,6 +190,7 @@ async def gateway(
     keys: tuple[str, ...] = (),
     ledger: Ledger | None = None,
     files: SlotFiles | None = None,
+    sessions: SessionStore | None = None,
     tracing: Tracing | None = None,
     **settings: object,
 ) -> AsyncIterator[Gateway]:
@@ -203,6 +205,7 @@ async def gateway(
         status=lambda: FleetStatus(name="test", engines=router.engines()),
         ledger=ledger,
         files=files,
+        sessions=sessions,
         tracing=tracing,
         account=lambda: ledger.counters if ledger else {},
     )

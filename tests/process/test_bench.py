@@ -27,7 +27,7 @@ import uvloop
 from lltm_ray.errors import LltmRayError, UpstreamError
 from lltm_ray.load.result import LoadPlan
 from lltm_ray.load.run import run_load
-from lltm_ray.models.tiny import ensure_tiny
+from lltm_ray.models.random_weights import ensure_random
 
 BENCH = (sys.executable, "-c", "from lltm_ray.cli import main; main()", "bench")
 KEY = "sesame"
@@ -35,10 +35,10 @@ KEY = "sesame"
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Base URL of the embedded engine with the tiny model, four slots and an API key."""
+    """Base URL of the embedded engine with the random model, four slots and an API key."""
     folder = tmp_path_factory.mktemp("llama")
     (folder / "keys").write_text(KEY + "\n", encoding="utf-8")
-    argv = [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", str(ensure_tiny(folder)), "--port"]
+    argv = [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", str(ensure_random(folder)), "--port"]
     port = str(_free_port())
     argv += [port, "--host", "127.0.0.1", "--parallel", "4", "--ctx-size", "8192", "--threads-http", "16"]
     with (folder / "log").open("wb") as log:

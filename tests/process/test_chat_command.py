@@ -22,7 +22,7 @@ from typing import ClassVar
 import pytest
 import requests
 
-from lltm_ray.models.tiny import ensure_tiny
+from lltm_ray.models.random_weights import ensure_random
 
 _OWN_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 """Also where the tests themselves run in a shell's background, whose children ignore Ctrl-C."""
@@ -31,14 +31,14 @@ CHAT = (sys.executable, "-c", f"{_OWN_CTRL_C}; from lltm_ray.cli import main; ma
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]:
-    """Arguments that lead `chat` to the embedded engine with the tiny model, guarded by a key."""
+    """Arguments that lead `chat` to the embedded engine with the random model, guarded by a key."""
     folder = tmp_path_factory.mktemp("llama")
     keys = folder / "keys"
     keys.write_text("sesame\n", encoding="utf-8")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-    argv = [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", str(ensure_tiny(folder))]
+    argv = [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", str(ensure_random(folder))]
     argv += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--api-key-file", str(keys)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*argv, "--ctx-size", "8192", "--parallel", "1"], stdout=log, stderr=log)
@@ -169,7 +169,7 @@ def dialogue(*argv: str) -> Iterator[Terminal]:
 
 def test_a_dialogue_goes_on_after_ctrl_c_and_ends_with_quit(llama: tuple[str, ...]) -> None:
     with dialogue(*llama) as terminal:
-        terminal.type("hello")  # no --max-tokens: tiny never ends by itself
+        terminal.type("hello")  # no --max-tokens: random weights never end by themselves
         terminal.read_until(r"\n[^\n]{20,}")
         os.kill(terminal.pid, signal.SIGINT)
         terminal.read_until(r"stopped")

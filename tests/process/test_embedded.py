@@ -19,10 +19,10 @@ from gateway_harness import write_adapter
 from lltm_ray.config import EngineConfig, LoraAdapter
 from lltm_ray.llamacpp import embedded
 from lltm_ray.llamacpp.command import FLAGS, ArgumentError, build_args, read_args
-from lltm_ray.models.tiny import TinyShape
+from lltm_ray.models.random_weights import RandomShape
 
 KEY = "a-key-only-in-a-file"
-WIDTH = TinyShape().n_embd
+WIDTH = RandomShape().n_embd
 
 
 @pytest.fixture

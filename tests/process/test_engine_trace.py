@@ -78,7 +78,7 @@ def handle(pair: list[Engine]) -> Handle:
 async def test_no_row_of_a_call_by_handle_has_a_word_of_prompt_or_answer(handle: Handle) -> None:
     note = {"metadata": {"note": SAID}}
     text = await handle.chat(MESSAGES, max_tokens=40, ignore_eos=True, **note)
-    for wrong in (SAID, [SAID], [{"role": [SAID], "content": "x"}]):
+    for wrong in ({"role": SAID}, [SAID], [{"role": [SAID], "content": "x"}]):
         with pytest.raises(ConfigError, match=SAID):
             await handle.chat(wrong)
     with pytest.raises(UpstreamError):
@@ -89,7 +89,7 @@ async def test_no_row_of_a_call_by_handle_has_a_word_of_prompt_or_answer(handle:
     rows = [row for kind, row in handle.told if kind == "requests"]
     assert len(text) > 8
     assert [row.status for row in rows] == [200, 400, 400, 400, 400, 400, 200]
-    assert rows[1].error.startswith("messages: must be")
+    assert rows[1].error.startswith("messages: is of type dict")
     assert rows[4].error == rows[5].error == "llama-server answered 400"
     assert not {said for said in (SAID, text) if said in repr(handle.told)}
 
@@ -223,6 +223,7 @@ async def test_a_prompt_has_the_same_hashes_whether_it_came_by_handle_or_by_the_
     (theirs,) = [row for kind, row in told if kind == "requests"]
     assert len(request.prefix) == 8 * 4
     assert (request.prompt_bytes, request.prefix) == (theirs.prompt_bytes, theirs.prefix)
+    assert request.blocks == theirs.blocks
     assert request.prefix == hash_prefixes(prompt_key(PATH, {"messages": messages}), SALT)
 
 

@@ -175,7 +175,7 @@ async def test_a_reply_at_its_limit_is_not_longer(
 async def test_text_of_several_bytes_a_character_is_whole(
     pool: UpstreamPool, pair: tuple[Engine, ...], path: str
 ) -> None:
-    bias = [[3 + byte, 60] for byte in "é€".encode()]  # the tiny model's byte tokens follow three special ones
+    bias = [[3 + byte, 60] for byte in "é€".encode()]  # the random model's byte tokens follow three special ones
     told = await sweep(pool, pair, path, request(path, 24, logit_bias=bias, repeat_penalty=1.3))
     assert any(ord(character) > 127 for character in told["text"])
 

@@ -14,7 +14,7 @@ import pytest
 from gateway_harness import Engine, Gateway, gateway, infos, real_engine, write_adapter
 
 from lltm_ray.config import LoraAdapter
-from lltm_ray.models.tiny import TinyShape, write_tiny
+from lltm_ray.models.random_weights import RandomShape, write_random
 
 PROMPT = "once upon a time there was a model that had two masters and " * 6
 CHAT = "/v1/chat/completions"
@@ -23,7 +23,7 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapters")
-    write_tiny(folder / "tiny.gguf", TinyShape(n_ctx=8192))
+    write_random(folder / "tiny.gguf", RandomShape(n_ctx=8192))
     for seed, name in enumerate(("ada", "bob")):
         write_adapter(folder / f"{name}.gguf", seed + 1)
     return folder

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import socket
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -12,7 +14,7 @@ from gateway_harness import STREAM_HEAD, FakeEngine, engine_info, event, gateway
 
 from lltm_ray.gateway import pool as pool_module
 from lltm_ray.gateway.pool import UpstreamPool
-from lltm_ray.routing import router as router_module
+from lltm_ray.routing import rows as rows_module
 
 GOOD = b'{"ok":true,"usage":{"prompt_tokens":3,"completion_tokens":1}}'
 BODY = b'{"prompt":"a","stream":true}'  # what a client wants streamed goes upstream byte for byte
@@ -93,7 +95,7 @@ async def test_a_fault_before_the_first_byte_is_retried_on_another_engine(fault)
 
 @pytest.mark.parametrize("fault", BEFORE_THE_FIRST_BYTE)
 async def test_when_every_attempt_fails_the_client_gets_a_503_and_no_claim_is_left(fault, monkeypatch):
-    monkeypatch.setattr(router_module, "SUSPECT_S", 0.01)
+    monkeypatch.setattr(rows_module, "SUSPECT_S", 0.01)
     async with FakeEngine(fault) as bad, gateway(engine_info("bad", bad.url), max_attempts=2) as gate:
         status, body, _ = await post(gate)
         assert status == 503
@@ -112,6 +114,70 @@ async def test_an_engine_that_refuses_connections_is_skipped_and_suspected():
             assert sum(record.attempts for record in gate.app.records) == 5, "asked once, then left alone"
             async with gate.http.post(f"{gate.url}/tokenize?engine=dead", data=b"{}") as reply:
                 assert reply.status == 503
+
+
+def nobody() -> str:
+    """An address where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_engines_that_were_lost_with_their_node_cost_a_request_no_try(stream, monkeypatch):
+    """Who waits for the last engine alive is offered the free slots of the dead ones again and again."""
+    monkeypatch.setattr(rows_module, "SUSPECT_S", 0.02)
+    free = asyncio.Event()
+
+    async def slow(request, writer):
+        await free.wait()
+        writer.write(whole(GOOD))
+
+    async with FakeEngine(slow) as good:
+        dead = [engine_info(f"dead{number}", nobody()).with_(node_id="gone") for number in range(5)]
+        alive = engine_info("alive", good.url).with_(node_id="here")
+        async with gateway(*dead, alive, max_attempts=2) as gate:
+            body = json.dumps({"prompt": "a", "stream": stream}).encode()
+            asked = [asyncio.create_task(gate.http.post(f"{gate.url}/completion", data=body)) for _ in range(12)]
+            await asyncio.sleep(0.3)
+            assert gate.router.snapshot()["waiting"], "nobody had to wait"
+            free.set()
+            assert [(await reply).status for reply in asked] == [200] * 12
+            assert max(record.attempts for record in gate.app.records) > 2
+
+
+async def test_a_request_without_a_slot_does_not_circle_when_the_other_engine_is_drained():
+    async with (
+        FakeEngine(answer) as good,
+        gateway(engine_info("drained", good.url), engine_info("dead", nobody())) as gate,
+    ):
+        gate.router.close_engine("drained")
+        async with asyncio.timeout(5), gate.http.post(f"{gate.url}/tokenize", data=b"{}") as reply:
+            assert reply.status == 503
+        assert gate.app.records[-1].attempts <= 3
+
+
+async def test_a_request_that_ends_servers_on_their_pooled_connections_ends_two_at_most():
+    """No byte of an answer came, so that the pool tries again, where nobody listens any more."""
+    ended: list[str] = []
+
+    async with contextlib.AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(FakeEngine(answer)) for _ in range(6)]
+
+        async def die_of_poison(engine, request, writer):
+            if b"poison" in request:
+                ended.append(engine.url)
+                await engine.__aexit__()
+            await answer(request, writer)
+
+        for engine in engines:
+            engine.script = partial(die_of_poison, engine)
+        infos = [engine_info(f"e{number}", engine.url) for number, engine in enumerate(engines)]
+        gate = await stack.enter_async_context(gateway(*infos))
+        for _ in range(12):
+            assert (await post(gate))[0] == 200
+        async with gate.http.post(f"{gate.url}/completion", data=b'{"prompt":"poison"}') as reply:
+            assert reply.status == 503
+        assert len(ended) == 2
 
 
 async def test_a_stream_that_breaks_after_its_first_event_is_not_retried_and_not_ended_cleanly():

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,72 @@ async def test_what_a_client_had_when_it_left_is_delivered_and_the_rest_is_waste
         assert seen <= entry["delivered_tokens"] == attempt["delivered_tokens"] <= attempt["generated_tokens"] < LONG
         assert entry["is_balanced"]
         assert not attempt["is_estimate"], "settled by the server's own counters"
+
+
+TIMINGS = (
+    b'"timings":{"cache_n":3,"prompt_n":4,"prompt_ms":1.5,"prompt_per_token_ms":0.1,"prompt_per_second":9.5,'
+    b'"predicted_n":2,"predicted_ms":1.5,"predicted_per_token_ms":0.1,"predicted_per_second":9.5}'
+)
+CHAT_EVENT = b'{"choices":[{"finish_reason":null,"index":0,"delta":{"content":"a"}}],"created":1,"id":"x","model":"m"}'
+CHAT_END = b'{"choices":[{"finish_reason":"stop","index":0,"delta":{}}],"created":1,"id":"x","model":"m",%b}' % TIMINGS
+NATIVE_EVENT = (
+    b'{"index":0,"content":"a","tokens":[7],"stop":false,"id_slot":0,"tokens_predicted":%d,"tokens_evaluated":7}'
+)
+NATIVE_END = (
+    b'{"index":0,"content":"","tokens":[],"stop":true,"id_slot":0,"tokens_predicted":2,"tokens_evaluated":7,%b}'
+    % TIMINGS
+)
+ENDED = {
+    "chat": (CHAT | {"stream": True}, [CHAT_EVENT, CHAT_EVENT, CHAT_END, b"[DONE]"]),
+    "chat without a tap": (CHAT | {"stream": True, "logprobs": True, "n": 1, "tools": []},
+                           [CHAT_EVENT, CHAT_EVENT, CHAT_END, b"[DONE]"]),
+    "native": (STREAM, [NATIVE_EVENT % 1, NATIVE_EVENT % 2, NATIVE_END]),
+    "native without a tap": (STREAM | {"n_probs": 1}, [NATIVE_EVENT % 1, NATIVE_EVENT % 2, NATIVE_END]),
+}  # fmt: skip
+
+
+async def leave_after(ledger, body, events):
+    """The account of a client that leaves with the last of these events, before the body's end; and the claims then."""
+
+    async def hold(request, writer):
+        writer.write(STREAM_HEAD + b"".join(map(event, events)))
+        await writer.drain()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    path = "/completion" if "prompt" in body else "/v1/chat/completions"
+    async with FakeEngine(hold) as slow, gateway(engine_info("slow", slow.url), ledger=ledger) as gate:
+        async with gate.http.post(gate.url + path, json=body, headers={"x-request-id": "left"}) as reply:
+            async for line in reply.content:
+                if line.strip() == b"data: " + events[-1]:
+                    break
+        await gate.idle()
+        return await explain(gate, "left"), gate.claims()
+
+
+@pytest.mark.parametrize("name", ENDED)
+async def test_a_client_that_leaves_at_the_last_event_has_had_the_whole_answer(ledger, name):
+    body, events = ENDED[name]
+
+    entry, claims = await leave_after(ledger, body, events)
+    (attempt,) = entry["attempts"]
+    assert (attempt["outcome"], entry["error"], attempt["is_estimate"]) == ("ok", "", False)
+    assert [attempt[f"{what}_tokens"] for what in ("cached", "computed", "generated", "delivered")] == [3, 4, 2, 2]
+    assert claims == {"slow": 0}
+
+
+NOT_ENDED = {
+    "text like an end": (CHAT | {"stream": True, "logprobs": True}, CHAT_EVENT.replace(b'"a"', b'"data: [DONE]"')),
+    "the first of two": (STREAM | {"prompt": ["a", "b"]}, NATIVE_END),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ENDED)
+async def test_what_only_looks_like_the_last_event_is_none(ledger, name):
+    body, last = NOT_ENDED[name]
+
+    entry, _ = await leave_after(ledger, body, [last])
+    assert (entry["attempts"][0]["outcome"], entry["error"]) == ("client gone", "client gone")
 
 
 async def test_a_client_that_leaves_a_joined_answer_got_nothing_and_its_waste_is_known(fresh, ledger):

@@ -30,7 +30,7 @@ from gateway_harness import (
     whole,
 )
 
-from lltm_ray._prefix import hash_prefixes
+from lltm_ray._prefix import hash_blocks, hash_prefixes
 from lltm_ray.config import TelemetryConfig
 from lltm_ray.gateway.trace import Tracing
 from lltm_ray.llamacpp.metrics import read_metrics
@@ -514,11 +514,12 @@ async def test_prompts_that_begin_alike_share_salted_hashes_and_none_of_them_is_
     one, two, other, embedding = rows.requests
     assert [row.prompt_bytes for row in rows.requests[:3]] == [len(prompt) for prompt in prompts]
     assert [one.prefix, two.prefix] == [hash_prefixes(prompt.encode(), salt) for prompt in prompts[:2]]
+    assert [one.blocks, two.blocks] == [hash_blocks(prompt.encode(), salt) for prompt in prompts[:2]] != [b"", b""]
     same = [one.prefix[at : at + 8] == two.prefix[at : at + 8] for at in range(0, len(one.prefix), 8)]
     assert same == [True, True, False, False, False]
     assert other.prefix
     assert other.prefix[:8] not in (one.prefix[:8], two.prefix[:8])
-    assert (embedding.prompt_bytes, embedding.prefix) == (0, b"")
+    assert (embedding.prompt_bytes, embedding.prefix, embedding.blocks) == (0, b"", b"")
     assert SECRET_PROMPT not in repr(rows.told)
     assert salt.hex() not in repr(rows.told)
     assert "of this fleet" not in repr((rows.told, Tracing(rows.add, salt=salt)))

@@ -16,7 +16,7 @@ from lltm_ray.gateway.migrate import Migrator
 from lltm_ray.gateway.pool import UpstreamPool
 from lltm_ray.gateway.slot_files import LocalFiles
 from lltm_ray.llamacpp.slot_folder import SlotFolder
-from lltm_ray.models.tiny import TinyShape, write_tiny
+from lltm_ray.models.random_weights import RandomShape, write_random
 from lltm_ray.records import EngineInfo
 
 LENGTH = 600
@@ -159,7 +159,7 @@ async def test_another_target_is_tried_when_the_first_is_dead(trio, tiny_gguf, t
 
 async def test_a_model_with_a_sliding_window_shows_by_itself_that_it_is_not_worth_moving(tmp_path, pool):
     model = tmp_path / "swa.gguf"
-    write_tiny(model, TinyShape(architecture="cohere2", sliding_window=64, n_ctx=8192))
+    write_random(model, RandomShape(architecture="cohere2", sliding_window=64, n_ctx=8192))
     with member("e0", model, tmp_path / "e0") as e0, member("e1", model, tmp_path / "e1") as e1:
         router = BookRouter(e0.info, e1.info)
         talks = await started(router, e0.info, LENGTH, LENGTH + 10, LENGTH + 20)

@@ -29,7 +29,7 @@ def test_a_server_starts_answers_and_ends(manager):
     assert (info["state"], info["n_parallel"], info["n_ctx"], info["model"]) == ("ready", 2, 1024, "tiny")
     assert manager.check_server_health()
     assert len(manager.client.slots()) == 2
-    assert manager.client.complete("hi", n_predict=4).usage.output_tokens == 4
+    assert manager.client.complete("hi", n_predict=4, ignore_eos=True).usage.output_tokens == 4
     manager.stop_server()
     assert not manager.is_running
     assert not manager.check_server_health()
@@ -61,7 +61,7 @@ def test_a_server_that_is_killed_comes_back(manager):
     while not (manager.is_running and manager.get_server_info()["pid"] != pid):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert manager.client.complete("hi", n_predict=2).usage.output_tokens == 2
+    assert manager.client.complete("hi", n_predict=2, ignore_eos=True).usage.output_tokens == 2
 
 
 def test_what_cannot_start_leaves_nothing_behind(manager, tmp_path):

@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from failover_harness import write_model
-from gateway_harness import Gateway, gateway, real_engine
+from gateway_harness import Gateway, gateway
 from test_gateway_drain import Talk
 
 from lltm_ray._shelf import Parting, SavedSlot
-from lltm_ray.config import SIMILARITY_RATIO
 from lltm_ray.gateway import shelf as shelf_module
 from lltm_ray.gateway.slot_files import LocalFiles
 from lltm_ray.llamacpp.slot_folder import new_name
 from lltm_ray.records import EngineInfo
 
-SLOTS = 4
 SALT = b"s" * 32
-SEAL = "the same model and settings"
 ALIKE = 20
 """Tokens that any two conversations here begin with: the engines live through all tests."""
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[EngineInfo, ...]]:
-    """An engine, and the one that is started when it is gone; a third has another model file."""
-    folder = tmp_path_factory.mktemp("engines")
-    model = write_model(folder / "tiny.gguf")
-    with ExitStack() as stack:
-        started = [
-            stack.enter_context(real_engine(name, model, folder, slots=SLOTS, similarity=SIMILARITY_RATIO))
-            for name in ("e0", "e1")
-        ]
-        yield tuple(each.info.with_(slot_seal=SEAL) for each in started)
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +76,8 @@ async def talked(gate: Gateway, *numbers: int) -> list[Talk]:
     return talks
 
 
-async def test_the_next_turn_after_a_cold_start_finds_its_prefix_cached_and_its_file_is_used_up(pair, folder):
-    e0, e1 = pair
+async def test_the_next_turn_after_a_cold_start_finds_its_prefix_cached_and_its_file_is_used_up(heirs, folder):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         talks = await talked(gate, 1, 2)
         files = await put_away(gate, folder)
@@ -114,8 +95,8 @@ async def test_the_next_turn_after_a_cold_start_finds_its_prefix_cached_and_its_
         assert gate.app.migrator.snapshot()["verified"] == 2
 
 
-async def test_what_went_on_from_a_restored_slot_says_what_it_would_have_said(pair, folder):
-    e0, e1 = pair
+async def test_what_went_on_from_a_restored_slot_says_what_it_would_have_said(heirs, folder):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         (talk,) = await talked(gate, 3)
         files = await put_away(gate, folder)
@@ -127,8 +108,8 @@ async def test_what_went_on_from_a_restored_slot_says_what_it_would_have_said(pa
         assert twin.messages == talk.messages
 
 
-async def test_another_prompt_takes_nothing_and_a_shared_beginning_is_left_to_its_owner(pair, folder):
-    e0, e1 = pair
+async def test_another_prompt_takes_nothing_and_a_shared_beginning_is_left_to_its_owner(heirs, folder):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         (talk,) = await talked(gate, 4)
         (file,) = await put_away(gate, folder)
@@ -145,8 +126,8 @@ async def test_another_prompt_takes_nothing_and_a_shared_beginning_is_left_to_it
         assert used == [file.name]
 
 
-async def test_two_that_share_a_beginning_at_once_leave_it_to_its_owner(pair, folder):
-    e0, e1 = pair
+async def test_two_that_share_a_beginning_at_once_leave_it_to_its_owner(heirs, folder):
+    e0, e1 = heirs
     files = HeldFiles()
     async with gateway(e0, files=files) as gate:
         (talk,) = await talked(gate, 15)
@@ -168,8 +149,8 @@ async def test_two_that_share_a_beginning_at_once_leave_it_to_its_owner(pair, fo
         assert (used, os.listdir(e1.slot_folder)) == ([file.name], [])
 
 
-async def test_a_client_that_leaves_during_a_restore_can_come_back_for_it(pair, folder):
-    e0, e1 = pair
+async def test_a_client_that_leaves_during_a_restore_can_come_back_for_it(heirs, folder):
+    e0, e1 = heirs
     files = HeldFiles()
     async with gateway(e0, files=files) as gate:
         (talk,) = await talked(gate, 16)
@@ -190,8 +171,8 @@ async def test_a_client_that_leaves_during_a_restore_can_come_back_for_it(pair, 
         assert used == [file.name]
 
 
-async def test_a_file_that_is_there_already_stays_and_one_that_is_missing_is_told_apart(pair, tmp_path):
-    e0, _ = pair
+async def test_a_file_that_is_there_already_stays_and_one_that_is_missing_is_told_apart(heirs, tmp_path):
+    e0, _ = heirs
     name, here, there = new_name(), tmp_path / "here", tmp_path / "there"
     for each in (here, there):
         each.mkdir()
@@ -211,8 +192,8 @@ async def test_a_file_that_is_there_already_stays_and_one_that_is_missing_is_tol
 
 
 @pytest.mark.parametrize(("damage", "number"), [("cut", 10), ("wild", 11), ("gone", 12), ("empty", 13)])
-async def test_a_file_that_was_changed_costs_time_and_nothing_else(pair, folder, damage, number):
-    e0, e1 = pair
+async def test_a_file_that_was_changed_costs_time_and_nothing_else(heirs, folder, damage, number):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         (talk,) = await talked(gate, number)
         (file,) = await put_away(gate, folder)
@@ -233,8 +214,8 @@ async def test_a_file_that_was_changed_costs_time_and_nothing_else(pair, folder,
         assert (await talk.turn())["cache_n"] > 0, "the engine goes on"
 
 
-async def test_slots_of_another_model_file_are_not_restored(pair, folder):
-    e0, e1 = pair
+async def test_slots_of_another_model_file_are_not_restored(heirs, folder):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         (talk,) = await talked(gate, 7)
         files = await put_away(gate, folder)
@@ -243,8 +224,8 @@ async def test_slots_of_another_model_file_are_not_restored(pair, folder):
         assert used == []
 
 
-async def test_a_request_that_wants_no_cache_takes_nothing(pair, folder):
-    e0, e1 = pair
+async def test_a_request_that_wants_no_cache_takes_nothing(heirs, folder):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         (talk,) = await talked(gate, 14)
         files = await put_away(gate, folder)
@@ -255,8 +236,8 @@ async def test_a_request_that_wants_no_cache_takes_nothing(pair, folder):
         assert (used, gate.app.shelf.snapshot()["restored"]) == ([], 0)
 
 
-async def test_what_is_computed_quicker_is_not_restored(pair, folder, monkeypatch):
-    e0, e1 = pair
+async def test_what_is_computed_quicker_is_not_restored(heirs, folder, monkeypatch):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         (talk,) = await talked(gate, 8)
         files = await put_away(gate, folder)
@@ -266,8 +247,8 @@ async def test_what_is_computed_quicker_is_not_restored(pair, folder, monkeypatc
         assert gate.app.shelf.snapshot()["restored"] == 0
 
 
-async def test_one_slow_restore_does_not_forbid_all_others_for_ever(pair, folder, monkeypatch):
-    e0, e1 = pair
+async def test_one_slow_restore_does_not_forbid_all_others_for_ever(heirs, folder, monkeypatch):
+    e0, e1 = heirs
     monkeypatch.undo()
     monkeypatch.setattr(shelf_module, "_PRIOR_BYTE_S", 1e-12)
     async with gateway(e0) as gate:
@@ -283,8 +264,8 @@ async def test_one_slow_restore_does_not_forbid_all_others_for_ever(pair, folder
         assert shelf._byte_s[False] < 7.9e-12, "a refusal brings it nearer to the prior"
 
 
-async def test_short_ones_stay_and_beyond_the_bound_the_latest_are_saved(pair, folder):
-    e0, _ = pair
+async def test_short_ones_stay_and_beyond_the_bound_the_latest_are_saved(heirs, folder):
+    e0, _ = heirs
     async with gateway(e0) as gate:
         short = Talk(gate, 0)
         short.messages[0]["content"] = "hi"
@@ -297,8 +278,8 @@ async def test_short_ones_stay_and_beyond_the_bound_the_latest_are_saved(pair, f
         assert files[0].tokens == max(each.tokens for each in saved), "the latest is the longest here"
 
 
-async def test_running_requests_end_before_their_slot_is_saved(pair, folder):
-    e0, e1 = pair
+async def test_running_requests_end_before_their_slot_is_saved(heirs, folder):
+    e0, e1 = heirs
     async with gateway(e0) as gate:
         talk = Talk(gate, 9)
         running = asyncio.create_task(talk.turn(max_tokens=300))

@@ -43,6 +43,7 @@ def cache(tmp_path_factory):
 def ray_cluster(cache):
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, while it starts
         quiet = {"include_dashboard": False, "include_log_monitor": False, "no_monitor": True}
@@ -58,7 +59,7 @@ def ray_cluster(cache):
 def cluster(ray_cluster, request):
     """Two engines of four slots behind a gateway."""
     with lltm_ray.Cluster.start(
-        model="tiny", engines=2, gpu_share=0.0, name=request.module.__name__.rpartition(".")[2], gateway={"port": 0}
+        model="random", engines=2, gpu_share=0.0, name=request.module.__name__.rpartition(".")[2], gateway={"port": 0}
     ) as fleet:
         yield fleet
 

@@ -15,7 +15,7 @@ from tests.ray.conftest import HI
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request. `engine` is known once headers came; `got_bytes` whether any of the answer did."""
+    """One request. `engine` is known once headers came; `got_bytes` whether any of an answer did, which no error is."""
 
     began: float
     ended: float
@@ -77,7 +77,7 @@ class Load:
                 engine = answer.headers.get("x-lltm-engine", "")
                 text = b""
                 async for piece in answer.content.iter_any():
-                    got, text = True, text + piece
+                    got, text = answer.status == 200, text + piece
                 if answer.status != 200:
                     error = f"{answer.status}: {text[:200]!r}"
                 elif body["stream"] and b"data: [DONE]" not in text:

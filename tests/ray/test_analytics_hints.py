@@ -13,7 +13,7 @@ SYSTEM = {"role": "system", "content": "You are the youngest librarian of a libr
 def cluster(ray_cluster):
     analytics = {"enabled": True, "hints": True, "hints_every_s": 0.5, "read_every_s": 0.3}
     with lltm_ray.Cluster.start(
-        model="tiny", engines=2, gpu_share=0.0, name="hints", gateway={"port": 0}, analytics=analytics
+        model="random", engines=2, gpu_share=0.0, name="hints", gateway={"port": 0}, analytics=analytics
     ) as fleet:
         yield fleet
 
@@ -26,7 +26,7 @@ def test_a_beginning_that_several_conversations_share_comes_to_the_gateway_as_a_
     assert (hints(cluster)["families"], hints(cluster)["made_unix_nano"]) == (0, 0)
     for number in range(4):
         messages = [SYSTEM, {"role": "user", "content": f"question {number}"}]
-        body = {"model": "tiny", "messages": messages, "max_tokens": 4}
+        body = {"model": "random", "messages": messages, "max_tokens": 4}
         assert requests.post(f"{cluster.endpoint}/v1/chat/completions", json=body, timeout=30).status_code == 200
     told = until(lambda: found if (found := hints(cluster))["families"] else None)
     later = until(lambda: found if (found := hints(cluster))["made_unix_nano"] > told["made_unix_nano"] else None)

@@ -21,14 +21,14 @@ from lltm_ray.errors import (
     PlacementError,
     ServerBinaryError,
 )
-from lltm_ray.models.tiny import ensure_tiny
+from lltm_ray.models.random_weights import ensure_random
 from tests.ray.conftest import servers, until
 
 pytestmark = pytest.mark.timeout(240)
 
 
 def start(name="bad", **settings):
-    defaults = {"model": "tiny", "engines": 1, "gpu_share": 0.0, "gateway": None, "drain_timeout_s": 1.0}
+    defaults = {"model": "random", "engines": 1, "gpu_share": 0.0, "gateway": None, "drain_timeout_s": 1.0}
     lltm_ray.Cluster.start(name=name, **defaults | settings)
 
 
@@ -53,39 +53,43 @@ def shares_of(fleet):
     return [group["name"] for group in groups if group["name"].startswith(prefix) and group["state"] != "REMOVED"]
 
 
-def truncated(tiny, folder):
+def truncated(weights, folder):
     path = folder / "truncated.gguf"
-    path.write_bytes(tiny.read_bytes()[:-1000])
+    path.write_bytes(weights.read_bytes()[:-1000])
     return {"model": str(path)}
 
 
-def not_gguf(tiny, folder):
+def not_gguf(weights, folder):
     path = folder / "text.gguf"
     path.write_text("this is no model" * 100)
     return {"model": str(path)}
 
 
 CASES = {
-    "missing": (lambda tiny, folder: {"model": str(folder / "gone.gguf")}, ModelNotFoundError, r"gone\.gguf"),
-    "unknown": (lambda tiny, folder: {"model": "llama-99b"}, ModelNotFoundError, "lltm-ray models list"),
+    "missing": (lambda weights, folder: {"model": str(folder / "gone.gguf")}, ModelNotFoundError, r"gone\.gguf"),
+    "unknown": (lambda weights, folder: {"model": "llama-99b"}, ModelNotFoundError, "lltm-ray models list"),
     "truncated": (truncated, ModelFormatError, r"truncated\.gguf: byte \d+"),
     "not GGUF": (not_gguf, ModelFormatError, "byte 0"),
-    "too big": (lambda tiny, folder: {"memory_limit_bytes": 100_000}, ModelDoesNotFitError, "its share has 0.1 MiB"),
-    "no binary": (lambda tiny, folder: {"llama_server": "/nonexistent/llama-server"}, ServerBinaryError, "nonexistent"),
-    "a name llama-server cannot take": (lambda tiny, folder: {"served_name": "a,b"}, LltmRayError, "a,b"),
+    "too big": (lambda weights, folder: {"memory_limit_bytes": 100_000}, ModelDoesNotFitError, "its share has 0.1 MiB"),
+    "no binary": (
+        lambda weights, folder: {"llama_server": "/nonexistent/llama-server"},
+        ServerBinaryError,
+        "nonexistent",
+    ),
+    "a name llama-server cannot take": (lambda weights, folder: {"served_name": "a,b"}, LltmRayError, "a,b"),
     "wrong flag": (
-        lambda tiny, folder: {"engines": 2, "engine": {"extra_args": ["--no-such-flag"]}},
+        lambda weights, folder: {"engines": 2, "engine": {"extra_args": ["--no-such-flag"]}},
         EngineStartError,
         "no-such-flag",
     ),
-    "unknown setting": (lambda tiny, folder: {"engines_": 2}, ConfigError, "unknown setting; did you mean engines"),
-    "wrong type": (lambda tiny, folder: {"engines": "two"}, ConfigError, "engines='two': must be int"),
-    "odd share": (lambda tiny, folder: {"gpu_share": 1.5}, ConfigError, "whole number of GPUs"),
-    "no GPU to see": (lambda tiny, folder: {"gpu_share": 0.5}, PlacementError, "0.5 GPU"),
-    "no room": (lambda tiny, folder: {"cpu_share": 100.0}, PlacementError, "100 CPU"),
-    "public without key": (lambda tiny, folder: {"gateway": {"host": "0.0.0.0"}}, ConfigError, "api_key_file"),
+    "unknown setting": (lambda weights, folder: {"engines_": 2}, ConfigError, "unknown setting; did you mean engines"),
+    "wrong type": (lambda weights, folder: {"engines": "two"}, ConfigError, "engines='two': must be int"),
+    "odd share": (lambda weights, folder: {"gpu_share": 1.5}, ConfigError, "whole number of GPUs"),
+    "no GPU to see": (lambda weights, folder: {"gpu_share": 0.5}, PlacementError, "0.5 GPU"),
+    "no room": (lambda weights, folder: {"cpu_share": 100.0}, PlacementError, "100 CPU"),
+    "public without key": (lambda weights, folder: {"gateway": {"host": "0.0.0.0"}}, ConfigError, "api_key_file"),
     "empty keys": (
-        lambda tiny, folder: {"gateway": {"port": 0, "api_key_file": "/dev/null"}},
+        lambda weights, folder: {"gateway": {"port": 0, "api_key_file": "/dev/null"}},
         ConfigError,
         "holds no key",
     ),
@@ -95,12 +99,12 @@ CASES = {
 @pytest.fixture(scope="module")
 def outcomes(ray_cluster, cache, tmp_path_factory):
     """Of every case the error and what it left. Three at a time: each start waits for one process after the other."""
-    tiny, folder = ensure_tiny(cache), tmp_path_factory.mktemp("models")
+    weights, folder = ensure_random(cache), tmp_path_factory.mktemp("models")
 
     def outcome(case, number):
         fleet = f"bad-{number}"
         try:
-            start(fleet, **CASES[case][0](tiny, folder))
+            start(fleet, **CASES[case][0](weights, folder))
         except Exception as error:
             return error, left_by(fleet)
         return None, left_by(fleet)

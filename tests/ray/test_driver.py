@@ -99,9 +99,23 @@ def test_llama_servers_own_error_arrives_with_status_and_body(cluster):
     assert '"error"' in caught.value.body
 
 
-def test_a_wrong_message_is_told_by_field(cluster):
+def test_a_text_is_one_message_of_the_user_wherever_messages_are_taken(cluster):
+    text, handle = HI[0]["content"], cluster.engines[0]
+    assert cluster.chat(text, **GREEDY).text == cluster.chat(HI, **GREEDY).text
+    assert "".join(event.text for event in cluster.stream(text, max_tokens=4))
+    assert cluster.count_tokens(text) == cluster.count_tokens(HI)
+    assert ray.get(handle.count_tokens.remote(text)) == ray.get(handle.count_tokens.remote(HI))
+    assert ray.get(handle.chat.remote(text, **GREEDY)).text == cluster.chat(HI, **GREEDY).text
+
+
+def test_a_wrong_message_is_told_by_field_type_and_remedy(cluster):
     with pytest.raises(ConfigError, match=r"messages\[0\]"):
         cluster.chat([{"content": "no role"}])
+    for ask in (cluster.chat, cluster.count_tokens, lambda given: next(cluster.stream(given))):
+        with pytest.raises(ConfigError, match="messages=7: is of type int: give a text"):
+            ask(7)
+    with pytest.raises(ConfigError, match="prompts='hi': is of type str: give a list of prompts"):
+        cluster.batch("hi")
 
 
 def test_embeddings_need_a_fleet_that_serves_them(cluster):
@@ -122,7 +136,7 @@ def test_many_threads_share_one_cluster(cluster):
 
 def test_a_second_fleet_of_the_same_name_is_refused(cluster):
     with pytest.raises(FleetError, match="runs already"):
-        lltm_ray.Cluster.start(model="tiny", name=cluster.name, gpu_share=0.0, gateway=None)
+        lltm_ray.Cluster.start(model="random", name=cluster.name, gpu_share=0.0, gateway=None)
 
 
 def test_another_driver_finds_the_fleet_and_leaves_it_running(cluster):

@@ -29,7 +29,7 @@ def elastic(name, *models, **settings):
     """A fleet without a gateway; the tests say what one would report."""
     raw = {"name": name, "gateway": None, "engine": SMALL, "drain_timeout_s": 5.0, **settings}
     if models:
-        raw["models"] = [{"model": "tiny", **model} for model in models]
+        raw["models"] = [{"model": "random", **model} for model in models]
     return start_fleet(build(FleetConfig, raw))
 
 
@@ -166,7 +166,7 @@ def test_a_conversation_goes_on_from_its_cache_after_its_model_was_stopped_to_ze
 def test_an_engine_whose_controller_died_before_it_could_start_it_is_started_by_the_next(two):
     until(lambda: ready(two, "warm"))
     (model,) = (each for each in resolve_models(two.config, read_nodes()) if each.name == "broken")
-    model = replace(model, model="tiny")
+    model = replace(model, model="random")
     name = ray.get(two.directory.new_name.remote(()))
     share = reserve_one("two", plan_share(demand_of(model, name), read_nodes()), detached=True)
     crew = Crew(config=two.config, run_id=two.run_id, gateway_node_id=None)

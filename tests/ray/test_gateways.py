@@ -25,7 +25,7 @@ from tests.ray.load import Load
 def pair(ray_cluster):
     """Two engines of four slots behind two gateways."""
     settings = {"port": 0, "processes": 2}
-    with lltm_ray.Cluster.start(model="tiny", engines=2, gpu_share=0.0, name="pair", gateway=settings) as fleet:
+    with lltm_ray.Cluster.start(model="random", engines=2, gpu_share=0.0, name="pair", gateway=settings) as fleet:
         yield fleet
 
 
@@ -73,8 +73,8 @@ def test_a_gateway_that_dies_leaves_its_slots_to_the_other_until_it_is_back(pair
 
 def test_a_request_for_a_cold_model_starts_it_and_is_answered(ray_cluster):
     settings = {"name": "cold", "gateway": {"port": 0}, "gpu_share": 0.0, "engines": 0, "max_engines": 1}
-    with lltm_ray.Cluster.start(model="tiny", idle_timeout_s=1.0, **settings) as fleet:
-        ask = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+    with lltm_ray.Cluster.start(model="random", idle_timeout_s=1.0, **settings) as fleet:
+        ask = {"model": "random", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
         with ThreadPoolExecutor(4) as pool:
             answers = list(pool.map(lambda _: post(f"{fleet.endpoint}/v1/chat/completions", ask), range(4)))
         assert [answer["usage"]["completion_tokens"] for answer in answers] == [4] * 4
@@ -87,7 +87,7 @@ class LateDirectory:
 
     async def watch(self, version, timeout_s=10.0):
         await asyncio.sleep(timeout_s if version else 2.0)
-        return FleetStatus(name="late", models=(ModelInfo(name="tiny", state=ModelState.COLD),), version=1)
+        return FleetStatus(name="late", models=(ModelInfo(name="random", state=ModelState.COLD),), version=1)
 
     async def register_gateway(self, info):
         """Its heartbeats are of no interest here."""
@@ -99,7 +99,7 @@ def test_a_gateway_takes_no_connection_before_it_has_heard_of_its_fleet(ray_clus
     try:
         url = ray.get(gateway.ready.remote(), timeout=60).url
         with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
-            assert [model["id"] for model in json.load(answer)["data"]] == ["tiny"]
+            assert [model["id"] for model in json.load(answer)["data"]] == ["random"]
     finally:
         for each in (gateway, directory):
             ray.kill(each)
@@ -134,7 +134,7 @@ def reused_ratio(url, pause_s):
 
 def test_sessions_that_change_the_gateway_find_their_caches_and_erased_slots_are_known(ray_cluster):
     settings = {"gateway": {"port": 0, "processes": 2}, "gpu_share": 0.0, "engine": {"cache_ram_mib": 0}}
-    with lltm_ray.Cluster.start(model="tiny", engines=2, name="gossip", **settings) as fleet:
+    with lltm_ray.Cluster.start(model="random", engines=2, name="gossip", **settings) as fleet:
         until(lambda: owned("gossip") == [[2, 2], [2, 2]])
         ratios = []
         for pause_s in (1.5, 3.0, 6.0):  # gossip takes its turn every 0.5 s, later on a busy machine
@@ -148,4 +148,4 @@ def test_sessions_that_change_the_gateway_find_their_caches_and_erased_slots_are
         for engine in fleet.status().engines:
             for slot in range(engine.slots_total):
                 post(f"{engine.url}/slots/{slot}?action=erase", {}, {"authorization": f"Bearer {engine.api_key}"})
-        until(lambda: not sum(each["models"]["tiny"]["residency"]["slot_sequences"] for each in snapshots("gossip")))
+        until(lambda: not sum(each["models"]["random"]["residency"]["slot_sequences"] for each in snapshots("gossip")))

@@ -10,13 +10,14 @@ from lltm_ray.llamacpp.client import LlamaClient
 from lltm_ray.sdk.conversation import Conversation
 from lltm_ray.sdk.embeddings import EmbeddingEngine, SemanticSearch
 from lltm_ray.sdk.engine import InferenceEngine
+from lltm_ray.sdk.extraction import KnowledgeExtractor
 from tests.ray.conftest import HI
 
 
 @pytest.fixture(scope="module")
 def engine(ray_cluster):
     with InferenceEngine("familiar") as engine:
-        assert engine.load_model("tiny", n_parallel=4, gpu_share=0.0)
+        assert engine.load_model("random", n_parallel=4, gpu_share=0.0)
         yield engine
 
 
@@ -92,9 +93,9 @@ def test_a_second_object_joins_the_fleet_that_runs_and_leaves_it_running(engine)
         assert not other.is_loaded
         with pytest.raises(FleetError, match="load_model"):
             other.infer("hi")
-        with pytest.raises(ConfigError, match="serves tiny"):
+        with pytest.raises(ConfigError, match="serves random"):
             other.load_model("/models/another.gguf")
-        other.load_model("tiny")
+        other.load_model("random")
         assert other.infer("hi", max_tokens=2).success
     assert not other.is_loaded
     assert engine.infer("hi", max_tokens=2).success
@@ -104,6 +105,13 @@ def test_tokens_are_counted_as_the_server_counts_them(engine):
     for messages in ([{"role": "user", "content": "hi"}], [{"role": "system", "content": "Grüße, 漢字"}, *HI]):
         assert engine.count_tokens(messages) == engine.chat(messages, max_tokens=1).prompt_tokens
     assert engine.slot_tokens == engine.cluster.status().engines[0].n_ctx // 4
+
+
+def test_noise_under_a_schema_is_readable_and_none_of_it_gets_into_the_graph(engine):
+    texts = ["Ada Lovelace wrote notes on the Analytical Engine in London.", "Engine-3 was slow."]
+    found = KnowledgeExtractor(engine.cluster).extract(texts, max_tokens=2048)
+    assert found.entities == found.relations == ()
+    assert found.left_out
 
 
 def test_a_conversation_stays_within_its_limit_and_reuses_its_slot(engine):
@@ -118,7 +126,7 @@ def test_a_conversation_stays_within_its_limit_and_reuses_its_slot(engine):
 
 def test_texts_are_embedded_and_found_and_the_fleet_that_it_started_ends_with_it(ray_cluster):
     with InferenceEngine("brief") as brief:
-        brief.load_model("tiny", gpu_share=0.0, engine={"embeddings": True, "pooling": "mean"})
+        brief.load_model("random", gpu_share=0.0, engine={"embeddings": True, "pooling": "mean"})
         vectors = EmbeddingEngine(brief)
         block = vectors.embed(["one text", "another", "one text"])
         assert block.shape[0] == 3

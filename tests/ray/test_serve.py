@@ -42,7 +42,7 @@ def run(**settings):
 def scale(replicas):
     """What `serve deploy` does with a file; only the number of ingress replicas changes."""
     app = {"name": "lltm", "import_path": "lltm_ray.serve:app", "deployments": [{"name": "gateway"}]}
-    app["args"] = {"model": "tiny", "gpu_share": 0, "name": "scaled", "engine.n_parallel": SLOTS}
+    app["args"] = {"model": "random", "gpu_share": 0, "name": "scaled", "engine.n_parallel": SLOTS}
     app["deployments"][0]["num_replicas"] = replicas
     _get_global_client().deploy_apps(ServeDeploySchema(applications=[app]), _blocking=True)
 
@@ -115,8 +115,8 @@ def test_engines_come_and_go_with_demand_under_serve_and_conversations_outlive_t
         "cpu_share": 1,
         "engine": {"n_parallel": 2, "n_ctx": 8192},
     }
-    kept = {"model": "tiny", "served_name": "kept", "cpu_share": 1}
-    run(name="cold", models=[kept, {"model": "tiny", "served_name": "talk"} | cold])
+    kept = {"model": "random", "served_name": "kept", "cpu_share": 1}
+    run(name="cold", models=[kept, {"model": "random", "served_name": "talk"} | cold])
 
     def state(model):
         return next(each.state for each in find_fleet("cold").status().models if each.name == model)
@@ -134,7 +134,7 @@ def test_engines_come_and_go_with_demand_under_serve_and_conversations_outlive_t
 
 
 def test_serve_answers_as_the_handles_do_and_ends_its_engines(url):
-    run(model="tiny", engines="1")
+    run(model="random", engines="1")
     body = {"messages": HI, "max_tokens": 24, "temperature": 0}
     answer = post(f"{url}/v1/chat/completions", body)
     engine = next(iter(find_fleet("served").engines.values()))
@@ -144,7 +144,7 @@ def test_serve_answers_as_the_handles_do_and_ends_its_engines(url):
     pages = until(lambda: _two(ray.get(told.read_since.remote(0, ["requests"]))))
     assert sorted(pages["policy"]) == ["", "residency"]  # by handle, and by the ingress
     (before,) = servers()
-    run(model="tiny", engines="1", **{"engine.n_parallel": "2"})
+    run(model="random", engines="1", **{"engine.n_parallel": "2"})
     assert servers().isdisjoint({before})
     assert post(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"] == done.text
 

@@ -64,7 +64,7 @@ def total(text, name):
 
 
 def loads(fleet):
-    return [row for row in rows(fleet, "spans") if row["name"] == "load tiny"]
+    return [row for row in rows(fleet, "spans") if row["name"] == "load random"]
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +210,7 @@ def alive(fleet):
 
 def test_a_fleet_without_telemetry_has_no_actor_and_says_so(ray_cluster):
     off = {"name": "mute", "gateway": {"port": 0}, "gpu_share": 0.0, "telemetry": {"enabled": False}}
-    with lltm_ray.Cluster.start(model="tiny", engines=1, **off) as fleet:
+    with lltm_ray.Cluster.start(model="random", engines=1, **off) as fleet:
         post(f"{fleet.endpoint}/v1/chat/completions", CHAT)
         named = {entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True)}
         assert names.telemetry("mute") not in named

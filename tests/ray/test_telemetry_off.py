@@ -19,7 +19,7 @@ def loaded(_actor):
     ours = {f"lltm_ray.telemetry.{name}" for name in ("batch", "outbox", "segments", "store", "summary")}
     return sorted((ours | {"opentelemetry.sdk"}) & set(sys.modules))
 
-fleet = {"model": "tiny", "name": "quiet", "engines": 1, "gpu_share": 0.0, "gateway": {"port": 0}}
+fleet = {"model": "random", "name": "quiet", "engines": 1, "gpu_share": 0.0, "gateway": {"port": 0}}
 with lltm_ray.Cluster.start(**fleet, address=sys.argv[1], telemetry={"enabled": False}) as cluster:
     answer = cluster.chat([{"role": "user", "content": "hi"}], max_tokens=2)
     of_all = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]

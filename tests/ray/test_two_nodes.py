@@ -3,6 +3,7 @@
 import os
 import stat
 import time
+from collections import Counter
 
 import pytest
 import ray
@@ -14,7 +15,7 @@ from lltm_ray.actors.transfer import RayFiles
 from lltm_ray.errors import PlacementError
 from lltm_ray.llamacpp.slot_folder import CHUNK_BYTES, SlotFolder, new_name
 from lltm_ray.records import EngineInfo, EngineState
-from tests.ray.conftest import HI
+from tests.ray.conftest import HI, until
 from tests.ray.load import Load
 
 SIZE = 2 * CHUNK_BYTES + 12_345
@@ -22,6 +23,10 @@ SIZE = 2 * CHUNK_BYTES + 12_345
 
 def ready(cluster):
     return [engine for engine in cluster.status().engines if engine.state is EngineState.READY]
+
+
+def states():
+    return Counter(info["state"] for info in placement_group_table().values())
 
 
 def groups():
@@ -50,7 +55,7 @@ def ends(second_node, tmp_path):
     for name, node_id in zip(("e0", "e1"), ids, strict=True):
         (tmp_path / name).mkdir(mode=0o700)
         folder = str(tmp_path / name)
-        made.append(EngineInfo(name=name, model="tiny", state=EngineState.READY, node_id=node_id, slot_folder=folder))
+        made.append(EngineInfo(name=name, model="random", state=EngineState.READY, node_id=node_id, slot_folder=folder))
     return made
 
 
@@ -92,7 +97,7 @@ async def test_a_file_goes_from_node_to_node_or_not_at_all(ends):
 def test_a_lost_node_costs_only_what_no_longer_fits(ray_cluster, second_node):
     head_id = ray.get_runtime_context().get_node_id()
     shares = {"engines": 4, "gpu_share": 0.0, "cpu_share": 1.25}  # 4 CPUs here, 3 there
-    with lltm_ray.Cluster.start(model="tiny", name="two-nodes", gateway={"port": 0}, **shares) as cluster:
+    with lltm_ray.Cluster.start(model="random", name="two-nodes", gateway={"port": 0}, **shares) as cluster:
         before = {engine.name: engine for engine in ready(cluster)}
         at_home = [engine for engine in before.values() if engine.node_id == head_id]
         away = [engine for engine in before.values() if engine.node_id != head_id]
@@ -116,9 +121,20 @@ def test_a_lost_node_costs_only_what_no_longer_fits(ray_cluster, second_node):
             assert after[engine.name].server_pid == engine.server_pid, "an engine on the other node was touched"
         assert {answer.engine for answer in cluster.batch([HI] * 40, max_tokens=16)} == {e.name for e in ready(cluster)}
 
+        (lost,) = (engine for engine in away if engine.name not in {each.name for each in ready(cluster)})
+        asks_quietly = "no heartbeat: its node is lost; waits for 0 GPU and 1.25 CPU"
+        until(lambda: {e.name: e.detail for e in cluster.status().engines}[lost.name] == asks_quietly)
+        assert "RESCHEDULING" not in states(), "Ray's head is kept busy by a share that does not fit"
+        another = ray_cluster.add_node(num_cpus=3)
+        until(lambda: len(ready(cluster)) == 4)
+        (back,) = (engine for engine in ready(cluster) if engine.node_id == another.node_id)
+        assert back.name == lost.name
+        until(lambda: {answer.engine for answer in cluster.batch([HI] * 40, max_tokens=16)} == set(before))
+    ray_cluster.remove_node(another)
+
 
 def test_a_fleet_that_does_not_fit_is_refused_whole(ray_cluster):
     held = groups()
     with pytest.raises(PlacementError, match="the largest free share is"):
-        lltm_ray.Cluster.start(model="tiny", engines=3, gpu_share=1.0, name="too-big")
+        lltm_ray.Cluster.start(model="random", engines=3, gpu_share=1.0, name="too-big")
     assert groups() == held

@@ -21,7 +21,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PUBLIC = """
     AsyncLlamaClient Cluster Completion ConfigError Conversation EmbeddingEngine EngineConfig EngineInfo FleetConfig
     GatewayConfig InferResult InferenceEngine LlamaClient LltmRayError SemanticSearch ServerManager StreamEvent
-    __version__ build_app
+    __version__ build_app split_gpu
 """
 SAMPLES = {
     errors.ConfigError: ("port", 99999, "must be from 0 to 65535"),
@@ -30,6 +30,7 @@ SAMPLES = {
     errors.ModelFormatError: ("m.gguf", 12, "why"),
     errors.ModelDownloadError: ("m", "why"),
     errors.ModelDoesNotFitError: ("m", 10, 5, "take a smaller one"),
+    errors.ExtractionError: (0, 120, "the answer did not end"),
     errors.EngineStartError: ("exit code 1", 1, "tail"),
     errors.EngineExitedError: ("engine-0", -9),
     errors.EngineNotReadyError: ("engine-0", "stopped"),
@@ -129,8 +130,8 @@ def test_the_readmes_options_exist():
     for command, words in re.findall(r"lltm-ray ([a-z]+)((?: [^\n`|#]+)?)", README):
         given = set(re.findall(r"(--[a-z-]+)", words))
         if given:
-            group = words.split()[0] if command == "models" else ""
-            shown = CliRunner().invoke(app, [command, *([group] if group else []), "--help"], env={"COLUMNS": "200"})
+            groups = words.split()[: {"models": 1 + ("lora" in words.split()[0])}.get(command, 0)]
+            shown = CliRunner().invoke(app, [command, *groups, "--help"], env={"COLUMNS": "200"})
             missing = {option for option in given if option not in shown.output}
             assert not missing, (command, missing)
 

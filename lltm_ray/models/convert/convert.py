@@ -6,24 +6,23 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-import numpy.typing as npt
 
 from lltm_ray.errors import ConfigError, LltmRayError, ModelFormatError
 from lltm_ray.models.convert.checkpoint import Checkpoint, StoredTensor
 from lltm_ray.models.convert.families import TIED, Family, find_family, number, write_common
 from lltm_ray.models.convert.pooling import find_pooling
 from lltm_ray.models.convert.vocabulary import Vocabulary, read_vocabulary
+from lltm_ray.models.convert.write import Array, NewTensor, Progress, head_of, write_tensors
 from lltm_ray.models.gguf import GgufInfo, read_gguf
+from lltm_ray.models.whole_file import refuse_same, whole_file
 
-Array = npt.NDArray[Any]
-Progress = Callable[[str, int, int], None]
 OUT_TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -43,21 +42,6 @@ _ODD = (
     struct.error,
 )
 """What reading untrusted values ends in, here and in the gguf package."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """One tensor of the file to come."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: gguf.GGMLQuantizationType
-    load: Callable[[], Array]
-
-    @property
-    def nbytes(self) -> int:
-        elements, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
-        return int(np.prod(self.shape, dtype=np.int64)) // elements * block_bytes
 
 
 def convert(
@@ -84,13 +68,20 @@ def convert(
 
     Raises:
         ModelNotFoundError, ModelFormatError: the checkpoint is not whole, or damaged.
-        ConfigError: it is of a kind that cannot be converted here, or an argument is wrong.
+        ConfigError: it is of a kind that cannot be converted here, an argument is wrong, or `out` cannot be written.
+        DiskFullError: the disk has no room.
     """
     if out_type not in OUT_TYPES:
         raise ConfigError("out_type", out_type, f"must be one of {', '.join(OUT_TYPES)}")
     with _refusing(folder):
         writer, planned = _prepare(Checkpoint(folder), out_type, pre)
-    return _write_whole(writer, planned, Path(folder), Path(out), progress)
+    with _refusing(folder):  # two tensors of one name, numbers too large for their field, text that is no Unicode
+        head = head_of(writer, planned)
+    refuse_same(out, folder)
+    with whole_file(Path(out)) as path:
+        write_tensors(path, head, planned, progress)
+        info = read_gguf(path)
+    return replace(info, path=os.fspath(out))
 
 
 @contextmanager
@@ -104,7 +95,7 @@ def _refusing(folder: str | os.PathLike[str]) -> Iterator[None]:
         raise ModelFormatError(str(folder), 0, f"is no checkpoint that can be converted: {error!r}") from error
 
 
-def _prepare(checkpoint: Checkpoint, out_type: str, pre: str | None) -> tuple[gguf.GGUFWriter, list[_Planned]]:
+def _prepare(checkpoint: Checkpoint, out_type: str, pre: str | None) -> tuple[gguf.GGUFWriter, list[NewTensor]]:
     family = find_family(checkpoint.architecture, checkpoint.config)
     checkpoint.config = {**family.defaults, **checkpoint.config}
     vocabulary = read_vocabulary(checkpoint, pre=pre)
@@ -130,7 +121,7 @@ def _check_whole(checkpoint: Checkpoint, family: Family, shapes: dict[str, tuple
         raise ModelFormatError(str(checkpoint.folder), 0, what)
 
 
-def _plan(checkpoint: Checkpoint, family: Family, kind: gguf.GGMLQuantizationType) -> Iterator[_Planned]:
+def _plan(checkpoint: Checkpoint, family: Family, kind: gguf.GGMLQuantizationType) -> Iterator[NewTensor]:
     layers, dropped = number(checkpoint.config, "num_hidden_layers"), family.all_dropped(checkpoint.config)
     if layers > len(checkpoint.tensors):
         raise ModelFormatError(str(checkpoint.folder), 0, f"has {len(checkpoint.tensors)} tensors for {layers} layers")
@@ -142,11 +133,11 @@ def _plan(checkpoint: Checkpoint, family: Family, kind: gguf.GGMLQuantizationTyp
         new = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise ModelFormatError(stored.path, stored.offset_bytes, f"llama.cpp has no tensor for {name!r}")
-        yield _Planned(
+        yield NewTensor(
             new, stored.shape, _kind_of(new, stored.shape, kind), _loader(stored, name, family, checkpoint.config)
         )
     for new, array in family.make(checkpoint.config).items():
-        yield _Planned(new, array.shape, gguf.GGMLQuantizationType.F32, partial(np.asarray, array))
+        yield NewTensor(new, array.shape, gguf.GGMLQuantizationType.F32, partial(np.asarray, array))
 
 
 def _loader(stored: StoredTensor, name: str, family: Family, config: dict[str, Any]) -> Callable[[], Array]:
@@ -189,39 +180,3 @@ def _make_writer(
     special = gguf.SpecialVocab(checkpoint.folder, load_merges=is_bpe, n_vocab=len(vocabulary.tokens))
     special.add_to_gguf(writer, quiet=True)
     return writer
-
-
-def _write_whole(
-    writer: gguf.GGUFWriter, planned: list[_Planned], folder: Path, target: Path, progress: Progress | None
-) -> GgufInfo:
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        _write(writer, planned, folder, unfinished, progress)
-        info = read_gguf(unfinished)
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return replace(info, path=str(target))
-
-
-def _write(
-    writer: gguf.GGUFWriter, planned: list[_Planned], folder: Path, path: Path, progress: Progress | None
-) -> None:
-    total, done = sum(each.nbytes for each in planned), 0
-    with _refusing(folder):  # two tensors of one name
-        for each in planned:
-            kind = np.dtype(np.uint8) if each.kind.name.startswith("Q") else np.dtype(np.float32)
-            shape = gguf.quant_shape_to_byte_shape(each.shape, each.kind) if kind == np.uint8 else each.shape
-            writer.add_tensor_info(each.name, shape, kind, each.nbytes, raw_dtype=each.kind)
-    try:
-        with _refusing(folder):  # numbers too large for their field, text that is no Unicode
-            writer.write_header_to_file(path)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        for each in planned:
-            writer.write_tensor_data(gguf.quants.quantize(each.load().astype(np.float32), each.kind))
-            done += each.nbytes
-            if progress is not None:
-                progress(each.name, done, total)
-    finally:
-        writer.close()

@@ -13,6 +13,15 @@ from lltm_ray.config import AnalyticsConfig
 from lltm_ray.errors import FleetError
 
 
+@pytest.fixture(autouse=True)
+def nice(monkeypatch):
+    """The actor is; this process, which has the other tests to run, stays as it is."""
+    given: list[int] = []
+    monkeypatch.setattr("lltm_ray.actors.analytics.os.nice", given.append)
+    yield
+    assert given == [19]
+
+
 class _Service:
     """One whose reports take until they are let go."""
 

@@ -2,7 +2,7 @@
 
 import json
 
-from lltm_ray.actors.directory import EXPIRE_AFTER_S, FORGET_AFTER_S, LATE, Table
+from lltm_ray.actors.directory_table import EXPIRE_AFTER_S, FORGET_AFTER_S, LATE, Table
 from lltm_ray.records import Adapter, EngineInfo, EngineState, GatewayInfo
 from lltm_ray.routing.rows import LATE_DETAIL
 
@@ -151,3 +151,15 @@ def test_gateways_get_the_salt_and_nobody_sees_it(tmp_path):
     shown = f"{seen!r} {seen.public()} {(tmp_path / 't.json').read_text()}"
     assert "a secret of this fleet" not in shown
     assert salt.hex() not in shown
+
+
+def test_a_failed_engine_is_explained_and_no_other(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    table.register(engine("a"), 0.0)
+    assert not table.explain("a", "gone")
+    assert not table.explain("b", "gone")
+    table.expire(EXPIRE_AFTER_S + 1)
+    version = table.version
+    assert table.explain("a", f"{LATE}: waits")
+    assert not table.explain("a", f"{LATE}: waits"), "no news"
+    assert (table.status().engines[0].detail, table.version) == (f"{LATE}: waits", version + 1)

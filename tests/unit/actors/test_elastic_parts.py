@@ -10,8 +10,9 @@ import pytest
 from lltm_ray.actors import watch
 from lltm_ray.actors.controller import Controller, ControllerSpec, Move, merge_demand, rules_of
 from lltm_ray.actors.crew import Crew
-from lltm_ray.actors.directory import Table, models_of
+from lltm_ray.actors.directory_table import Table
 from lltm_ray.actors.front import Front
+from lltm_ray.actors.launch import models_of
 from lltm_ray.actors.placement import demand_of, engines_beside, give_back, name_engines, plan_share
 from lltm_ray.config import FleetConfig, ModelConfig, build
 from lltm_ray.errors import ConfigError

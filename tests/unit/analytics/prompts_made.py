@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from lltm_ray._prefix import END_BYTES, HASH_BYTES, hash_prefixes
+from lltm_ray._prefix import END_BYTES, HASH_BYTES, hash_blocks, hash_prefixes
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.trace import Trace
@@ -37,6 +37,7 @@ class Told:
     slot: int = -1
     policy: str = "residency"
     took_s: float | None = None
+    has_blocks: bool = True
 
     @property
     def tokens(self) -> int:
@@ -87,6 +88,7 @@ def _request(number: int, told: Told) -> RequestRow:
         policy=told.policy,
         prompt_bytes=len(told.prompt),
         prefix=b"".join(told.hashes),
+        blocks=hash_blocks(told.prompt, SALT) if told.has_blocks else b"",
     )
     return row
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lltm_ray._prefix import END_BYTES, hash_prefixes
+from lltm_ray._prefix import END_BYTES, hash_blocks, hash_prefixes
 from lltm_ray.analytics.columns import encode, find, floats, ints, seconds, span_ids
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import COLUMNS, build_trace
@@ -238,6 +238,21 @@ def test_prefixes_are_the_hashes_of_the_rows_at_their_depths() -> None:
     assert frame["end_bytes"].tolist() == [END_BYTES[depth] for depth in frame["depth"]]
     first, second = frame[frame["r"] == 0]["hash"].tolist(), frame[frame["r"] == 2]["hash"].tolist()
     assert [a == b for a, b in zip(first, second, strict=False)] == [True, True, False]
+
+
+def test_blocks_stand_where_their_prompts_have_them() -> None:
+    prompts = [bytes(range(256)) * 20, b"", b"x" * 127, bytes(range(256)) * 5]
+    told = [hash_blocks(each, b"0123456789abcdef") for each in prompts]
+    rows = [request_row(span_id=f"{i + 1:016x}", blocks=each) for i, each in enumerate(told)]
+    frame = trace_of({"requests": rows}).blocks
+    assert set(frame["r"]) == {0, 3}
+    for r in (0, 3):
+        own = frame[frame["r"] == r]
+        assert own["place"].tolist() == list(range(len(own)))
+        assert own["start"].tolist() == [0, *own["size"].cumsum().tolist()][:-1]
+        assert [f"{block % 2**64:016x}" for block in own["block"]] == [
+            told[r][at : at + 8].hex() for at in range(0, len(told[r]), 8)
+        ]
 
 
 def test_requests_generate_by_the_same_routes_as_telemetry_says() -> None:

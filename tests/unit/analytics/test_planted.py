@@ -16,8 +16,9 @@ from lltm_ray.analytics.answer import MOST_EVIDENCE, Finding
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.report import Analysis, load_analyses, make_report
+from lltm_ray.analytics.shared_text import block_name
 from lltm_ray.analytics.trace import Trace
-from tests.fleet_rows import FAMILY_TOKENS, START_UNIX_NANO, Plan, family_hashes, fleet_rows
+from tests.fleet_rows import FAMILY_TOKENS, START_UNIX_NANO, Plan, family_blocks, family_hashes, fleet_rows
 
 SEEDS = range(2)
 CLEAN_SEEDS = range(20)
@@ -42,7 +43,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "all faults": {"straggler": "engine-0", "throttle": "GPU-1", "cascade": "engine-1", "aggressor": "greedy"},
     "too much load": {"overload": 4.0, "scatter": True},
     "all sorts of requests": {"late_share": 0.1, "embeddings": 3.0, "skew_s": 20.0, "spread_prefix": True},
-    "one engine": {"engines": 1, "gpus": 0, "rate": 3.0, "straggler": "engine-0"},
+    "one engine": {"engines": 1, "gpus": 0, "rate": 3.0, "straggler": "engine-0", "stamped": True},
 }
 WINDOWS = ((50, 90), (0, 1), (-20, 3), (20, 20), (200, 300), (0, 1e-9))
 """Begins and ends in seconds of a run of 100."""
@@ -82,6 +83,15 @@ def test_forgotten_system_prompts_are_found_as_wasted_prefill(seed: int) -> None
     costly = family_hashes(_costliest_family(plan))
     found = [each for each in findings_of(plan, "prefixes") if each.kind == "wasted prefill"]
     assert [each.subject.removeprefix("prefix ") for each in found][:1] == [costly[-1][:8]]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_stamp_before_the_system_prompt_is_found_as_text_that_no_cache_finds(seed: int) -> None:
+    found = [each for each in findings_of(Plan(seed=seed, stamped=True, rate=9.0)) if each.kind == "uncacheable text"]
+    names = [{block_name(block) for block in family_blocks(family)} for family in range(6)]
+    assert found[0].subject.removeprefix("text ") in names[0]  # the most used one
+    assert all(any(each.subject.removeprefix("text ") in own for own in names) for each in found)
+    assert found[0].impact_s > 20
 
 
 def _costliest_family(plan: Plan) -> int:

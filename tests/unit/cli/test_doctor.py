@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from lltm_ray.cli import app, doctor
 from lltm_ray.cli.doctor import CHECKS, Finding, run_check
+from lltm_ray.config import EngineConfig
 from lltm_ray.errors import ServerBinaryError
 
 CHILDLESS = [name for name in CHECKS if name not in ("ray", "llama-server", "embedded engine")]
@@ -39,6 +40,12 @@ def test_every_check_comes_back_with_a_known_state_and_a_detail(name: str) -> No
     found = run_check(CHECKS[name])
     assert found.state in ("ok", "warn", "off", "bad")
     assert found.detail
+
+
+def test_slots_are_told_with_who_would_take_them() -> None:
+    told = run_check(CHECKS["machine"]).detail
+    assert "; quick_start starts " in told
+    assert f"`lltm-ray up` takes {EngineConfig().n_parallel} slots each unless told" in told
 
 
 def test_only_something_bad_gives_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,15 +37,15 @@ def test_an_unknown_kind_is_the_users_mistake() -> None:
     assert "must be one of chat, embedding, reranker" in result.stderr
 
 
-def test_pull_makes_tiny_and_prints_only_its_path() -> None:
-    result = models("pull", "tiny")
+def test_pull_makes_random_and_prints_only_its_path() -> None:
+    result = models("pull", "random")
     assert result.exit_code == 0
     assert Path(result.stdout.strip()).is_file()
 
 
 def test_show_tells_what_the_file_says_and_what_memory_each_context_takes() -> None:
-    facts = json.loads(models("show", "tiny", "--json").stdout)
-    assert (facts["architecture"], facts["origin"], facts["chat_template"]) == ("llama", "tiny", True)
+    facts = json.loads(models("show", "random", "--json").stdout)
+    assert (facts["architecture"], facts["origin"], facts["chat_template"]) == ("llama", "random", True)
     assert facts["file_bytes"] == Path(facts["path"]).stat().st_size
     assert [row["n_ctx"] for row in facts["memory"]] == [2048, facts["context"]]
     small, large = facts["memory"]
@@ -53,7 +53,7 @@ def test_show_tells_what_the_file_says_and_what_memory_each_context_takes() -> N
 
 
 def test_show_prints_a_path_of_ones_own_for_people(tmp_path: Path) -> None:
-    path = models("pull", "tiny").stdout.strip()
+    path = models("pull", "random").stdout.strip()
     own = tmp_path / "own.gguf"
     own.write_bytes(Path(path).read_bytes())
     result = models("show", str(own))

@@ -1,7 +1,5 @@
 """NVML's library needs a driver, so a scripted one with the binding's own names tells what a driver would."""
 
-# ruff: noqa: N802 - the names are NVML's
-
 from __future__ import annotations
 
 import importlib
@@ -17,61 +15,7 @@ from lltm_ray.gpu import nvml
 from lltm_ray.gpu.meters import read_samples
 from lltm_ray.gpu.nvml import Inventory, processes_memory, read_inventory, session, visible
 from lltm_ray.records import GpuInfo
-
-
-class NVMLError(Exception):
-    def __init__(self, value: int) -> None:
-        super().__init__(f"code {value}")
-        self.value = value
-
-
-class ScriptedNvml:
-    """pynvml's functions over a list of GPUs; a missing key is NVML's 'not supported' (3)."""
-
-    NVMLError = NVMLError
-    NVML_TEMPERATURE_GPU = 0
-
-    def __init__(self, gpus: list[dict[str, Any]], init_error: int = 0) -> None:
-        self.gpus = gpus
-        self.init_error = init_error
-        self.open = 0
-
-    def nvmlInit(self) -> None:
-        if self.init_error:
-            raise NVMLError(self.init_error)
-        self.open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.open -= 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        assert self.open > 0, "NVML was asked outside a session"
-        return len(self.gpus)
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> dict[str, Any]:
-        if self.gpus[index].get("lost"):
-            raise NVMLError(15)
-        return self.gpus[index]
-
-    def nvmlDeviceGetMigDeviceHandleByIndex(self, gpu: dict[str, Any], place: int) -> dict[str, Any]:
-        if place >= len(gpu["migs"]):
-            raise NVMLError(6)
-        handle: dict[str, Any] = gpu["migs"][place]
-        return handle
-
-    def nvmlSystemGetDriverVersion(self) -> bytes:
-        return b"580.1"
-
-    def __getattr__(self, name: str) -> Any:
-        if not name.startswith("nvmlDeviceGet"):
-            raise AttributeError(name)
-
-        def ask(gpu: dict[str, Any], *_args: Any) -> Any:
-            if name not in gpu:
-                raise NVMLError(3)
-            return gpu[name]
-
-        return ask
+from tests.unit.gpu.scripted_nvml import ScriptedMachine
 
 
 def gpu(uuid: str | bytes, **more: Any) -> dict[str, Any]:
@@ -85,8 +29,8 @@ def gpu(uuid: str | bytes, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    def install(*gpus: dict[str, Any], init_error: int = 0) -> ScriptedNvml:
-        scripted = ScriptedNvml(list(gpus), init_error)
+    def install(*gpus: dict[str, Any], init_error: int = 0) -> ScriptedMachine:
+        scripted = ScriptedMachine(list(gpus), init_error)
         monkeypatch.setitem(sys.modules, "pynvml", scripted)  # type: ignore[arg-type]
         return scripted
 

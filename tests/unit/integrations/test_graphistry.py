@@ -24,12 +24,14 @@ from lltm_ray.integrations.graphistry import (
     dependency_graph,
     graph,
     is_graph,
+    knowledge_graph,
     layout,
     prefix_graph,
     query,
     span_graph,
     upload,
 )
+from lltm_ray.knowledge.graph import Entity, KnowledgeGraph, Mention, Relation
 from tests.fleet_rows import Plan, fleet_rows
 
 PANDAS = choose_engine("pandas")
@@ -357,3 +359,14 @@ def test_a_server_that_never_answers_is_waited_for_so_long_and_no_longer(trace: 
         with pytest.raises(ConfigError, match=r"has not taken the graph within 0\.3 s") as raised:
             upload(dependency_graph(trace), account, timeout_s=0.3)
     assert SECRET not in str(raised.value)
+
+
+def test_knowledge_is_a_graph_of_entities():
+    here = (Mention(0, 0, 3),)
+    found = KnowledgeGraph(
+        (Entity("Ada", "person", here), Entity("London", "location", here)),
+        (Relation("Ada", "located in", "London", here),),
+    )
+    drawn = knowledge_graph(found)
+    assert drawn._nodes["node"].tolist() == ["Ada", "London"]
+    assert drawn._edges[["source", "target", "relation"]].to_numpy().tolist() == [["Ada", "London", "located in"]]

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lltm_ray.errors import ConfigError
-from lltm_ray.knowledge import search
+from lltm_ray.knowledge import pairs, search
 from lltm_ray.knowledge.clusters import k_means
+from lltm_ray.knowledge.pairs import similar_pairs
+from lltm_ray.knowledge.scores import NumpyScorer
 from lltm_ray.knowledge.search import VectorIndex
 
 
@@ -158,3 +160,57 @@ def test_equal_vectors_and_wrong_numbers_of_clusters():
     for k in (0, 6):
         with pytest.raises(ConfigError, match="k="):
             k_means(np.ones((5, 3)), k)
+
+
+def test_vectors_in_tiles_answer_as_all_at_once(monkeypatch):
+    random = np.random.default_rng(4)
+    index, queries = filled(random.normal(size=(30, 8)).round(1)), random.normal(size=(5, 8))
+    whole = index.search_all(queries, 7)
+    monkeypatch.setattr(search, "_BLOCK_SCORES", 4)
+    assert [[hit.index for hit in hits] for hits in index.search_all(queries, 7)] == [
+        [hit.index for hit in hits] for hits in whole
+    ]
+
+
+def test_a_product_of_ones_own_does_the_scoring(tmp_path):
+    sizes = []
+
+    def product(first, second):
+        sizes.append((first.shape, second.shape))
+        return np.einsum("ik,jk->ij", first, second)
+
+    random = np.random.default_rng(5)
+    vectors, query = random.normal(size=(20, 4)), random.normal(size=4)
+    index = VectorIndex("m", scorer=NumpyScorer(product))
+    index.add([str(number) for number in range(20)], vectors)
+    assert [hit.index for hit in index.search(query, 3)] == [hit.index for hit in filled(vectors).search(query, 3)]
+    assert sizes == [((1, 4), (20, 4))]
+    index.save(tmp_path / "index")
+    VectorIndex.load(tmp_path / "index", scorer=NumpyScorer(product)).search(query)
+    assert len(sizes) == 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), n=st.integers(0, 40), threshold=st.floats(-1, 1), tile=st.integers(1, 50))
+def test_similar_pairs_are_those_of_brute_force(seed, n, threshold, tile):
+    vectors = np.random.default_rng(seed).normal(size=(n, 3))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = {(i, j): unit[i] @ unit[j] for i in range(n) for j in range(i + 1, n)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "_TILE", tile)
+        found = similar_pairs(vectors, threshold)
+    got = list(zip(found.first.tolist(), found.second.tolist(), strict=True))
+    assert len(set(got)) == len(got) == len(found)
+    assert {pair for pair, score in cosine.items() if score > threshold + 1e-5} <= set(got)
+    assert set(got) <= {pair for pair, score in cosine.items() if score > threshold - 1e-5}
+    assert found.scores.tolist() == pytest.approx([cosine[pair] for pair in got], abs=1e-5)
+    assert (np.diff(found.scores) <= 0).all()
+
+
+def test_too_many_pairs_or_a_threshold_that_is_none_are_refused():
+    with pytest.raises(ConfigError, match="more than 9 pairs; raise it"):
+        similar_pairs(np.ones((5, 2)), 0.9, limit=9)
+    assert len(similar_pairs(np.ones((5, 2)), 0.9, limit=10)) == 10
+    for threshold in (1.1, float("nan")):
+        with pytest.raises(ConfigError, match="threshold"):
+            similar_pairs(np.ones((5, 2)), threshold)

@@ -94,6 +94,12 @@ def test_nothing_starts_after_it_was_stopped_for_good():
     assert effects == [lc.Terminate()]
 
 
+def test_a_probe_that_answers_after_its_process_has_exited_makes_nothing_ready():
+    life, effects = run(lc.Start(), lc.Exited(exit_code=1, port_taken=True), lc.BecameReady())
+    assert (life.state, life.has_process) == (S.STARTING, False)
+    assert effects[-1] == lc.ScheduleRestart(0.5)
+
+
 EVENTS = st.one_of(
     st.sampled_from([lc.Start(), lc.BecameReady(), lc.Unusable("hung"), lc.RestartDue(), lc.Drain(), lc.Drained()]),
     st.builds(lc.Stop, st.booleans()),

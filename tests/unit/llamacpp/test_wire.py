@@ -53,7 +53,8 @@ def test_what_is_not_one_prompt_is_refused(prompt: Any) -> None:
     ("messages", "field"),
     [
         ([], "messages"),
-        ("hi", "messages"),
+        (b"hi", "messages"),
+        (7, "messages"),
         (USER, "messages"),
         ([USER, "hi"], "messages[1]"),
         ([USER, {"content": "hi"}], "messages[1].role"),
@@ -65,6 +66,16 @@ def test_wrong_messages_are_refused_with_their_index(route: Any, messages: Any, 
     with pytest.raises(ConfigError) as caught:
         route(messages)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("route", [wire.chat, wire.messages, wire.apply_template])
+def test_a_text_is_one_message_of_the_user(route: Any) -> None:
+    assert route("hi").body["messages"] == [{"role": "user", "content": "hi"}]
+
+
+def test_what_are_no_messages_is_refused_with_its_type_and_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="messages=7: is of type int: give a text, or a list of at least one message"):
+        wire.chat(7)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["n", "n_cmpl"])

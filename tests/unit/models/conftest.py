@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import xllamacpp
 
-from lltm_ray.models.tiny import TinyShape, write_tiny
+from lltm_ray.models.random_weights import RandomShape, write_random
 
 
 class Engine:
@@ -44,14 +44,14 @@ class Engine:
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
-    write_tiny(path)
+    write_random(path)
     return path
 
 
 @pytest.fixture(scope="session")
 def windowed_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("windowed") / "windowed.gguf"
-    write_tiny(path, TinyShape(architecture="cohere2", sliding_window=128, n_layer=4, n_ctx=4096))
+    write_random(path, RandomShape(architecture="cohere2", sliding_window=128, n_layer=4, n_ctx=4096))
     return path
 
 

@@ -1,5 +1,7 @@
+import os
 import re
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from lltm_ray.models import footprint
 from lltm_ray.models.gguf import GgufInfo, read_gguf
 from lltm_ray.models.gguf_header import TensorInfo
 from lltm_ray.models.memory import estimate, plan_fit
-from lltm_ray.models.tiny import TinyShape, write_tiny
+from tests.sparse_models import Shape, write_sparse
 
 MIB, GIB = 2**20, 2**30
 FLASH_OFF = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -120,7 +122,7 @@ def test_weights_go_to_the_device_layer_by_layer_and_never_get_lost():
         assert found.kv_bytes == GIB // 2
         assert found.kv_device_bytes == GIB // 2 * min(layers, 32) // 32
     assert found.weights_host_bytes == 400 * MIB  # the input embeddings stay
-    assert found.host_bytes == 400 * MIB
+    assert found.host_bytes == 400 * MIB + 4 * 128_256  # and a row of logits
     assert estimate(info, n_ctx=4096, n_parallel=1, n_gpu_layers=99, config=config) == found
 
 
@@ -138,9 +140,21 @@ def test_without_flash_attention_the_scores_of_all_heads_are_added():
             model(**changes), n_ctx=32_768, n_parallel=1, n_gpu_layers=0, config=config
         ).compute_bytes  # fmt: skip
 
-    assert compute("off") - compute("on") == 4 * 512 * (32 * 32_768 - 128_256)
+    scores, attention, feed_forward, mask = 32 * 32_768, 3 * 4096 + 8 * 256, 3 * 14_336, 2 * 32_768
+    assert compute("off") - compute("on") == 512 * (4 * (scores + attention - feed_forward) + mask)
     assert compute("auto") == compute("on")
     assert compute("auto", key_length=100) == compute("off", key_length=100)
+
+
+def test_embeddings_reserve_the_logits_of_a_whole_batch():
+    def compute(**config):
+        found = estimate(model(), n_ctx=8192, n_parallel=4, n_gpu_layers=0, config=EngineConfig(**config))
+        return found.compute_bytes, found.output_bytes
+
+    plain, embedding = compute(), compute(embeddings=True)
+    assert embedding[0] - plain[0] == 4 * 512 * (128_256 + 4096 - 3 * 14_336)
+    assert plain[1] == 4 * 4 * 128_256
+    assert embedding[1] == plain[1] + 4 * 4 * 4096
 
 
 def test_each_gpu_of_a_split_has_its_own_buffers():
@@ -153,42 +167,73 @@ def test_each_gpu_of_a_split_has_its_own_buffers():
     assert two.weights_device_bytes == one.weights_device_bytes
 
 
-WINDOWED = {"architecture": "cohere2", "sliding_window": 128, "n_layer": 4}
-HEADS = {"n_embd": 256, "n_head": 8, "n_layer": 3}
+OFF = {"flash_attn": "off"}
+MOE = Shape(architecture="qwen3moe", n_ff=256, n_expert=16, n_expert_used=4)
+WINDOWED = Shape(architecture="cohere2", window=128, tied=True)
 LOADED = [
-    ({}, {"n_ctx": 4096, "n_parallel": 2}, {}),
-    ({**HEADS, "n_head": 2}, {"n_ctx": 8192, "n_parallel": 2, "n_ubatch": 256}, {"flash_attn": "off"}),
-    (HEADS, {"n_ctx": 16_384, "n_parallel": 1}, {"flash_attn": "off"}),
-    (HEADS, {"n_ctx": 16_384, "n_parallel": 4, "kv_unified": True}, {}),
-    (HEADS, {"n_ctx": 16_384, "n_parallel": 4}, {"cache_type_k": "q8_0"}),
-    ({"n_embd": 256, "n_head": 8, "n_ff": 4096}, {"n_ctx": 4096, "n_parallel": 4}, {}),
-    (WINDOWED, {"n_ctx": 5000, "n_parallel": 3}, {}),
-    (WINDOWED, {"n_ctx": 4096, "n_parallel": 3, "kv_unified": True}, {}),
-    (WINDOWED, {"n_ctx": 4096, "n_parallel": 1, "swa_full": True}, {}),
+    (Shape(), {}, {}),
+    (Shape(n_vocab=32_000, kind="F16", n_layer=8), {"n_parallel": 1, "n_ctx": 16_384}, {}),
+    (Shape(n_vocab=32_000, kind="Q8_0", n_layer=16), {"n_parallel": 3, "n_ctx": 5000}, {"cache_type_k": "q8_0"}),
+    (Shape(n_embd=768, n_head=12, kind="F16"), {}, {"cache_type_k": "q4_0", "cache_type_v": "q4_0"}),
+    (Shape(n_head_kv=8), {"n_ubatch": 128}, {"cache_type_k": "f32", "cache_type_v": "f32"}),
+    (Shape(n_ff=512), {"n_ctx": 8192, "n_parallel": 4, "kv_unified": True}, {}),
+    (Shape(n_head_kv=2), {"n_parallel": 4}, OFF),
+    (Shape(n_embd=1024, head_length=64, n_ff=4096), {"n_ctx": 1024}, OFF),
+    (Shape(architecture="qwen3", head_length=128, kind="F16"), {}, {}),
+    (Shape(architecture="gemma3", window=512, n_layer=6, n_vocab=32_000, tied=True), {}, {}),
+    (MOE, {"n_ctx": 8192}, {"cache_type_k": "q8_0", "cache_type_v": "q8_0"}),
+    (WINDOWED, {"n_parallel": 3, "kv_unified": True}, {}),
+    (WINDOWED, {"n_parallel": 1, "swa_full": True}, OFF),
+    (Shape(n_vocab=16_000), {"n_parallel": 64, "n_ctx": 16_384}, {}),
 ]
 
 
+@contextmanager
+def output_in(path):
+    """All that this process writes goes into a file; pytest's own capture drops what is written while it is read."""
+    kept = [(number, os.dup(number)) for number in (1, 2)]
+    with path.open("wb") as file:
+        for number, _ in kept:
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, copy in kept:
+            os.dup2(copy, number)
+            os.close(copy)
+
+
 @pytest.mark.parametrize(("shape", "shared", "special"), LOADED)
-def test_llama_cpp_reports_the_cache_computed_and_no_more_compute_than_estimated(
-    tmp_path, capfd, start_engine, shape, shared, special
-):
+def test_the_estimate_is_within_5_percent_of_what_llama_cpp_reports(tmp_path, start_engine, shape, shared, special):
     path = tmp_path / "m.gguf"
-    write_tiny(path, TinyShape(**shape))
-    config = EngineConfig(**{**shared, "flash_attn": "on", **special})
+    info = write_sparse(path, shape)
+    config = EngineConfig(**{"n_ctx": 4096, "n_parallel": 2, "flash_attn": "on", **shared, **special})
     native = {"flash_attn_type": FLASH_OFF if config.flash_attn == "off" else FLASH_ON}
-    if config.cache_type_k == "q8_0":
-        native["cache_type_k"] = xllamacpp.ggml_type.GGML_TYPE_Q8_0
-    start_engine(path, verbosity=4, **shared, **native)
-    log, deadline = "", time.monotonic() + 10
-    while "initializing, n_slots" not in log:  # llama.cpp logs from a thread of its own
-        assert time.monotonic() < deadline
-        log += "".join(capfd.readouterr())
-    cache = sum(map(float, re.findall(r"KV buffer size = +([\d.]+) MiB", log)))
-    compute = sum(map(float, re.findall(r"reserve: +CPU compute buffer size = +([\d.]+) MiB", log)))
-    found = estimate(read_gguf(path), n_ctx=config.n_ctx, n_parallel=config.n_parallel, n_gpu_layers=0, config=config)
-    assert found.kv_bytes / MIB == pytest.approx(cache, abs=0.011)
-    assert 0 < compute <= found.compute_bytes / MIB
-    assert found.compute_bytes / MIB < 4 * compute + 1
+    native |= {
+        name: getattr(xllamacpp.ggml_type, f"GGML_TYPE_{value.upper()}")
+        for name, value in special.items()
+        if name.startswith("cache_type")
+    }
+    log = read_log(tmp_path / "log", lambda: start_engine(path, verbosity=4, warmup=False, **shared, **native))
+    kinds = {kind: rf"{kind} buffer size = +([\d.]+) MiB" for kind in ("model", "KV", "compute", "output")}
+    told = {kind: sum(map(float, re.findall(pattern, log))) for kind, pattern in kinds.items()}
+    found = estimate(info, n_ctx=config.n_ctx, n_parallel=config.n_parallel, n_gpu_layers=0, config=config)
+    assert found.kv_bytes / MIB == pytest.approx(told["KV"], abs=0.011)
+    assert found.output_bytes / MIB == pytest.approx(told["output"], abs=0.011)
+    assert min(told.values()) > 0 or told["output"] == 0
+    assert (found.host_bytes - found.margin_bytes) / MIB == pytest.approx(sum(told.values()), rel=0.05)
+    assert found.host_bytes / MIB > sum(told.values())
+
+
+def read_log(file, start):
+    """What llama.cpp logs until its slots are there; a thread of its own writes it."""
+    deadline = time.monotonic() + 30
+    with output_in(file):
+        start()
+        while "initializing, n_slots" not in (log := file.read_text(encoding="utf-8")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    return log
 
 
 def plan(info, budget, *, on_gpu=True, **config):

@@ -14,7 +14,7 @@ from lltm_ray.errors import ConfigError, ModelDownloadError, ModelNotFoundError
 from lltm_ray.models import resolve as resolving
 from lltm_ray.models.catalog import CatalogEntry
 from lltm_ray.models.gguf import read_gguf
-from lltm_ray.models.resolve import Origin, resolve
+from lltm_ray.models.resolve import DEMONSTRATIONS, Origin, resolve
 
 COMMIT = "a" * 40
 
@@ -93,17 +93,29 @@ def catalogue(monkeypatch, tiny_path):
     return put
 
 
-def test_tiny_is_made_and_said_to_be_a_demonstration(find, tmp_path):
-    found = find("tiny")
-    assert (found.name, found.origin, found.demonstration) == ("tiny", Origin.TINY, True)
+def test_random_is_made_in_the_cache(find, tmp_path):
+    found = find("random")
+    assert (found.name, found.origin) == ("random", Origin.RANDOM)
     assert found.path.is_relative_to(tmp_path / "cache")
-    assert read_gguf(found.path).name == "tiny"
+    assert read_gguf(found.path).name == "random"
     assert pickle.loads(pickle.dumps(found)) == found
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("tiny", 8_917_248), ("tiny-draft", 918_144)])
+def test_the_embedded_models_come_with_the_package(find, name, parameters):
+    found = find(name)
+    assert (found.name, found.origin, found.path.parent.name) == (name, Origin.EMBEDDED, "embedded")
+    assert read_gguf(found.path).n_params == parameters
+    assert found.path.stat().st_size <= 10_000_000
+
+
+def test_every_model_without_a_download_is_explained(find):
+    assert {find(name).name for name in DEMONSTRATIONS} == {"tiny", "tiny-draft", "random"}
 
 
 def test_a_path_is_taken_as_it_is(find, tiny_path, monkeypatch):
     found = find(str(tiny_path))
-    assert (found.name, found.path, found.origin, found.demonstration) == ("tiny", tiny_path, Origin.PATH, False)
+    assert (found.name, found.path, found.origin) == ("tiny", tiny_path, Origin.PATH)
     monkeypatch.chdir(tiny_path.parent)
     assert find("tiny.gguf").path == tiny_path
     assert find("./tiny.gguf").path == tiny_path
@@ -128,6 +140,12 @@ def test_a_missing_path_is_refused_with_near_misses(find, tmp_path):
         find(str(tmp_path))
     with pytest.raises(ModelNotFoundError, match="no such file"):
         find("missing.gguf")
+
+
+@pytest.mark.parametrize(("name", "near"), [("tinny", "tiny"), ("tiny-drat", "tiny-draft"), ("ramdom", "random")])
+def test_a_mistyped_model_without_a_download_is_suggested(find, name, near):
+    with pytest.raises(ModelNotFoundError, match=rf"did you mean .*\b{near}\b"):
+        find(name)
 
 
 @pytest.mark.parametrize("name", ["llama-3.2-1b", "Llama-3.2-1B-Q4_K_M", "lama-3.2-1b-q4km"])
@@ -221,8 +239,9 @@ def test_an_unreachable_hub_is_said_with_a_remedy_and_its_cache_still_serves(fin
 
 
 def test_offline_only_the_cache_serves(find, hub):
-    with pytest.raises(ModelDownloadError, match=r"offline, and us/m/m\.gguf is not in the hub's cache"):
+    with pytest.raises(ModelDownloadError, match=r"offline, and us/m/m\.gguf is not in the hub's cache") as caught:
         find("us/m:m.gguf", offline=True)
+    assert "`lltm-ray models pull us/m:m.gguf`" in str(caught.value)
     assert hub.seen == []
 
 

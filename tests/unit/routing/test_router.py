@@ -8,7 +8,7 @@ import pytest
 from lltm_ray.config import ROUTING_POLICIES
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
 from lltm_ray.records import Adapter, EngineInfo, EngineState, Timings
-from lltm_ray.routing import router as router_module
+from lltm_ray.routing import rows as rows_module
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.router import Router, Served
 from lltm_ray.routing.rows import LATE_DETAIL
@@ -214,12 +214,28 @@ async def test_an_engine_that_left_is_forgotten_when_its_last_claim_ends():
 
 
 async def test_a_suspected_engine_is_skipped_until_its_cool_down_is_over(monkeypatch):
-    monkeypatch.setattr(router_module, "SUSPECT_S", 0.02)
+    monkeypatch.setattr(rows_module, "SUSPECT_S", 0.02)
     router = make(engine("a"), engine("b"))
     router.suspect("a")
     assert (await acquire(router, "m")).engine.name == "b"
     lease = await acquire(router, "m", timeout_s=5)  # waits for a's cool-down; nothing else wakes it
     assert lease.engine.name == "a"
+
+
+async def test_an_engine_that_keeps_failing_is_skipped_for_longer_until_it_answers_again():
+    router = make(engine("a"))
+    (lease,) = [await acquire(router, "m")]
+    skipped = []
+    for _ in range(6):
+        router.suspect("a")
+        router.suspect("a")  # what failed with it at the same time is no further failure
+        skipped.append(lease.row.skip_s)
+        router._cooled(lease.row)
+        router._cooled(lease.row)
+    assert skipped == [1, 2, 4, 8, 16, 16]
+    router.began(lease)
+    router.suspect("a")
+    assert lease.row.skip_s == 1
 
 
 async def test_a_suspicion_ends_when_the_directory_shows_a_new_server():
@@ -308,7 +324,7 @@ async def test_a_failure_of_a_server_that_was_replaced_meanwhile_is_not_held_aga
 
 
 async def test_a_retry_uses_the_engine_it_avoids_when_the_others_are_busy_and_it_is_well_again(monkeypatch):
-    monkeypatch.setattr(router_module, "SUSPECT_S", 0.02)
+    monkeypatch.setattr(rows_module, "SUSPECT_S", 0.02)
     router = make(engine("a"), engine("b"))
     await acquire(router, "m", only="b")
     router.suspect(router.engines("m")[0])

@@ -11,8 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from lltm_ray.errors import EngineNotReadyError, OverloadedError
 from lltm_ray.records import EngineInfo, EngineState
 from lltm_ray.routing.policy import Ask
-from lltm_ray.routing.router import SUSPECT_S, Lease, Router
-from lltm_ray.routing.rows import LATE_DETAIL
+from lltm_ray.routing.router import Lease, Router
+from lltm_ray.routing.rows import LATE_DETAIL, SUSPECT_S
 
 NAMES = ("a", "b", "c")
 MODELS = {"a": "m", "b": "m", "c": "n"}
