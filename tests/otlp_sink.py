@@ -91,7 +91,7 @@ class Sink:
             for record in scope.log_records
         ]
 
-    def wait_for(self, condition: Callable[[Sink], bool], timeout_s: float = 20.0) -> None:
+    def wait_for(self, condition: Callable[[Sink], bool], timeout_s: float = 60.0) -> None:
         """Until the condition holds.
 
         Raises:

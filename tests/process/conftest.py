@@ -46,6 +46,13 @@ os._exit(0)
 """
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever waits here says sooner what did not come to be; on a busy machine servers take minutes."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(300))
+
+
 @dataclass(frozen=True)
 class RunningServer:
     """A live llama-server: `url` and `api_key` for a client, `slot_dir` where it saves slots."""

@@ -272,7 +272,7 @@ class Tally:
             self.continued += any(attempt["outcome"] == "continued" for attempt in entry["attempts"])
 
 
-async def drift_at_rest(gate: Gateway, ledger: Ledger, engine: Engine, timeout_s: float = 5.0) -> Drift:
+async def drift_at_rest(gate: Gateway, ledger: Ledger, engine: Engine, timeout_s: float = 30.0) -> Drift:
     """What the account lacks of an engine that has come to rest; asked twice, as attempts cut off settle then."""
     deadline = time.monotonic() + timeout_s
     found = None

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import gguf
@@ -157,6 +159,16 @@ def engine_info(name: str, url: str, pid: int = 1, *, model: str = MODEL, slots:
     )
 
 
+async def until(condition: Callable[[], object], *running: asyncio.Future[Any], timeout_s: float = 60.0) -> None:
+    """Wait until it holds; fails at once if one of those that must bring it about has ended before."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        for each in running:
+            assert not each.done(), f"it ended before it came to that: {each}"
+        assert time.monotonic() < deadline, "it did not come to that"
+        await asyncio.sleep(0.002)
+
+
 @dataclass(frozen=True)
 class Gateway:
     """A running gateway and a client session on it."""
@@ -177,11 +189,36 @@ class Gateway:
         """Busy slots by engine, as the router counts them."""
         return {name: row["slots_busy"] for name, row in self.router.snapshot()["engines"].items()}
 
-    async def idle(self, timeout_s: float = 5.0) -> None:
-        """Wait until no slot is claimed, nobody waits and no request runs."""
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return sum(self.router.snapshot()["waiting"].values())
+
+    async def slots(self, engine: Engine) -> list[dict[str, Any]]:
+        """As the engine itself tells them."""
+        async with self.http.get(f"{engine.info.url}/slots", headers=engine.headers) as reply:
+            return await reply.json()
+
+    async def until_decoding(self, engine: Engine, *running: asyncio.Future[Any], timeout_s: float = 60.0) -> None:
+        """Wait until one of the engine's slots has generated something; fails if who asked for it has ended before."""
         async with asyncio.timeout(timeout_s):
-            while any(self.claims().values()) or self.router.snapshot()["waiting"] or self.app.running:
-                await asyncio.sleep(0.01)
+            while not any(
+                each["is_processing"] and each["next_token"][0]["n_decoded"] for each in await self.slots(engine)
+            ):
+                for each in running:
+                    assert not each.done(), f"it ended before it was seen: {each}"
+                await asyncio.sleep(0.005)
+
+    async def until_free(self, engine: Engine, busy: int = 0, timeout_s: float = 8.0) -> None:
+        """Wait until so many slots work; an answer of 7000 tokens would take twice the time."""
+        async with asyncio.timeout(timeout_s):
+            while sum(each["is_processing"] for each in await self.slots(engine)) != busy:
+                await asyncio.sleep(0.02)
+
+    async def idle(self, timeout_s: float = 60.0) -> None:
+        """Wait until no slot is claimed, nobody waits and no request runs."""
+        await until(
+            lambda: not (any(self.claims().values()) or self.waiting() or self.app.running), timeout_s=timeout_s
+        )
 
 
 @contextlib.asynccontextmanager
@@ -291,7 +328,7 @@ def event(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(text), text)
 
 
-async def raw(gate: Gateway, data: bytes, timeout_s: float = 5.0) -> bytes:
+async def raw(gate: Gateway, data: bytes, timeout_s: float = 60.0) -> bytes:
     """Send bytes as they are and read until the gateway closes; what came before a reset is lost."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gate.port)
     try:

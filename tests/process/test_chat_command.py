@@ -8,19 +8,18 @@ import pty
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import requests
 
 from lltm_ray.models.random_weights import ensure_random
 
@@ -35,34 +34,30 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]
     folder = tmp_path_factory.mktemp("llama")
     keys = folder / "keys"
     keys.write_text("sesame\n", encoding="utf-8")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     argv = [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", str(ensure_random(folder))]
-    argv += ["--host", "127.0.0.1", "--port", url.rpartition(":")[2], "--api-key-file", str(keys)]
+    argv += ["--host", "127.0.0.1", "--port", "0", "--api-key-file", str(keys)]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*argv, "--ctx-size", "8192", "--parallel", "1"], stdout=log, stderr=log)
         try:
-            _wait_until_healthy(url, process)
-            yield "--url", url, "--api-key-file", str(keys)
+            yield "--url", _address(process, folder / "log"), "--api-key-file", str(keys)
         finally:
             process.kill()
             process.wait()
 
 
-def _wait_until_healthy(url: str, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(300):
+def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Where the server listens, once it serves."""
+    deadline = time.monotonic() + 90
+    while not (found := re.search(r"embedded: serving (\S+)\n", log.read_text(errors="replace"))):
         assert process.poll() is None, "the server ended"
-        with suppress(requests.ConnectionError):
-            if requests.get(f"{url}/health", timeout=1).ok:
-                return
-        time.sleep(0.1)
-    raise AssertionError("the server did not become healthy")
+        assert time.monotonic() < deadline, "the server did not become ready"
+        time.sleep(0.05)
+    return found[1]
 
 
 def ask(*argv: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*CHAT, *argv], input=text, capture_output=True, text=True, timeout=60, check=False, errors="replace"
+        [*CHAT, *argv], input=text, capture_output=True, text=True, timeout=100, check=False, errors="replace"
     )
 
 
@@ -160,7 +155,7 @@ def dialogue(*argv: str) -> Iterator[Terminal]:
         terminal.read_until(r"/quit")
         terminal.read_until(r"> ")
         yield terminal
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()

@@ -25,18 +25,17 @@ def ask(faces: Faces, server: RunningServer) -> Face:
     return faces(**server.credentials)
 
 
-async def wait_until_idle(server: RunningServer, limit_s: float) -> float:
-    """Seconds until no slot works; fails after `limit_s`."""
+async def wait_until_idle(server: RunningServer) -> None:
+    """No slot works any more, long before a long answer would end by itself."""
     started = time.perf_counter()
     async with AsyncLlamaClient(**server.credentials) as client:
         while any(slot.is_processing for slot in await client.slots()):
-            assert time.perf_counter() - started < limit_s, "a slot still works"
+            assert time.perf_counter() - started < 15, "a slot still works"
             await asyncio.sleep(0.01)
-    return time.perf_counter() - started
 
 
 async def wait_until_working(server: RunningServer) -> None:
-    async with asyncio.timeout(5), AsyncLlamaClient(**server.credentials) as client:
+    async with asyncio.timeout(60), AsyncLlamaClient(**server.credentials) as client:
         while not any(slot.is_processing for slot in await client.slots()):
             await asyncio.sleep(0.01)
 
@@ -233,11 +232,11 @@ async def test_leaving_an_async_stream_frees_its_slot(server: RunningServer) -> 
         async for _ in client.complete_stream("a", **LONG):
             await wait_until_working(server)
             break
-        await wait_until_idle(server, 1.5)
+        await wait_until_idle(server)
         async with aclosing(client.chat_stream(USER, **LONG)) as events:
             await anext(events)
             await wait_until_working(server)
-        await wait_until_idle(server, 1.5)
+        await wait_until_idle(server)
 
 
 async def test_leaving_a_blocking_stream_frees_its_slot(server: RunningServer) -> None:
@@ -245,11 +244,11 @@ async def test_leaving_a_blocking_stream_frees_its_slot(server: RunningServer) -
         for _ in client.complete_stream("a", **LONG):
             await wait_until_working(server)
             break
-        await wait_until_idle(server, 1.5)
+        await wait_until_idle(server)
         with closing(client.chat_stream(USER, **LONG)) as events:
             next(events)
             await wait_until_working(server)
-        await wait_until_idle(server, 1.5)
+        await wait_until_idle(server)
 
 
 @pytest.mark.parametrize("name", ["complete", "responses", "messages"])
@@ -262,14 +261,14 @@ async def test_cancelling_a_task_frees_its_slot(server: RunningServer, name: str
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await wait_until_idle(server, 1.5)
+        await wait_until_idle(server)
 
 
 async def test_out_of_time_is_a_deadline_error_and_frees_the_slot(faces: Faces, server: RunningServer) -> None:
     ask = faces(**server.credentials, timeout_s=0.3)
     with pytest.raises(DeadlineError, match="/completion"):
         await ask("complete", "a", **LONG)
-    await wait_until_idle(server, 1.5)
+    await wait_until_idle(server)
 
 
 async def test_no_idle_slot_is_an_error_only_where_asked(ask: Face, server: RunningServer) -> None:
@@ -285,7 +284,7 @@ async def test_no_idle_slot_is_an_error_only_where_asked(ask: Face, server: Runn
         assert caught.value.http_status == 503
         for stream in streams:
             await stream.aclose()
-    await wait_until_idle(server, 1.5)
+    await wait_until_idle(server)
     assert len(await ask("slots", fail_on_no_slot=True)) == 4
 
 
@@ -309,8 +308,7 @@ async def test_a_server_killed_in_mid_stream_has_exited_and_then_is_not_ready(
     victim = spawn_server(n_ctx=32_768, n_parallel=1)
     ask = faces(**victim.credentials)
     running = asyncio.create_task(ask("complete", "a", **LONG))
-    await asyncio.sleep(0.5)
-    assert not running.done()
+    await wait_until_working(victim)
     victim.process.kill()
     with pytest.raises(EngineExitedError):
         await running

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,7 +41,7 @@ class Script:
     async def __aexit__(self, *exc: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        await asyncio.to_thread(self._thread.join, 10)
+        await asyncio.to_thread(self._thread.join, 60)
         assert not self._thread.is_alive(), "the client has not hung up"
 
     def _serve(self) -> None:
@@ -50,23 +51,31 @@ class Script:
             except OSError:  # the test is over
                 return
             self.accepted += 1
-            with connection:
-                for answer in answers:
-                    if answer is None:
-                        connection.recv(1)
-                    else:
-                        self._read_request(connection)
-                        connection.sendall(answer)
+            with connection, suppress(ConnectionError):  # the client has had enough
+                self._converse(connection, answers)
+
+    def _converse(self, connection: socket.socket, answers: list[bytes | None]) -> None:
+        for answer in answers:
+            if answer is None:
+                connection.recv(1)
+            else:
+                self._read_request(connection)
+                connection.sendall(answer)
 
     @staticmethod
     def _read_request(connection: socket.socket) -> None:
+        def more() -> bytes:
+            if not (data := connection.recv(65_536)):
+                raise ConnectionResetError
+            return data
+
         head = b""
         while b"\r\n\r\n" not in head:
-            head += connection.recv(65_536)
+            head += more()
         head, _, body = head.partition(b"\r\n\r\n")
         (length,) = (int(line[15:]) for line in head.splitlines() if line.lower().startswith(b"content-length:"))
         while len(body) < length:
-            body += connection.recv(65_536)
+            body += more()
 
 
 async def test_a_reused_connection_that_dies_silently_is_tried_once_more_on_a_fresh_one(

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = pytest.mark.timeout(300)
 DOCTOR = (sys.executable, "-c", "from lltm_ray.cli import main; main()", "doctor", "--json")
 
 
 def rows(tmp_path: Path, **environ: str) -> tuple[int, dict[str, dict[str, Any]]]:
     env = {**os.environ, "LLTM_RAY_CACHE": str(tmp_path)} | environ
-    done = subprocess.run(DOCTOR, capture_output=True, text=True, timeout=100, check=False, env=env)
+    done = subprocess.run(DOCTOR, capture_output=True, text=True, timeout=280, check=False, env=env)
     assert done.stdout, done.stderr
     return done.returncode, {row["name"]: row for row in json.loads(done.stdout)}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from gateway_harness import Engine, engine_info, gateway
+from gateway_harness import Engine, engine_info, gateway, until
 from test_gateway_telemetry import PATH, post
 
 from lltm_ray._prefix import hash_prefixes
@@ -106,8 +106,7 @@ async def cancel(events: Any, got: list[StreamEvent]) -> None:
             got.append(event)  # noqa: PERF401 - what it has when it is cancelled counts
 
     task = asyncio.create_task(read())
-    while len(got) < 5:
-        await asyncio.sleep(0.001)
+    await until(lambda: len(got) >= 5, task)
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()

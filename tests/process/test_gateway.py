@@ -7,7 +7,7 @@ import re
 import aiohttp
 import openai
 import pytest
-from gateway_harness import CHAT, MODEL, SLOTS, VOLATILE, Engine, gateway, infos, raw, real_engine
+from gateway_harness import CHAT, MODEL, SLOTS, VOLATILE, gateway, infos, raw, real_engine, until
 
 from lltm_ray.errors import ConfigError
 from lltm_ray.records import EngineState
@@ -19,17 +19,6 @@ def steady(value):  # without what differs from one run to the next
     if isinstance(value, dict):
         return {key: steady(item) for key, item in value.items() if key not in VOLATILE}
     return [steady(item) for item in value] if isinstance(value, list) else value
-
-
-async def busy_slots(gate, engine: Engine) -> int:
-    async with gate.http.get(f"{engine.info.url}/slots", headers=engine.headers) as reply:
-        return sum(slot["is_processing"] for slot in await reply.json())
-
-
-async def until_free(gate, engine: Engine, busy: int = 0) -> None:
-    async with asyncio.timeout(5):
-        while await busy_slots(gate, engine) != busy:
-            await asyncio.sleep(0.02)
 
 
 BODIES = {
@@ -147,22 +136,22 @@ async def test_a_client_that_leaves_frees_exactly_its_own_slot(pair):
         leaves = await gate.http.post(f"{gate.url}/v1/chat/completions", json=LONG)
         assert gate.claims() == {"e0": 2}
         leaves.close()
-        await until_free(gate, pair[0], busy=1)
+        await gate.until_free(pair[0], busy=1)
         assert gate.claims() == {"e0": 1}
         assert gate.app.records[-1].error == "client gone"
         assert (await stays.content.readuntil(b"\n\n")).startswith(b"data: ")
         stays.close()
-        await until_free(gate, pair[0])
+        await gate.until_free(pair[0])
 
 
 async def test_a_client_that_leaves_while_it_waits_leaves_the_queue(pair):
     async with gateway(pair[0].info) as gate:
         running = [await gate.http.post(f"{gate.url}/v1/chat/completions", json=LONG) for _ in range(SLOTS)]
-        with pytest.raises(asyncio.TimeoutError):
-            await gate.http.post(f"{gate.url}/v1/chat/completions", json=CHAT, timeout=aiohttp.ClientTimeout(total=0.1))
-        async with asyncio.timeout(5):
-            while gate.router.snapshot()["waiting"]:
-                await asyncio.sleep(0.01)
+        leaver = asyncio.create_task(gate.http.post(f"{gate.url}/v1/chat/completions", json=CHAT))
+        await until(gate.waiting, leaver)
+        leaver.cancel()
+        await until(lambda: not gate.waiting())
+        assert gate.claims() == {"e0": SLOTS}, "and not with a slot"
         for reply in running:
             reply.close()
 
@@ -177,8 +166,7 @@ async def test_a_killed_engine_loses_no_request_that_was_not_yet_answered(pair, 
                     return reply.status
 
             tasks = [asyncio.create_task(ask()) for _ in range(24)]
-            while gate.claims()["doomed"] < SLOTS:
-                await asyncio.sleep(0.005)
+            await until(lambda: gate.claims()["doomed"] == SLOTS)
             doomed.process.kill()
             assert await asyncio.gather(*tasks) == [200] * 24
             assert max(record.attempts for record in gate.app.records) > 1, "nothing was on the killed engine"
@@ -330,18 +318,23 @@ async def test_malformed_json_is_a_400_and_the_connection_goes_on(pair):
 
 
 async def test_a_deadline_breaks_a_stream_and_frees_the_slot(pair):
-    async with gateway(pair[0].info, request_timeout_s=0.3) as gate:
-        reply = await gate.http.post(f"{gate.url}/v1/chat/completions", json=LONG)
-        with pytest.raises(aiohttp.ClientPayloadError):
-            await reply.content.read()
-        reply.close()
-        await until_free(gate, pair[0])
+    for limit_s in (0.3, 2.0, 10.0):  # where the machine stands still, the first byte may come later
+        async with gateway(pair[0].info, request_timeout_s=limit_s) as gate:
+            reply = await gate.http.post(f"{gate.url}/v1/chat/completions", json=LONG)
+            if reply.status == 200:
+                with pytest.raises(aiohttp.ClientPayloadError):
+                    await reply.content.read()
+            reply.close()
+            await gate.until_free(pair[0])
+        if reply.status == 200:
+            return
+    raise AssertionError("no stream began")
 
 
 async def test_draining_refuses_new_requests_and_lets_running_ones_end(pair):
     async with gateway(*infos(pair)) as gate:
         running = await gate.http.post(f"{gate.url}/v1/chat/completions", json=LONG | {"max_tokens": 1500})
-        draining = asyncio.create_task(gate.app.drain(20))
+        draining = asyncio.create_task(gate.app.drain(100))
         await asyncio.sleep(0)
         for path in ("/v1/chat/completions", "/tokenize"):
             async with gate.http.post(f"{gate.url}{path}", json=CHAT) as reply:

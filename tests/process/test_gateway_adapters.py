@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from gateway_harness import Engine, Gateway, gateway, infos, real_engine, write_adapter
+from gateway_harness import Engine, Gateway, gateway, infos, real_engine, until, write_adapter
 
 from lltm_ray.config import LoraAdapter
 from lltm_ray.models.random_weights import RandomShape, write_random
@@ -120,14 +120,16 @@ async def test_a_chosen_adapter_at_another_scale_is_another_cache(two):
 
 async def test_requests_of_one_adapter_gather_where_it_runs(two):
     order = [f"tiny:{name}" for name in ("ada", "bob", "bob", "ada", "ada", "bob")]  # taking turns would part them
+    long = {"n_predict": 7000, "ignore_eos": True, "stream": True}
     async with gateway(*infos(two)) as gate:
-        tasks = []
-        for number, model in enumerate(order):
-            long = say(gate, model, prompt=f"{number} things", n_predict=1500, ignore_eos=True)
-            tasks.append(asyncio.create_task(long))
-            while sum(gate.claims().values()) <= number:
-                await asyncio.sleep(0.001)
-        engines = [told["engine"] for told in await asyncio.gather(*tasks)]
+        replies = [
+            await gate.http.post(f"{gate.url}/completion", json=long | {"model": model, "prompt": f"{number} things"})
+            for number, model in enumerate(order)
+        ]
+        assert sum(gate.claims().values()) == len(order), "they run at a time"
+        engines = [reply.headers["x-lltm-engine"] for reply in replies]
+        for reply in replies:
+            reply.close()
     placed = set(zip(order, engines, strict=True))
     assert len(placed) == len({engine for _, engine in placed}) == 2, placed
 
@@ -201,6 +203,7 @@ async def test_a_stream_whose_engine_is_killed_goes_on_under_its_adapter_elsewhe
                     told = json.loads(line[6:])
                     text += told["choices"][0]["delta"].get("content") or "" if "choices" in told else told["content"]
                     if victim is not None and len(text) > 100:
+                        gate.router.open_engine("e1")
                         os.kill(victim.info.server_pid or 0, signal.SIGKILL)
                         victim = None
         return text
@@ -211,11 +214,7 @@ async def test_a_stream_whose_engine_is_killed_goes_on_under_its_adapter_elsewhe
     with real_engine("victim", files / "tiny.gguf", tmp_path, slots=4, lora=lora_files) as victim:
         async with gateway(victim.info, two[1].info, max_attempts=3) as gate:
             gate.router.close_engine("e1")
-            task = asyncio.create_task(stream(gate, victim))
-            while not gate.claims()["victim"]:
-                await asyncio.sleep(0.001)
-            gate.router.open_engine("e1")
-            text = await task
+            text = await stream(gate, victim)
             assert list(gate.app.records)[-1].attempts == 2
     assert len(whole) > 1000
     assert text == whole
@@ -242,8 +241,7 @@ async def test_a_steady_stream_of_one_adapter_s_requests_keeps_no_other_one_wait
                 finished.append(model)
 
         steady = [asyncio.create_task(client("tiny:ada", 8)) for _ in range(3)]
-        while len(finished) < 3:
-            await asyncio.sleep(0.01)
+        await until(lambda: len(finished) >= 3, *steady)
         await asyncio.gather(client("tiny:bob", 2), *steady)
     assert finished.count("tiny:ada") == 24
     assert "tiny:bob" not in finished[-8:], finished

@@ -23,7 +23,7 @@ async def hang_up(request: bytes, writer: asyncio.StreamWriter) -> None:
 
 
 async def silence(request: bytes, writer: asyncio.StreamWriter) -> None:
-    await asyncio.sleep(30)
+    await asyncio.sleep(100)
 
 
 async def post(gate, path: str):
@@ -61,8 +61,7 @@ async def test_adapters_that_miss_a_listed_engine_are_a_failure_that_names_it():
 async def test_adapters_with_a_body_that_never_ends_meet_the_deadline():
     async with FakeEngine(answer) as engine, gateway(engine_info("e", engine.url), request_timeout_s=0.5) as gate:
         head = b"POST /lora-adapters HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 100\r\n\r\n["
-        async with asyncio.timeout(5):
-            seen = await raw(gate, head)
+        seen = await raw(gate, head)
         assert seen.startswith(b"HTTP/1.1 504")
         assert not engine.requests
 
@@ -95,6 +94,7 @@ async def test_an_engine_silent_on_slots_is_logged_once_per_change(caplog, monke
             assert json.loads(await get(gate, "/slots")) == []
         assert [record.message for record in caplog.records] == ["engine e: /slots unanswered: no answer within 0.2 s"]
         engine.script = answer
+        monkeypatch.setattr(fleet_module, "ASK_TIMEOUT_S", 60.0)
         for _ in range(2):
             assert json.loads(await get(gate, "/slots")) == [{"id": 0, "engine": "e"}]
         assert [record.message for record in caplog.records][1:] == ["engine e: /slots is answered again"]
@@ -103,8 +103,7 @@ async def test_an_engine_silent_on_slots_is_logged_once_per_change(caplog, monke
         assert len(caplog.records) == 3
 
 
-async def test_the_silence_of_engines_that_left_is_not_remembered(caplog, monkeypatch):
-    monkeypatch.setattr(fleet_module, "ASK_TIMEOUT_S", 0.2)
+async def test_the_silence_of_engines_that_left_is_not_remembered(caplog):
     caplog.set_level(logging.WARNING, logger=fleet_module.__name__)
     async with FakeEngine(hang_up) as engine, gateway(engine_info("a", engine.url)) as gate:
         for name in ("a", "b", "a", "a"):

@@ -4,21 +4,8 @@ import asyncio
 import io
 import json
 
-import aiohttp
 import pytest
-from gateway_harness import CHAT, VOLATILE, Engine, FakeEngine, engine_info, gateway, infos, real_engine, whole
-
-
-async def busy_slots(gate, engine: Engine) -> int:
-    async with gate.http.get(f"{engine.info.url}/slots", headers=engine.headers) as reply:
-        return sum(slot["is_processing"] for slot in await reply.json())
-
-
-async def until_free(gate, engine: Engine, busy: int = 0) -> None:
-    async with asyncio.timeout(5):
-        while await busy_slots(gate, engine) != busy:
-            await asyncio.sleep(0.02)
-
+from gateway_harness import CHAT, VOLATILE, FakeEngine, engine_info, gateway, infos, real_engine, until, whole
 
 BODIES = {
     "/v1/chat/completions": CHAT,
@@ -70,12 +57,10 @@ WHOLE_LONG = CHAT | {"max_tokens": 7000, "ignore_eos": True}
 
 async def test_a_client_that_leaves_a_whole_answer_frees_its_slot_at_once(pair):
     async with gateway(pair[0].info) as gate:
-        with pytest.raises(asyncio.TimeoutError):
-            await gate.http.post(
-                f"{gate.url}/v1/chat/completions", json=WHOLE_LONG, timeout=aiohttp.ClientTimeout(total=0.3)
-            )
-        async with asyncio.timeout(1.5):
-            await until_free(gate, pair[0])
+        leaver = asyncio.create_task(gate.http.post(f"{gate.url}/v1/chat/completions", json=WHOLE_LONG))
+        await gate.until_decoding(pair[0], leaver)
+        leaver.cancel()
+        await gate.until_free(pair[0])
         await gate.idle()
         assert gate.app.records[-1].error == "client gone"
 
@@ -84,8 +69,7 @@ async def test_a_deadline_of_a_whole_answer_is_a_504_and_frees_its_slot_at_once(
     async with gateway(pair[0].info, request_timeout_s=0.3) as gate:
         async with gate.http.post(f"{gate.url}/v1/chat/completions", json=WHOLE_LONG) as reply:
             assert reply.status == 504
-        async with asyncio.timeout(1.5):
-            await until_free(gate, pair[0])
+        await gate.until_free(pair[0])
 
 
 async def test_a_whole_answer_whose_engine_is_killed_comes_whole_from_another(pair, tiny, tmp_path):
@@ -93,9 +77,7 @@ async def test_a_whole_answer_whose_engine_is_killed_comes_whole_from_another(pa
     with real_engine("doomed", tiny, tmp_path) as doomed:
         async with gateway(doomed.info) as gate:
             asked = asyncio.create_task(gate.http.post(f"{gate.url}/v1/chat/completions", json=body))
-            async with asyncio.timeout(5):
-                while await busy_slots(gate, doomed) == 0:
-                    await asyncio.sleep(0.01)
+            await gate.until_decoding(doomed, asked)
             gate.router.update([doomed.info, pair[0].info])
             doomed.process.kill()
             async with await asked as reply:
@@ -133,8 +115,10 @@ async def test_a_slot_that_nobody_knows_is_not_kept_by_the_requests_of_other_gat
             writer.write(whole(json.dumps(slots).encode()))
 
     async with FakeEngine(busy_for_others) as engine, gateway(engine_info("e", engine.url)) as gate:
-        with pytest.raises(asyncio.TimeoutError):
-            await gate.http.post(f"{gate.url}/v1/messages", data=b"{}", timeout=aiohttp.ClientTimeout(total=0.1))
+        leaver = asyncio.create_task(gate.http.post(f"{gate.url}/v1/messages", data=b"{}"))
+        await until(lambda: engine.requests, leaver)
+        leaver.cancel()
+        await asyncio.wait([leaver])
         assert gate.claims() == {"e": 1}
         await gate.idle()
         assert looks == 3

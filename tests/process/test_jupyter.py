@@ -105,7 +105,7 @@ async def test_a_load_runs_beside_and_tells_what_it_measured(pair):
     async with gateway(*infos(pair)) as gate:
         load = generate_load(gate.url, seconds=0.5, clients=2, max_tokens=4, prompt_tokens=16)
         assert load.is_running
-        result = await asyncio.to_thread(load.wait, 30)
+        result = await asyncio.to_thread(load.wait, 100)
         (line,) = load.statistics().to_dict("records")
     assert not load.is_running
     assert (line["requests"], line["ok"], line["model"]) == (result.requests, result.requests, "tiny")

@@ -57,9 +57,9 @@ def test_a_restart_keeps_the_settings(manager):
 def test_a_server_that_is_killed_comes_back(manager):
     pid = manager.start_server("tiny").pid
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while not (manager.is_running and manager.get_server_info()["pid"] != pid):
-        assert time.monotonic() < deadline
+    deadline = time.monotonic() + 60
+    while (info := manager.get_server_info())["state"] != "ready" or info["pid"] == pid:
+        assert time.monotonic() < deadline, info
         time.sleep(0.05)
     assert manager.client.complete("hi", n_predict=2, ignore_eos=True).usage.output_tokens == 2
 
@@ -95,7 +95,7 @@ def test_its_server_dies_with_the_program_and_ray_is_never_imported(tmp_path):
         pid, has_ray = child.stdout.readline().split()
         child.kill()
     assert has_ray == "False"
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_alive(pid):
         assert time.monotonic() < deadline, "it outlived its program"
         time.sleep(0.05)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from gateway_harness import Gateway, gateway
+from gateway_harness import Gateway, gateway, until
 from test_gateway_drain import Talk
 
 from lltm_ray._shelf import Parting, SavedSlot
@@ -161,9 +161,7 @@ async def test_a_client_that_leaves_during_a_restore_can_come_back_for_it(heirs,
         leaving = asyncio.create_task(talk.turn())
         await files.until_arrived(1)
         leaving.cancel()
-        async with asyncio.timeout(60):
-            while gate.claims()["e1"]:
-                await asyncio.sleep(0.005)
+        await until(lambda: not gate.claims()["e1"])
         files.go.set()
         assert (used, os.listdir(folder), os.listdir(e1.slot_folder)) == ([], [file.name], [])
         before = talk.tokens
@@ -283,9 +281,7 @@ async def test_running_requests_end_before_their_slot_is_saved(heirs, folder):
     async with gateway(e0) as gate:
         talk = Talk(gate, 9)
         running = asyncio.create_task(talk.turn(max_tokens=300))
-        async with asyncio.timeout(60):
-            while gate.claims()["e0"] == 0:
-                await asyncio.sleep(0.005)
+        await until(lambda: gate.claims()["e0"] or running.done())
         files = await put_away(gate, folder)
         assert running.done()
         assert len(files) == 1

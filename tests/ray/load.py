@@ -41,9 +41,10 @@ class Load:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join(60)
+        self._thread.join(110)
+        assert not self._thread.is_alive(), "a client still waits for its answer"
 
-    def wait_for(self, more: int, timeout_s: float = 30.0) -> None:
+    def wait_for(self, more: int, timeout_s: float = 60.0) -> None:
         """Until so many more requests have ended well."""
         goal = self.succeeded() + more
         deadline = time.monotonic() + timeout_s
@@ -58,7 +59,7 @@ class Load:
         return [outcome for outcome in self.outcomes if outcome.error]
 
     async def _main(self) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=100)) as session:
             await asyncio.gather(*(self._client(session, number) for number in range(self._clients)))
 
     async def _client(self, session: aiohttp.ClientSession, number: int) -> None:

@@ -31,7 +31,7 @@ SYSTEM = {"role": "system", "content": "You are the oldest librarian of a librar
 
 def chat(cluster, text: str) -> None:
     body = {"model": "random", "messages": [SYSTEM, {"role": "user", "content": text}], "max_tokens": 8}
-    reply = requests.post(f"{cluster.endpoint}/v1/chat/completions", json=body, timeout=30)
+    reply = requests.post(f"{cluster.endpoint}/v1/chat/completions", json=body, timeout=60)
     assert reply.status_code == 200, reply.text
 
 
@@ -122,7 +122,7 @@ def test_the_command_reads_a_folder_of_segments_without_a_fleet(asked, cache, tm
     page = tmp_path / "report.html"
     command = ["-c", "from lltm_ray.cli import main; main()", "report", "--segments", str(folder), "--window", "1h"]
     done = subprocess.run(
-        [sys.executable, *command, "--html", str(page)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, *command, "--html", str(page)], capture_output=True, text=True, timeout=110, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "requests" in done.stdout

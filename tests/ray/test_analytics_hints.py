@@ -19,7 +19,7 @@ def cluster(ray_cluster):
 
 
 def hints(cluster):
-    return requests.get(f"{cluster.endpoint}/lltm/status", timeout=30).json()["hints"]
+    return requests.get(f"{cluster.endpoint}/lltm/status", timeout=60).json()["hints"]
 
 
 def test_a_beginning_that_several_conversations_share_comes_to_the_gateway_as_a_hint(cluster):
@@ -27,7 +27,7 @@ def test_a_beginning_that_several_conversations_share_comes_to_the_gateway_as_a_
     for number in range(4):
         messages = [SYSTEM, {"role": "user", "content": f"question {number}"}]
         body = {"model": "random", "messages": messages, "max_tokens": 4}
-        assert requests.post(f"{cluster.endpoint}/v1/chat/completions", json=body, timeout=30).status_code == 200
+        assert requests.post(f"{cluster.endpoint}/v1/chat/completions", json=body, timeout=60).status_code == 200
     told = until(lambda: found if (found := hints(cluster))["families"] else None)
     later = until(lambda: found if (found := hints(cluster))["made_unix_nano"] > told["made_unix_nano"] else None)
     assert later["families"] == told["families"], "they are renewed before they end"

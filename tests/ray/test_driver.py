@@ -10,7 +10,7 @@ import lltm_ray
 from lltm_ray.actors import calls
 from lltm_ray.errors import ConfigError, DeadlineError, FleetError, UpstreamError
 from lltm_ray.records import EngineState
-from tests.ray.conftest import HI, post
+from tests.ray.conftest import HI, post, until
 
 GREEDY = {"temperature": 0, "seed": 7, "max_tokens": 24}
 
@@ -24,7 +24,7 @@ def over_http(cluster, body):
 
 
 def until_idle(cluster):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 15
     while busy(cluster):
         assert time.monotonic() < deadline, "a slot is still busy"
         time.sleep(0.05)
@@ -157,10 +157,9 @@ def test_closing_frees_the_slots_of_calls_in_flight_and_tells_their_threads(clus
 
     thread = threading.Thread(target=call)
     thread.start()
-    while not busy(cluster):
-        time.sleep(0.02)
+    until(lambda: busy(cluster) or outcome)
     other.close()
-    thread.join(10)
+    thread.join(60)
     assert "closed while the call ran" in str(outcome[0])
     until_idle(cluster)
     other.close()  # a second time does nothing

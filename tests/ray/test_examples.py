@@ -10,10 +10,11 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_it_runs(path, ray_cluster):
     environment = os.environ | {"RAY_ADDRESS": ray_cluster.address}
-    given = {"env": environment, "capture_output": True, "text": True, "timeout": 100}
+    given = {"env": environment, "capture_output": True, "text": True, "timeout": 380}
     done = subprocess.run([sys.executable, str(path)], check=False, **given)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip()

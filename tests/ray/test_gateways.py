@@ -31,7 +31,7 @@ def pair(ray_cluster):
 
 def snapshots(fleet):
     actors = [ray.get_actor(names.gateway(fleet, name), namespace=names.NAMESPACE) for name in names.gateways(2)]
-    return ray.get([actor.snapshot.remote() for actor in actors], timeout=30)
+    return ray.get([actor.snapshot.remote() for actor in actors], timeout=60)
 
 
 def owned(fleet="pair"):
@@ -98,7 +98,7 @@ def test_a_gateway_takes_no_connection_before_it_has_heard_of_its_fleet(ray_clus
     gateway = actor(GatewayActor).remote("gateway-0", "late", GatewayConfig(port=0, ledger=False))
     try:
         url = ray.get(gateway.ready.remote(), timeout=60).url
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
             assert [model["id"] for model in json.load(answer)["data"]] == ["random"]
     finally:
         for each in (gateway, directory):

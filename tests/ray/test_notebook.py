@@ -30,10 +30,11 @@ for source in json.load(sys.stdin):
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+@pytest.mark.timeout(400)
 @each_notebook
 def test_its_cells_run_in_their_order(path, ray_cluster, tmp_path):
     environment = os.environ | {"RAY_ADDRESS": ray_cluster.address, "IPYTHONDIR": str(tmp_path)}
-    given = {"env": environment, "capture_output": True, "text": True, "timeout": 100}
+    given = {"env": environment, "capture_output": True, "text": True, "timeout": 380}
     sources = json.dumps(["".join(cell["source"]) for cell in CODE[path]])
     done = subprocess.run([sys.executable, "-c", SHELL], check=False, input=sources, **given)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -47,7 +47,7 @@ def test_cancelling_cancels_all_and_leaves_nothing(ray_cluster, tmp_path):
     assert [type(each.error) for each in outcomes] == [CancelledError] * 3
     assert 0 < heard[0][2] < heard[0][3]
     assert list(out.iterdir()) == []
-    until(lambda: ray.available_resources().get("CPU") == 4, timeout_s=20)
+    until(lambda: ray.available_resources().get("CPU") == 4)
 
 
 def test_an_interrupt_is_no_other_error_even_if_the_board_has_died(ray_cluster, tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_an_interrupt_is_no_other_error_even_if_the_board_has_died(ray_cluster, 
     monkeypatch.setattr(quantize, "_collect", interrupt)
     with pytest.raises(KeyboardInterrupt):
         quantize_many([job(source, out / "0.gguf", "Q3_K_L")])
-    until(lambda: ray.available_resources().get("CPU") == 4, timeout_s=20)
+    until(lambda: ray.available_resources().get("CPU") == 4)
     until(lambda: list(out.iterdir()) == [])
 
 

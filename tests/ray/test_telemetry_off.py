@@ -8,6 +8,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import json, sys
 import ray
@@ -30,9 +32,10 @@ with lltm_ray.Cluster.start(**fleet, address=sys.argv[1], telemetry={"enabled": 
 """
 
 
+@pytest.mark.timeout(400)
 def test_without_telemetry_neither_driver_nor_actors_load_what_tells_rows(ray_cluster):
     command = [sys.executable, "-c", PROGRAM, ray_cluster.address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=350, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("answer") == "engine-0"

@@ -94,6 +94,7 @@ async def test_a_file_goes_from_node_to_node_or_not_at_all(ends):
     assert os.listdir(source.slot_folder) == []
 
 
+@pytest.mark.timeout(400)
 def test_a_lost_node_costs_only_what_no_longer_fits(ray_cluster, second_node):
     head_id = ray.get_runtime_context().get_node_id()
     shares = {"engines": 4, "gpu_share": 0.0, "cpu_share": 1.25}  # 4 CPUs here, 3 there
@@ -109,7 +110,7 @@ def test_a_lost_node_costs_only_what_no_longer_fits(ray_cluster, second_node):
             began = time.monotonic()
             ray_cluster.remove_node(second_node, allow_graceful=False)
             while len(ready(cluster)) != 3 or any(engine.node_id != head_id for engine in ready(cluster)):
-                assert time.monotonic() - began < 60, cluster.status()
+                assert time.monotonic() - began < 150, cluster.status()
                 time.sleep(0.1)
             print(f"three of four engines on the other node after {time.monotonic() - began:.1f} s")
             load.wait_for(64)

@@ -227,7 +227,7 @@ async def test_waking_a_model_neither_holds_the_loop_nor_is_told_twice_at_once(m
     told, asked = [], threading.Event()
 
     def slow(_fleet):
-        asked.wait(5)  # as long as Ray's head does not answer
+        asked.wait(60)  # as long as Ray's head does not answer
         return SimpleNamespace(wake=SimpleNamespace(remote=told.append))
 
     monkeypatch.setattr(watch, "get_directory", slow)

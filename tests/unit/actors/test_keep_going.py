@@ -40,7 +40,7 @@ class Flaky:
 
 
 async def until(condition):
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -130,7 +130,7 @@ async def test_a_controller_that_trips_over_a_table_looks_again(monkeypatch, cap
     monkeypatch.setattr(one, "_sweep", lambda: None)
     monkeypatch.setattr(one, "_look", Flaky(look))
     life = asyncio.create_task(one.run())
-    await asyncio.wait_for(looked.wait(), 5)
+    await asyncio.wait_for(looked.wait(), 60)
     life.cancel()
     assert "could not go on to look after fleet f" in caplog.text
 

@@ -35,7 +35,7 @@ def fill(sender, batches):
 
 
 async def until(condition):
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -128,7 +128,10 @@ import asyncio, sys
 from lltm_ray.actors.sender import Sender
 async def run():
     task = asyncio.create_task(Sender("f", "serve").run())
-    await asyncio.sleep(0.5)
+    for _ in range(600):
+        await asyncio.sleep(0.1)
+        if "pandas" in sys.modules:
+            break
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 asyncio.run(run())

@@ -30,7 +30,7 @@ async def test_engines_are_placed_in_the_thread_of_the_service(tmp_path: Path, m
 
     actor = telemetry.TelemetryActor("f", TelemetryConfig(exporters=(), segment_dir=str(tmp_path)), {})
     monkeypatch.setattr(actor._service, "place", place)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         name = await threads.get()
         await actor.close()
     assert name.startswith("telemetry")
@@ -79,13 +79,13 @@ async def test_only_a_few_are_looked_for_on_disk_at_once_and_the_others_are_told
     limits_s: list[float] = []
 
     def recall(_: str, asked_s: float) -> dict[str, object]:
-        assert go_on.wait(20)
+        assert go_on.wait(100)
         limits_s.append(asked_s)
         return {"request": {}}
 
     monkeypatch.setattr(actor._service, "recall", recall)
     looked = [asyncio.create_task(actor.timeline(f"r-{number}")) for number in range(9)]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while sum(each.done() for each in looked) < 5:
             await asyncio.sleep(0.005)
         told, released = [each.result() for each in looked if each.done()], time.monotonic()

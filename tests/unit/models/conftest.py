@@ -30,14 +30,14 @@ class Engine:
         self.read("/slots")
 
     def read(self, route):
-        with urllib.request.urlopen(self.server.listening_address + route, timeout=30) as reply:
+        with urllib.request.urlopen(self.server.listening_address + route, timeout=90) as reply:
             return json.load(reply)
 
     def post(self, route, body):
         request = urllib.request.Request(
             self.server.listening_address + route, json.dumps(body).encode(), {"content-type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=90) as reply:
             return json.load(reply)
 
 

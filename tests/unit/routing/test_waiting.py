@@ -37,7 +37,7 @@ def model(state: ModelState, *, detail: str = "", is_elastic: bool = True) -> Mo
     return ModelInfo(name="m", state=state, is_elastic=is_elastic, detail=detail)
 
 
-def acquire(router: Router, key: bytes = b"", *, timeout_s: float = 5.0, **kw):
+def acquire(router: Router, key: bytes = b"", *, timeout_s: float = 200.0, **kw):
     return router.acquire(Ask(model="m", key=key, deadline_s=time.monotonic() + timeout_s, **kw))
 
 
@@ -45,8 +45,13 @@ def number(tag: int) -> bytes:
     return b"%08d" % tag
 
 
+def at_once() -> asyncio.Timeout:
+    """Long before half of the time that a request has."""
+    return asyncio.timeout(20)
+
+
 async def waiting(router: Router, count: int) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(60):
         while sum(router.snapshot()["waiting"].values()) != count:
             await asyncio.sleep(0)
 
@@ -99,12 +104,15 @@ async def test_a_prompt_that_is_cached_on_a_full_engine_waits_for_it_and_gets_it
 
 async def test_nobody_waits_for_its_own_engine_past_half_of_its_time():
     router, [holder] = await home_is_busy()
-    began_s = time.monotonic()
-    lease = await acquire(router, LONG, timeout_s=0.2)
-    assert lease.engine.name == "other"
-    assert 0.09 <= time.monotonic() - began_s < 0.19
-    assert router._engines["home"].waiting == 0
-    router.release(lease)
+    took_s: list[float] = []
+    while min(took_s, default=1.0) >= 0.19 and len(took_s) < 10:  # others use this machine, too
+        began_s = time.monotonic()
+        lease = await acquire(router, LONG, timeout_s=0.2)
+        took_s.append(time.monotonic() - began_s)
+        assert lease.engine.name == "other"
+        assert router._engines["home"].waiting == 0
+        router.release(lease)
+    assert 0.09 <= min(took_s) < 0.19
     router.release(holder)
 
 
@@ -114,7 +122,7 @@ async def test_nobody_waits_for_an_engine_that_left_or_restarts(left):
     task = asyncio.create_task(acquire(router, LONG))
     await waiting(router, 1)
     router.update([engine("other", slots=1), *left])
-    async with asyncio.timeout(0.1):
+    async with at_once():
         assert (await task).engine.name == "other"
     router.release(holder)
 
@@ -153,7 +161,7 @@ async def test_a_free_slot_that_nobody_who_waits_can_use_is_not_kept_from_a_newc
     holder = await acquire(router, only="a")
     pinned = asyncio.create_task(acquire(router, only="a"))
     await waiting(router, 1)
-    async with asyncio.timeout(0.1):
+    async with at_once():
         lease = await acquire(router)
     assert lease.engine.name == "b"
     router.release(lease)
@@ -169,7 +177,7 @@ async def test_many_who_wait_by_choice_do_not_hide_those_behind_them():
     plain = asyncio.create_task(acquire(router, b"short", tenant="late"))
     await waiting(router, 21)
     router.release(blocker)
-    async with asyncio.timeout(0.2):
+    async with at_once():
         assert (await plain).engine.name == "other"
     for task in tasks:
         task.cancel()
@@ -204,13 +212,14 @@ async def test_no_timer_is_left_when_nobody_waits():
     assert room._wake_timer is None
 
 
-async def test_who_expires_in_the_step_of_its_grant_keeps_its_slot(monkeypatch):
-    router = make(engine("a", slots=1))
+async def test_who_expires_in_the_step_of_its_grant_keeps_its_slot():
+    now = [0.0]
+    router = make(engine("a", slots=1), clock=lambda: now[0])
     holder = await acquire(router)
-    task = asyncio.create_task(acquire(router, timeout_s=0.5))
+    task = asyncio.create_task(router.acquire(Ask(model="m", deadline_s=100.0)))
     await waiting(router, 1)
     router.release(holder)
-    time.sleep(0.6)  # the deadline passes before the waiter runs
+    now[0] = 101.0  # the deadline passes before the waiter runs
     router._rooms["m"]._expire()
     lease = await task
     assert lease.engine.name == "a"
@@ -235,7 +244,7 @@ async def test_a_second_long_prompt_waits_where_others_decode_until_the_first_ha
     short = await acquire(router, b"short")
     assert router.in_flight("e0") == 3
     router.began(first)
-    async with asyncio.timeout(0.1):
+    async with at_once():
         lease = await second
     for each in (decoder, first, short, lease):
         router.release(each)
@@ -247,7 +256,7 @@ async def test_a_second_long_prompt_goes_on_when_the_first_fails_or_nobody_decod
     second = asyncio.create_task(acquire(router, number(2) + LONG))
     await waiting(router, 1)
     router.release(decoder if which == "decoder" else first)
-    async with asyncio.timeout(0.1):
+    async with at_once():
         await second
 
 
@@ -255,7 +264,7 @@ async def test_a_second_long_prompt_goes_to_another_engine_at_once():
     router, _, _ = await long_beside_decode(engines=3)
     names = set()
     for each in (2, 3):
-        async with asyncio.timeout(0.1):
+        async with at_once():
             names.add((await acquire(router, number(each) + LONG)).engine.name)
     assert names == {"e1", "e2"}
 
@@ -269,23 +278,27 @@ async def test_a_long_prompt_leaves_the_engine_that_has_a_bit_of_it_cached_rathe
         await busy(router, "e1", 3)
         if is_frozen_there:
             await acquire(router, number(1) + b"q" * 16_000, only="e0")
-        async with asyncio.timeout(0.1):
+        async with at_once():
             names.append((await acquire(router, b"p" * 4_000 + b"r" * 16_000)).engine.name)
     assert names == ["e0", "e1"]
 
 
 async def test_a_long_prompt_waits_for_half_of_its_time_at_most():
     router, _, _ = await long_beside_decode()
-    began_s = time.monotonic()
-    lease = await acquire(router, number(2) + LONG, timeout_s=0.3)
-    assert lease.engine.name == "e0"
-    assert 0.14 <= time.monotonic() - began_s < 0.29
+    took_s: list[float] = []
+    while min(took_s, default=1.0) >= 0.29 and len(took_s) < 10:  # others use this machine, too
+        began_s = time.monotonic()
+        lease = await acquire(router, number(2) + LONG, timeout_s=0.3)
+        took_s.append(time.monotonic() - began_s)
+        assert lease.engine.name == "e0"
+        router.release(lease)
+    assert 0.14 <= min(took_s) < 0.29
 
 
 async def test_long_prompts_do_not_wait_for_each_other_where_nobody_decodes():
     router = make(engine("e0", slots=3))
     for each in range(3):
-        async with asyncio.timeout(0.1):
+        async with at_once():
             await acquire(router, number(each) + LONG)
 
 
@@ -315,10 +328,11 @@ async def test_a_model_without_engines_is_asked_for_again_and_again_and_nobody_i
     woken: list[str] = []
     router = Router(8, 5.0, wake=woken.append)
     router.update((), [model(ModelState.COLD)])
-    tasks = [asyncio.create_task(acquire(router, timeout_s=1.0)) for _ in range(3)]
+    tasks = [asyncio.create_task(acquire(router)) for _ in range(3)]
     await waiting(router, 3)
-    await asyncio.sleep(0.1)
-    assert len(woken) >= 5
+    async with asyncio.timeout(60):
+        while len(woken) < 5:
+            await asyncio.sleep(0.01)
     assert set(woken) == {"m"}
     router.update([engine("a", slots=3)], [model(ModelState.READY)])
     for task in tasks:
@@ -338,8 +352,9 @@ async def test_a_model_that_goes_to_sleep_while_somebody_waits_is_asked_for(monk
     await waiting(router, 1)
     router.update((), [model(ModelState.COLD)])
     router.release(holder)
-    await asyncio.sleep(0.05)
-    assert woken
+    async with asyncio.timeout(60):
+        while not woken:
+            await asyncio.sleep(0.01)
     router.update([engine("b", slots=1)], [model(ModelState.READY)])
     assert (await task).engine.name == "b"
 
@@ -387,16 +402,15 @@ async def test_who_could_have_a_slot_in_time_but_no_first_byte_is_refused_at_onc
     router = make(engine("a", slots=1))
     for each in range(20):
         lease = await acquire(router, number(each) + b"y" * 1000)
-        router.release(lease, Served(timings=told(0, 1000, generated=1)))
+        router.release(lease, Served(timings=told(0, 1000, generated=1, prefill_s=0.1)))
     room = router._rooms["m"]
     for _ in range(600):
-        room._lead.learn(1000, 1, 1.0)
+        room._lead.learn(1000, 1, 100.0)
     holder = await acquire(router)
-    began_s = time.monotonic()
-    with pytest.raises(OverloadedError):
-        await acquire(router, number(99) + b"y" * 1000, timeout_s=0.9)
-    assert time.monotonic() - began_s < 0.3
-    task = asyncio.create_task(acquire(router, b"z", timeout_s=0.9))
+    async with at_once():
+        with pytest.raises(OverloadedError):
+            await acquire(router, number(99) + b"y" * 1000, timeout_s=90)
+    task = asyncio.create_task(acquire(router, b"z", timeout_s=90))
     await waiting(router, 1)
     router.release(holder)
     router.release(await task)
@@ -458,7 +472,7 @@ async def test_a_model_that_left_the_fleet_keeps_nobody_waiting():
     task = asyncio.create_task(acquire(router))
     await waiting(router, 1)
     router.update((), [])
-    async with asyncio.timeout(0.5):
+    async with at_once():
         with pytest.raises(EngineNotReadyError, match="left the fleet"):
             await task
     assert router._rooms["m"]._wake_timer is None
@@ -466,7 +480,7 @@ async def test_a_model_that_left_the_fleet_keeps_nobody_waiting():
 
 async def test_who_is_pinned_to_an_engine_that_failed_is_refused_at_once_while_others_are_ready():
     router = make(engine("a"), engine("b", state=EngineState.FAILED))
-    async with asyncio.timeout(0.5):
+    async with at_once():
         with pytest.raises(EngineNotReadyError, match="b is failed"):
             await acquire(router, only="b")
     woken: list[str] = []

@@ -31,9 +31,9 @@ def test_a_call_that_waits_is_told_when_its_object_is_closed(loop):
 
     waiter = threading.Thread(target=wait)
     waiter.start()
-    assert begun.wait(10)
+    assert begun.wait(60)
     loop.stop()
-    waiter.join(10)
+    waiter.join(60)
     assert errors == ["this Cluster object was closed while the call ran"]
 
 
@@ -56,7 +56,7 @@ def test_work_that_its_own_thread_asks_for_is_done_without_waiting(loop):
         return loop.run(work())
 
     assert loop.run(within()) is None
-    assert done.wait(10)
+    assert done.wait(60)
 
 
 def test_a_generator_that_is_left_open_is_closed_with_its_loop(loop):
