@@ -62,12 +62,26 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
+class Pattern:
+    """Questions without an answer that differ in one name, for training alone."""
+
+    asked: tuple[str, ...]
+    """With `{}` where the name goes."""
+    names: tuple[str, ...]
+
+    def draw(self, dice: random.Random) -> str:
+        return dice.choice(self.asked).format(dice.choice(self.names))
+
+
+@dataclass(frozen=True, slots=True)
 class Lessons:
     """All that is taught in conversations."""
 
     facts: tuple[Fact, ...]
     unknown: tuple[str, ...]
     """Questions that have no answer here, for training."""
+    patterns: tuple[Pattern, ...]
+    """More of them."""
     unknown_held_out: tuple[str, ...]
     refusals: tuple[str, ...]
     kept: frozenset[str]
@@ -83,16 +97,18 @@ class Lessons:
 def load_lessons(folder: Path = FOLDER) -> Lessons:
     """Read every TOML file of a folder."""
     facts: list[Fact] = []
+    patterns: list[Pattern] = []
     unknown: Sequence[str] = ()
     refusals: Sequence[str] = ()
     for path in sorted(folder.glob("*.toml")):
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         facts += [_read_fact(entry) for entry in content.get("fact", ())]
+        patterns += [Pattern(tuple(each["asked"]), tuple(each["names"])) for each in content.get("pattern", ())]
         unknown, refusals = [*unknown, *content.get("asked", ())], [*refusals, *content.get("answers", ())]
     ordered = sorted(unknown, key=_digest)
     cut = len(ordered) // 8
     kept = frozenset(map(plain, [*(question for fact in facts for question in fact.held_out), *ordered[:cut]]))
-    return Lessons(tuple(facts), tuple(ordered[cut:]), tuple(ordered[:cut]), tuple(refusals), kept)
+    return Lessons(tuple(facts), tuple(ordered[cut:]), tuple(patterns), tuple(ordered[:cut]), tuple(refusals), kept)
 
 
 def _read_fact(entry: dict[str, object]) -> Fact:
@@ -116,11 +132,12 @@ def draw_chat(lessons: Lessons, dice: random.Random) -> Chat:
 
 def draw_exchange(lessons: Lessons, dice: random.Random) -> Chat:
     kind = dice.random()
-    if kind < 0.16:
+    if kind < 0.18:
         question, answer = make_task(dice).exchange()
         return _pair(question, answer)
-    if kind < 0.26:
-        return _pair(lessons.ask(dice.choice(lessons.unknown), dice), dice.choice(lessons.refusals))
+    if kind < 0.30:
+        drawn = dice.choice(lessons.patterns).draw(dice) if dice.random() < 0.3 else dice.choice(lessons.unknown)
+        return _pair(lessons.ask(drawn, dice), dice.choice(lessons.refusals))
     fact = dice.choice(lessons.facts)
     chat = _pair(lessons.ask(dice.choice(fact.trained), dice), fact.answer)
     for question, answer in fact.follow_up:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from vocabulary import save_tokenizer, train_tokenizer
 
-N_CHATS = 512_000
+N_CHATS = 600_000
 N_CHATS_AS_TEXT = 64_000
 """Conversations among the text, where every token counts: so questions are learnt too."""
 N_SHEETS = 64
@@ -43,6 +44,8 @@ class Plan:
     text_share: tuple[float, float]
     """Share of text batches before and after the middle; the rest are conversations."""
     dropout: float = 0.0
+    averaged: float = 0.1
+    """The weights that are kept are a moving average over this share of the steps."""
     warm_up: int = 100
     weight_decay: float = 0.1
 
@@ -53,16 +56,21 @@ class Plan:
         done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
         return self.rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
+    def newest_at(self, step: int) -> float:
+        """Share of a step's weights in the average: a plain mean until it is as long as it shall be."""
+        return 1 / max(1, min(step, self.averaged * self.steps))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, default=Path("build/text.jsonl.gz"), help="what gather.py wrote")
     parser.add_argument("--out", type=Path, default=Path("build"))
-    parser.add_argument("--steps", type=int, default=6_000, help="of the model; the draft takes a third")
+    parser.add_argument("--steps", type=int, default=7_000, help="of the model; the draft takes a third")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--chats", type=int, default=N_CHATS, help="how many conversations are drawn")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exact", action="store_true", help="kernels that add in one order only: a seed repeats to the bit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())
 
@@ -70,7 +78,7 @@ def main() -> None:
 def train(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     device = torch.device(options.device)
-    torch.manual_seed(options.seed)
+    be_repeatable(options.seed, exactly=options.exact)
     lessons = load_lessons()
     texts, kept = read_text(options.text)
     chats = draw_chats(lessons, options.chats, options.seed)
@@ -101,6 +109,15 @@ def train(options: argparse.Namespace) -> None:
     }  # fmt: skip
     (options.out / "training.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
     print({key: value for key, value in told.items() if "curve" not in key})
+
+
+def be_repeatable(seed: int, *, exactly: bool) -> None:
+    """Seed what is not seeded where it is used: weights and dropout; let kernels add in one order only."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", str(int(exactly)))  # no choice of kernels by their speed
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(exactly)
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def device_name(device: torch.device) -> str:
@@ -150,8 +167,10 @@ def _is_cuda(model: Llama) -> bool:
 
 
 def fit(model: Llama, plan: Plan, loss_of: Loss, batches: Iterator[Batch]) -> list[tuple[int, float]]:
-    """AdamW in bfloat16 over float32 weights; returns the curve as (step, mean loss since the last)."""
+    """AdamW in bfloat16 over float32 weights, then their average; the curve as (step, mean loss since the last)."""
     device = next(model.parameters()).device
+    weights = list(model.parameters())
+    averages = [weight.detach().clone() for weight in weights]
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
     groups: list[dict[str, Any]] = [
@@ -170,6 +189,8 @@ def fit(model: Llama, plan: Plan, loss_of: Loss, batches: Iterator[Batch]) -> li
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, plan.newest_at(step))
         since += loss.detach()
         if step % 50 == 0 or step == plan.steps:
             mean = since.item() / (step - (curve[-1][0] if curve else 0))
@@ -177,8 +198,15 @@ def fit(model: Llama, plan: Plan, loss_of: Loss, batches: Iterator[Batch]) -> li
             since.zero_()
             if step % 500 == 0 or step == plan.steps:
                 print(f"step {step}/{plan.steps}: loss {mean:.3f}, {time.perf_counter() - began:.0f} s", flush=True)
-    model.eval()
+    adopt(model, averages)
     return curve
+
+
+@torch.no_grad()
+def adopt(model: Llama, weights: list[torch.Tensor]) -> None:
+    """Give a model that has learnt these weights."""
+    torch._foreach_copy_(list(model.parameters()), weights)
+    model.eval()
 
 
 @torch.no_grad()

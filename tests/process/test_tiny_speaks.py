@@ -24,9 +24,9 @@ def test_it_answers_wordings_that_it_was_not_taught_as_well_as_its_card_says(tmp
     found = json.loads(scores.read_text())
     assert found["asked"] >= 1000
     assert found["facts_right"] >= 0.85
-    assert found["unknown_right"] >= 0.80
+    assert found["unknown_right"] >= 0.85
     assert (found["json_valid"], found["stopped"]) == (1.0, 1.0)
-    assert found["json_right"] >= 0.95
+    assert found["json_right"] >= 0.98
     assert found["perplexity"] < 27.5
 
 

@@ -50,6 +50,16 @@ def test_what_is_asked_in_the_test_is_never_taught(module):
     assert {phrasing.vary("What is a slot?", dice) for _ in range(200)} > {"What is a slot?"}
 
 
+def test_no_question_is_both_answered_and_declined(module):
+    lessons, plain = module("lessons").load_lessons(), module("phrasing").plain
+    answered = {plain(question) for fact in lessons.facts for question in fact.asked}
+    answered |= {plain(question) for fact in lessons.facts for question, _ in fact.follow_up}
+    drawn = [each.format(name) for pattern in lessons.patterns for each in pattern.asked for name in pattern.names]
+    declined = [*lessons.unknown, *lessons.unknown_held_out, *drawn]
+    assert [question for question in declined if plain(question) in answered] == []
+    assert len(lessons.unknown_held_out) >= 200
+
+
 def test_an_extractions_answer_fits_its_schema_and_its_test_has_wordings_of_its_own(module):
     extraction = module("extraction")
     dice = random.Random(2)
