@@ -27,6 +27,8 @@ _LOOK_S = 60.0
 """To start a worker for each GPU on a cold machine."""
 _SEAT_S = 60.0
 """For an actor to start; one whose GPU somebody else took waits for ever."""
+_BACK_S, _LOOK_AGAIN_S = 5.0, 0.2
+"""Until Ray has what an ended actor held: killing its process takes a moment."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -77,12 +79,21 @@ def seats_of(handles: Sequence[Any]) -> tuple[Seat, ...]:
         raise EngineStartError(f"Ray lost its actor: {error}") from None
 
 
-def roomiest_node() -> tuple[str, int]:
-    """The node with the most whole GPUs free, this one where no other has more; and how many."""
+def roomiest_node(need: int = 0) -> tuple[str, int]:
+    """The node with the most whole GPUs free, this one where no other has more; and how many.
+
+    Where some node has `need` of them, but not free, they are waited for: a fleet that has ended gives its own back a
+    moment later.
+    """
     here = ray.get_runtime_context().get_node_id()
-    counts = {node.node_id: sum(gpu >= 1 for gpu in node.gpus) for node in read_nodes()}
-    best = max(counts, key=lambda node_id: (counts[node_id], node_id == here))
-    return best, counts[best]
+    most = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)  # type: ignore[no-untyped-call]
+    deadline = time.monotonic() + (_BACK_S if most >= need else 0.0)
+    while True:
+        counts = {node.node_id: sum(gpu >= 1 for gpu in node.gpus) for node in read_nodes()}
+        best = max(counts, key=lambda node_id: (counts[node_id], node_id == here))
+        if counts[best] >= need or time.monotonic() >= deadline:
+            return best, counts[best]
+        time.sleep(_LOOK_AGAIN_S)
 
 
 class Holds:

@@ -152,8 +152,8 @@ def _check(llm: int | Sequence[int], analytics: int, share: float, strict: bool)
 
 
 def _start(order: _Order, config: FleetConfig, undo: ExitStack) -> SplitSession:
-    node_id, free = roomiest_node()
     need = len(order.llm) + 1
+    node_id, free = roomiest_node(need)
     if free < need and order.strict:
         raise PlacementError(f"{need} whole GPUs of one node (split_gpu)", f"{free} of them")
     if free < need:

@@ -11,14 +11,13 @@ from tests.ray.conftest import HI
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
 
-def visible_gpus():
-    import ctypes
-
-    cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
-    return cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value
-
-
 def test_functions_see_no_gpu_of_the_engines(gpus, model):
+    def visible_gpus():  # in here, so that it is pickled whole: workers do not find this module
+        import ctypes
+
+        cuda, count = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        return cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count)) or count.value
+
     environment = dict(os.environ)
     with split_gpu(model, llm=0, analytics=1, name="split", gateway={"port": 0}) as session:
         print(session)

@@ -5,6 +5,8 @@ CPU: the embedded server has no CUDA), the analytics.
 """
 
 import os
+import threading
+import time
 
 import pytest
 import ray
@@ -52,7 +54,7 @@ QUICK = {"gateway": {"port": 0}, "drain_timeout_s": 1.0, "engine": {"n_gpu_layer
 def head_is_taken(ray_cluster):
     """Somebody holds the GPUs of the first node."""
     group = placement_group([{"GPU": 1}] * 2)
-    assert group.wait(30)
+    assert group.wait(60)
     yield
     remove_placement_group(group)
 
@@ -65,6 +67,18 @@ def two_gpus(head_is_taken, ray_cluster, tmp_path_factory):
     until(lambda: ray.available_resources().get("GPU") == 2)
     yield node.node_id
     ray_cluster.remove_node(node)
+
+
+def test_gpus_that_somebody_is_giving_back_are_waited_for_and_others_are_not(two_gpus):
+    held = placement_group([{"GPU": 1}])
+    assert held.wait(60)
+    giving = threading.Timer(1.0, remove_placement_group, (held,))
+    giving.start()
+    assert seats.roomiest_node(2) == (two_gpus, 2)
+    giving.join()
+    began = time.monotonic()
+    assert seats.roomiest_node(3) == (two_gpus, 2)
+    assert time.monotonic() - began < seats._BACK_S, "no node has three"
 
 
 @pytest.fixture(scope="module")
