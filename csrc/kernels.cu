@@ -6,8 +6,15 @@
 namespace lltm_ray::cuda {
 namespace {
 
-constexpr int kThreads = 256, kTile = 32;
+constexpr int kThreads = 256, kTile = 32, kWidest = 16, kAhead = 4;
 constexpr std::int64_t kMostBlocks = 1 << 16, kMostInGrid = 65535;
+
+template <class T, int size>
+struct alignas(sizeof(T) * size) Pack {
+  T at[size];
+};
+template <class T, class U>
+constexpr int kAtOnce = kWidest / (sizeof(T) > sizeof(U) ? sizeof(T) : sizeof(U));
 
 unsigned blocks_for(std::int64_t count) {
   return static_cast<unsigned>(std::min((count + kThreads - 1) / kThreads, kMostBlocks));
@@ -48,6 +55,32 @@ template <class Index, class T>
 __global__ void __launch_bounds__(kThreads)
     cast_kernel(const __grid_constant__ Walk walk, void *to, DType to_type, const T *from) {
   for_all<Index>(walk, [=](std::int64_t at, std::int64_t start) { store(to, to_type, at, widen(from[start])); });
+}
+
+// `count` values that lie one after another in both memories: `kWide` at a time by the widest access of the larger type,
+// and `kAhead` such reads before the first write.
+template <class T, class U>
+__global__ void __launch_bounds__(kThreads) cast_packed_kernel(std::int64_t count, U *to, const T *from) {
+  constexpr int kWide = kAtOnce<T, U>;
+  const std::int64_t whole = count / kWide, step = std::int64_t(gridDim.x) * kThreads * kAhead;
+  for (std::int64_t start = std::int64_t(blockIdx.x) * kThreads * kAhead + threadIdx.x; start < whole; start += step) {
+    Pack<T, kWide> read[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = start + i * kThreads;
+      if (at < whole) read[i] = reinterpret_cast<const Pack<T, kWide> *>(from)[at];
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const std::int64_t at = start + i * kThreads;
+      Pack<U, kWide> written;
+#pragma unroll
+      for (int j = 0; j < kWide; ++j) narrow(widen(read[i].at[j]), written.at[j]);
+      if (at < whole) reinterpret_cast<Pack<U, kWide> *>(to)[at] = written;
+    }
+  }
+  const std::int64_t last = whole * kWide + threadIdx.x;
+  if (blockIdx.x == 0 && last < count) narrow(widen(from[last]), to[last]);
 }
 
 template <class Index, class T>
@@ -130,6 +163,21 @@ void fill_as(const Walk &walk, void *to, std::uint32_t bits, Stream stream) {
   });
 }
 
+// Whether a cast may take `kWidest` bytes of the larger type at a time.
+bool is_dense(const Walk &walk, const void *to, DType to_type, const void *from, DType from_type) {
+  const std::uintptr_t wide = kWidest / std::max(itemsize(to_type), itemsize(from_type));
+  return walk.rank == 1 && walk.to[0] == 1 && walk.from[0] == 1 &&
+         reinterpret_cast<std::uintptr_t>(to) % (wide * itemsize(to_type)) == 0 &&
+         reinterpret_cast<std::uintptr_t>(from) % (wide * itemsize(from_type)) == 0;
+}
+
+template <class T, class U>
+void cast_packed(std::int64_t count, U *to, const T *from, Stream stream) {
+  constexpr std::int64_t kEach = kAhead * kAtOnce<T, U>;
+  cast_packed_kernel<<<blocks_for((count + kEach - 1) / kEach), kThreads, 0, handle(stream)>>>(count, to, from);
+  check(cudaGetLastError(), "launch of a kernel");
+}
+
 // Takes two neighbours for one element of twice the size while both memories allow it.
 bool widen_elements(Walk &walk, const void *to, const void *from, int &itemsize) {
   const int last = walk.rank - 1;
@@ -168,6 +216,11 @@ void cast(const Walk &walk, void *to, DType to_type, const void *from, DType fro
   if (walk.count == 0) return;
   with_type(from_type, [&](auto *type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (is_dense(walk, to, to_type, from, from_type)) {
+      return with_type(to_type, [&](auto *other) {
+        cast_packed(walk.count, static_cast<decltype(other)>(to), static_cast<const T *>(from), stream);
+      });
+    }
     with_index(walk, [&](auto index) {
       cast_kernel<decltype(index), T>
           <<<blocks_for(walk.count), kThreads, 0, handle(stream)>>>(walk, to, to_type, static_cast<const T *>(from));

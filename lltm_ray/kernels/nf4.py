@@ -203,6 +203,17 @@ def dynamic_map() -> Floats:
 
 
 @cache
+def scale_limits() -> Floats:
+    """The 128 limits between levels of `dynamic_map()` from 0 up.
+
+    Each second one, from the first, is the next lower float32: `>` then rounds ties to the even index.
+    """
+    limits = midpoints(dynamic_map())[127:].copy()
+    limits[::2] = np.nextafter(limits[::2], np.float32(0))
+    return limits
+
+
+@cache
 def level_bins() -> tuple[Bytes, Floats]:
     """For each of 32 bins of [-1, 1]: the level index at its lower end, and the one limit within it (or infinity).
 

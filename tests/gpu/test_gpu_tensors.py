@@ -125,15 +125,23 @@ def test_casts_are_bit_by_bit_those_of_the_cpu(tensors, rng, source, target):
     here = tensors.from_numpy(raw, dtype="bfloat16") if source == "bfloat16" else tensors.from_numpy(raw.view(named))
     if source == "uint8":
         here = tensors.from_numpy(raw)
-    found = here.to(CUDA).T.to(dtype=target).to("cpu")
-    wanted = here.T.to(dtype=target)
-    assert (found.dtype, found.shape) == (target, wanted.shape)
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    kind = f"u{found.itemsize}"
-    different = found.view(kind) != np.ascontiguousarray(wanted).view(kind)
-    if target in FLOATS:  # the bits of NaN may differ
-        different &= ~(np.isnan(found.astype(np.float32)) & np.isnan(wanted.astype(np.float32)))
-    assert not different.any()
+    there, flat = here.to(CUDA), here.size
+    views = {
+        "turned": lambda each: each.T,
+        "whole": lambda each: each,
+        "odd end": lambda each: each.view(-1)[: flat - 3],
+        "misaligned": lambda each: each.view(-1)[1:],
+        "one": lambda each: each.view(-1)[:1],
+    }
+    for name, view in views.items():
+        found, wanted = view(there).to(dtype=target).to("cpu"), view(here).to(dtype=target)
+        assert (found.dtype, found.shape) == (target, wanted.shape)
+        found, wanted = np.asarray(found), np.asarray(wanted)
+        kind = f"u{found.itemsize}"
+        different = found.view(kind) != np.ascontiguousarray(wanted).view(kind)
+        if target in FLOATS:  # the bits of NaN may differ
+            different &= ~(np.isnan(found.astype(np.float32)) & np.isnan(wanted.astype(np.float32)))
+        assert not different.any(), name
 
 
 @pytest.mark.parametrize("dtype", FACTORS)

@@ -85,7 +85,7 @@ class Table:
 
 
 def nf4_rows(torch: Any, table: Table, mebibytes: int, tuner: Tuner) -> None:
-    for dtype in ("bfloat16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32"):
         kind = getattr(torch, dtype)
         values = torch.randn((mebibytes << 20) // kind.itemsize, device="cuda").to(kind)
         inputs = copies(torch, values)

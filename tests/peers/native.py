@@ -109,7 +109,8 @@ def compare_calls(torch, tensors) -> None:
 def compare_copies(torch, tensors, rounds: int) -> None:
     source = torch.randn(COPY_SIDE, COPY_SIDE, device="cuda")
     target, half = torch.empty_like(source), torch.empty_like(source, dtype=torch.float16)
-    ours, to, to_half = (tensors.from_dlpack(each) for each in (source, target, half))
+    brain = torch.empty_like(source, dtype=torch.bfloat16)
+    ours, to, to_half, to_brain = (tensors.from_dlpack(each) for each in (source, target, half, brain))
     side, size = COPY_SIDE, source.numel()
     calls = {
         "whole": (2 * 4 * size, lambda: to.copy_from(ours), lambda: target.copy_(source)),
@@ -124,6 +125,9 @@ def compare_copies(torch, tensors, rounds: int) -> None:
             lambda: target[:, ::2].copy_(source[:, 1::2]),
         ),
         "to float16": (6 * size, lambda: to_half.copy_from(ours), lambda: half.copy_(source)),
+        "from float16": (6 * size, lambda: to.copy_from(to_half), lambda: target.copy_(half)),
+        "to bfloat16": (6 * size, lambda: to_brain.copy_from(ours), lambda: brain.copy_(source)),
+        "from bfloat16": (6 * size, lambda: to.copy_from(to_brain), lambda: target.copy_(brain)),
         "transposed": (2 * 4 * size, lambda: to.copy_from(ours.T), lambda: target.copy_(source.T)),
         "fill": (4 * size, lambda: to.fill(1.5), lambda: target.fill_(1.5)),
     }

@@ -27,6 +27,21 @@ def differing_nf4(size, double, dtype):
     return sum(int((one != other).sum()) for one, other in pairs if one is not None)
 
 
+def differing_scales(dtype):
+    """Codes and scales of nested scales, at every limit and beside it, that are not those of the CPU path."""
+    limits = nf4.midpoints(nf4.dynamic_map())
+    near = [np.nextafter(limits, way, dtype=np.float32) for way in (-2, 2)]
+    powers = np.float32(10) ** np.arange(-9, 1, dtype=np.float32)
+    one_sign = np.concatenate([limits, *near, powers, nf4.dynamic_map(), np.zeros(1, np.float32)])
+    spread = (10 ** np.random.default_rng(0).uniform(-8, 0, 40_000)).astype(np.float32)
+    rows = np.resize(np.concatenate([one_sign, spread]), (len(spread) // 128, 127)).astype(np.float32)
+    rows = np.concatenate([rows, -rows, np.ones((len(rows), 1), np.float32), -np.ones((len(rows), 1), np.float32)], 1)
+    scales = torch.from_numpy(rows.reshape(-1)).to(dtype)
+    found = _nf4_triton._quantize_scales(scales)
+    codes, nested = nf4.quantize_scales(scales.float().numpy(), np.float32(found["offset"]))
+    return int((found["absmax"].numpy() != codes).sum() + (found["nested_absmax"].numpy() != nested).sum())
+
+
 def matmul_error(rows, dtype, inner):
     x, weight = torch.randn(rows, inner).to(dtype), nf4.quantize(torch.randn(40, inner))
     wanted = x.double() @ nf4.dequantize(weight, dtype=str(dtype).removeprefix("torch.")).double().T
@@ -43,8 +58,8 @@ def differing_blocks(kind, count):
 def main():
     warnings.simplefilter("ignore")  # the interpreter's own, of infinities that no result holds
     torch.manual_seed(0)
-    found = {}
-    for size in (1, 63, 65, 64 * 300 + 7):
+    found = {f"nf4 scales {dtype}": differing_scales(dtype) for dtype in (torch.float32, torch.float16)}
+    for size in (0, 1, 63, 65, 64 * 300 + 7):
         for dtype in (torch.float32, torch.float16):
             for double in (False, True):
                 found[f"nf4 {size} {dtype} {double}"] = differing_nf4(size, double, dtype)
