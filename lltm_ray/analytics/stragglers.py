@@ -10,7 +10,7 @@ same bucket, show runs of slow ones; the run with most behind it is judged.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ from lltm_ray.analytics.trace import Trace
 SLOW = 1.2
 """Pace over the peers' from which a bucket counts as slow: noise of a bucket's median is a few percent."""
 _MOST_BUCKETS, _BUCKET_ATTEMPTS = 60, 10
+_FINER = 4
+"""Into so many parts a bucket is cut to see whether an engine that is slow in the first one began so."""
 _MANY_ENGINES = 32
 _FIT_ROWS = 10_000
 """Attempts that peers' work is fitted to, taken evenly; more would not move it."""
@@ -63,6 +65,8 @@ class Run:
     """Chance alone hardly ever makes a `z` above it."""
     is_since_ever: bool = False
     """It was never seen to be as fast as its peers before."""
+    peers_ratio: float = 1.0
+    """Pace of its peers over what work of all of them is expected to take."""
 
 
 def device_of(trace: Trace) -> list[int]:
@@ -204,13 +208,26 @@ def find_runs(trace: Trace, work: Frame) -> dict[int, Run]:
         engines = known["engine"][known["peers"] == peers].to_numpy()
         if len(engines) > 1:
             runs |= _of_peers(buckets, engines)
-    return runs
+    if not any(run.is_since_ever for run in runs.values()):
+        return runs
+    fine = _bucket(trace, work, _FINER)
+    return {engine: _began_well(run, fine, engine) if run.is_since_ever else run for engine, run in runs.items()}
 
 
-def _bucket(trace: Trace, work: Frame) -> _Buckets:
+def _began_well(run: Run, fine: _Buckets, engine: int) -> Run:
+    """The run from where it became slow, if it was nearer to its peers' pace before."""
+    known = np.where(fine.count[engine] >= _LEAST_IN_BUCKET, fine.pace[engine], np.nan)
+    is_slow = known > np.log(run.ratio) / 2 + np.log(run.peers_ratio)
+    first = int(np.argmax(is_slow))
+    if not is_slow.any() or np.isnan(known[:first]).all():
+        return run
+    return replace(run, since_s=first * fine.width_s, is_since_ever=False)
+
+
+def _bucket(trace: Trace, work: Frame, finer: int = 1) -> _Buckets:
     xp, column, engines = trace.engine.xp, trace.engine.array, len(trace.names.engine)
     at, engine, pace = (column(work[name]) for name in ("at_s", "engine", "pace"))
-    number = int(min(max(len(work) // (engines * _BUCKET_ATTEMPTS), 1), _MOST_BUCKETS))
+    number = int(min(max(len(work) // (engines * _BUCKET_ATTEMPTS), 1), _MOST_BUCKETS)) * finer
     width_s = max(trace.length_s, float(at.max()) + 1e-6) / number
     cell = engine * number + xp.minimum(xp.maximum(at / width_s, 0.0), number - 1.0).astype("int64")
     amounts = {name: column(work[name]) for name in ("seconds", "tokens")}
@@ -240,9 +257,11 @@ def _of_peers(buckets: _Buckets, engines: Any) -> dict[int, Run]:
         others = others[~np.isnan(others)]
         if not len(others):
             continue
-        excess = known[i] - np.where(np.isnan(peers), np.median(others), peers)
+        base = float(np.median(others))
+        excess = known[i] - np.where(np.isnan(peers), base, peers)
         if not np.isnan(excess).all():
-            found[engine] = _run(buckets, engine, excess, (count.sum(axis=0) - count[i], _spread(others)))
+            run = _run(buckets, engine, excess, (count.sum(axis=0) - count[i], _spread(others)))
+            found[engine] = replace(run, peers_ratio=math.exp(base))
     return found
 
 

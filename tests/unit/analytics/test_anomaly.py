@@ -184,6 +184,14 @@ def test_an_engine_that_was_never_faster_on_hardware_nobody_knows_is_not_to_be_d
     assert (known.kind, known.subject) == ("straggler", "engine-2")
 
 
+def test_an_engine_that_became_slow_in_a_short_window_began_well():
+    answer = fleet(lambda engine, at, _: 2.5 if engine == 1 and at >= 2 else 1.0, seconds=20)
+    (finding,) = anomaly.judge(answer)
+    row = answer.tables["engines"].set_index("engine").loc["engine-1"]
+    assert (finding.kind, finding.subject) == ("straggler", "engine-1")
+    assert row["since_unix_nano"] == pytest.approx(ZERO + 2 * 10**9, abs=2 * 10**9)
+
+
 STRAGGLER_EVER = Plan(straggler="engine-2", fault_from=0.0)
 
 
