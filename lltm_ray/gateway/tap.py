@@ -9,9 +9,9 @@ the positions show where. Facts as read in llama.cpp's server-task.cpp and serve
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
+from lltm_ray.gateway import events
 from lltm_ray.gateway.continuable import ask_details, asks_ids, is_eligible, is_exact, kind_of
 from lltm_ray.gateway.told import Told
 
@@ -22,26 +22,6 @@ LIMIT_BYTES = 4 * 2**20
 _PENDING_EVENTS = 512
 _DONE = b"data: [DONE]\n\n"
 
-# Single excluded bytes ([^"]) are scanned much faster than sets ([^{}]) or lazy repeats.
-_STRING = rb'[^"\\]*(?:\\.[^"\\]*)*'
-_TOLD = rb'"tokens":\[(\d*)\],"stop":false,"id_slot":-?\d+,"tokens_predicted":([1-9]\d*),"tokens_evaluated":(\d+)'
-_TEXT_START = b',"__verbose":{'
-_TEXT_EVENT = re.compile(rb',"__verbose":\{"index":0,"content":"(%b)",%b\}' % (_STRING, _TOLD))
-_NATIVE_EVENT = re.compile(rb'data: \{"index":0,"content":"(%b)",%b' % (_STRING, _TOLD))
-_PROB = rb'\{"id":%b,"token":"%b","bytes":\[[^]]*\],"prob":[^,}]+'
-_CHAT_START = b'"delta":{"content":"'
-_CHAT_ID = b'"},"logprobs":{"content":[{"id":'
-_CHAT_EVENT = re.compile(
-    rb'("delta":\{"content":"(%b)"\}),"logprobs":\{"content":\[%b,"top_probs":\[%b\}\]\}\]\}'
-    rb'(\}\],"created":\d+,"id":"[^"]*","model":"%b","system_fingerprint":"[^"]*","object":"[^"]*")'
-    rb'(,"timings":\{"cache_n":\d+,"prompt_n":\d+,"prompt_ms":[^,]+,"prompt_per_token_ms":[^,]+,'
-    rb'"prompt_per_second":[^,]+,"predicted_n":(\d+),[^}]*\})'
-    % (_STRING, _PROB % (rb"(\d+)", rb"(%b)" % _STRING), _PROB % (rb"\d+", _STRING), _STRING)
-)
-_BARE_CONTENT = re.compile(rb'\{"content":"(%b)"\}\}\],"created":' % _STRING)
-_REASON = b'"finish_reason":"'
-_BARE_END = b'data: {"choices":[{"finish_reason":"'
-_BARE_COUNTS = b'data: {"choices":[],'
 _read_value = json.JSONDecoder().raw_decode
 
 
@@ -169,7 +149,7 @@ class StreamTap:
     def timings(self) -> dict[str, Any] | None:
         """llama.cpp's last `timings`."""
         if isinstance(self._timings, bytes) and self._timings:
-            self._timings = json.loads(b"{%b}" % self._timings[1:])["timings"]
+            self._timings = _read_value(self._timings[len(b',"timings":') :].decode("utf-8"))[0]
         return self._timings if isinstance(self._timings, dict) else None
 
     @property
@@ -203,8 +183,8 @@ class StreamTap:
     # --- the fast way: one expression a part, which must match every event in it
 
     def _take_text(self, data: bytes) -> bytes:
-        start = data.find(_TEXT_START)
-        found = _TEXT_EVENT.match(data, start) if start >= 0 and _is_single(data) else None
+        start = data.find(events.TEXT_START)
+        found = events.TEXT_EVENT.match(data, start) if start >= 0 and _is_single(data) else None
         if found is None:
             return self._take_texts(data)
         content, id_, position, prompt = found.groups()
@@ -216,7 +196,7 @@ class StreamTap:
         return data[:start] + data[found.end() :]
 
     def _take_texts(self, data: bytes) -> bytes:
-        pieces = _TEXT_EVENT.split(data)
+        pieces = events.TEXT_EVENT.split(data)
         if data.count(b"\n") // 2 * 5 + 1 != len(pieces):
             return self._take_events(data)
         self._contents += pieces[1::5]
@@ -226,7 +206,7 @@ class StreamTap:
         return b"".join(pieces[::5])
 
     def _take_native(self, data: bytes) -> bytes:
-        found = _NATIVE_EVENT.findall(data)
+        found = events.NATIVE_EVENT.findall(data)
         if data.count(b"\n") != 2 * len(found):
             return self._take_events(data)
         for content, id_, position, _ in found:
@@ -238,8 +218,8 @@ class StreamTap:
         return data
 
     def _take_chat(self, data: bytes) -> bytes:
-        start = data.find(_CHAT_START) + 20
-        end = data.find(_CHAT_ID, start)  # what is looked for here has quotes, which a text's own would escape
+        start = data.find(events.CHAT_START) + 20
+        end = data.find(events.CHAT_ID, start)  # what is looked for here has quotes, which a text's own would escape
         created = data.find(b'}],"created":', end)
         timings = created + self._middle
         if not data.startswith(b',"timings":{', timings):
@@ -262,7 +242,7 @@ class StreamTap:
         return data[: end + 2] + data[created:timings] + data[close:]
 
     def _take_chats(self, data: bytes) -> bytes:
-        pieces = _CHAT_EVENT.split(data)
+        pieces = events.CHAT_EVENT.split(data)
         if data.count(b"\n") // 2 * 8 + 1 != len(pieces):
             return self._take_events(data)
         contents = pieces[2::8]
@@ -276,7 +256,7 @@ class StreamTap:
         return b"".join(kept)
 
     def _take_bare_chat(self, data: bytes) -> bytes:
-        start = data.find(_CHAT_START) + 20
+        start = data.find(events.CHAT_START) + 20
         end = data.find(b'"}}],"created":', start)
         if start != 19 and end > 0 and _is_single(data) and data.find(b'","', start, end) < 0:
             self._contents.append(data[start:end])
@@ -286,11 +266,11 @@ class StreamTap:
 
     def _take_many_bare(self, data: bytes) -> bytes:
         """A part with many events: the usual ones at once and untouched, those before and after them one by one."""
-        start = data.rfind(b"\n", 0, data.find(_CHAT_START)) + 1
-        end = data.find(_REASON, start)
+        start = data.rfind(b"\n", 0, data.find(events.CHAT_START)) + 1
+        end = data.find(events.REASON, start)
         end = len(data) if end < 0 else data.rfind(b"\n", 0, end) + 1
         usual = data[start:end]
-        contents = _BARE_CONTENT.findall(usual)
+        contents = events.BARE_CONTENT.findall(usual)
         if 2 * len(contents) != usual.count(b"\n"):
             return self._take_events(data)
         head = self._take_events(data[:start]) if start else b""
@@ -300,22 +280,23 @@ class StreamTap:
     # --- the slow way: the first and last events, and any part that holds an unusual one
 
     def _take_events(self, data: bytes) -> bytes:
-        events = [event + b"\n\n" for event in data.split(b"\n\n")[:-1]]
+        whole = [event + b"\n\n" for event in data.split(b"\n\n")[:-1]]
         sent: list[bytes] = []
-        for index, event in enumerate(events):
-            if self._has_usage and _REASON in event and index + 1 == len(events):
+        for index, event in enumerate(whole):
+            if self._has_usage and events.REASON in event and index + 1 == len(whole):
                 self._held = event + self._held  # the client gets a chat's end and its usage both, or neither
                 break
             sent.append(self._take_event(event))
         return b"".join(sent)
 
     def _take_event(self, event: bytes) -> bytes:
-        name, _, value = event.partition(b":")
         if event == _DONE:
             self.is_finished = self.is_done = True
-        if event == _DONE or name not in (b"data", b"error"):
             return event
         if self._is_bare and self._is_edge(event):
+            return event
+        name, _, value = event.partition(b":")
+        if name not in (b"data", b"error"):
             return event
         text = value.strip().decode("utf-8", "replace")
         try:
@@ -330,9 +311,9 @@ class StreamTap:
             return event
 
     def _is_edge(self, event: bytes) -> bool:
-        """Whether it was a chat's end, or its counts, as llama-server writes them: then it is noted, and not parsed."""
-        is_end = event.startswith(_BARE_END) and b'"delta":{}}],"created":' in event
-        if not (is_end or event.startswith(_BARE_COUNTS)):
+        """Whether it was a chat's start, end or counts, as llama-server writes them: it is noted, and not parsed."""
+        is_end = event.startswith(events.BARE_END) and b'"delta":{}}],"created":' in event
+        if not (is_end or event.startswith(events.BARE_COUNTS) or self._is_start(event)):
             return False
         at = event.find(b',"timings":{')
         if at > 0:
@@ -340,6 +321,15 @@ class StreamTap:
         if is_end:
             self.digest()
             self._note("", None, None, reason=True)
+        return True
+
+    def _is_start(self, event: bytes) -> bool:
+        found = events.BARE_START.match(event)
+        if found is None:
+            return False
+        self.has_role = True
+        if found[1]:
+            self._contents.append(found[1])
         return True
 
     def _take_told(self, event: bytes, found: dict[str, Any]) -> bytes:

@@ -159,5 +159,7 @@ class Told:
 
 def read_string(raw: bytes) -> str:
     """A JSON string's value from the bytes between its quotes."""
+    if b"\\" not in raw:
+        return raw.decode("utf-8", "surrogatepass")
     value: str = json.loads(b'"%b"' % raw)
     return value

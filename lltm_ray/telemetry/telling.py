@@ -14,6 +14,7 @@ _SCHEMAS = frozenset(("response_format", "text", "json_schema"))
 _SHAPES = ("text", "json_object", "json_schema")
 _OBJECTS: Final = {"metadata": METADATA, "prompt": STORED_PROMPT}
 """Of these fields only the members that are read; the others are the client's own, and may be of any text."""
+_NESTED = _SCHEMAS | _OBJECTS.keys()
 _MOST_ERROR_CHARS, _MOST_PARAMETER_CHARS, _MOST_ENCODED = 1024, 4096, 1024
 _ERROR_TYPES = frozenset(
     (
@@ -49,16 +50,22 @@ def known_type(told: object) -> str:
 def tell_parameters(fields: Mapping[str, Any]) -> str:
     """What a request asks for, as a JSON object of `FIELDS`; empty: nothing of these, or too much."""
     found = {name: value for name, value in fields.items() if name in FIELDS}
-    if not isinstance(found.get("prompt", {}), dict):
-        del found["prompt"]
-    for name in () if _SCHEMAS.isdisjoint(found) else found.keys() & _SCHEMAS:
-        found[name] = _without_schema(found[name])
-    for name in found.keys() & _OBJECTS.keys():
-        found[name] = _read_only(found[name], _OBJECTS[name])
+    if not _NESTED.isdisjoint(found):
+        _read_nested(found)
     if not found:
         return ""
     key = repr(found)
     return _encoded.get(key) or _encode_anew(key, found)
+
+
+def _read_nested(found: dict[str, Any]) -> None:
+    """Leave of parameters that may be objects what is read of them."""
+    if not isinstance(found.get("prompt", {}), dict):
+        del found["prompt"]
+    for name in found.keys() & _SCHEMAS:
+        found[name] = _without_schema(found[name])
+    for name in found.keys() & _OBJECTS.keys():
+        found[name] = _read_only(found[name], _OBJECTS[name])
 
 
 def _encode_anew(key: str, found: dict[str, Any]) -> str:

@@ -238,6 +238,14 @@ def test_details_are_added_before_the_last_brace() -> None:
     assert "n_probs" not in json.loads(ask_details(CHAT, body | {"top_k": 0}, data))
 
 
+@pytest.mark.parametrize("text", [None, "", 'say "a" \u00e9'])
+def test_a_bare_chats_first_event_names_the_role_and_may_hold_text(text: str | None) -> None:
+    tap = StreamTap(CHAT, {"stream": True}, details=False)
+    first = line(chunk({"role": "assistant", "content": text}))
+    assert tap.feed(first) == first
+    assert (tap.has_role, tap.text, tap.delivered_tokens) == (True, text or "", int(bool(text)))
+
+
 GOOD = {"stream": True, "prompt": "a", "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}
 
 
