@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--chats", type=int, default=N_CHATS, help="how many conversations are drawn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exact", action="store_true", help="kernels that add in one order only: a seed repeats to the bit")
+    parser.add_argument("--exact", action="store_true", help="kernels that add in one order: a seed repeats to the bit")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     train(parser.parse_args())
 

@@ -13,9 +13,9 @@ from lltm_ray.cli._sizes import parse_bytes
 from lltm_ray.config import EngineConfig, read_environment
 from lltm_ray.errors import ConfigError, ModelDoesNotFitError, ModelDownloadError, ModelNotFoundError
 from lltm_ray.gpu.host import available_ram_bytes
-from lltm_ray.gpu.plan_parts import GIB, Demand, Machine, Need, Plan, PlanGpu, Shape, Wish
+from lltm_ray.gpu.plan_parts import GIB, NVLINK_BYTES_S, Demand, Machine, Need, Plan, PlanGpu, Shape, Wish
 from lltm_ray.gpu.plans import choose
-from lltm_ray.gpu.topology import GpuDetail, Topology, read_topology
+from lltm_ray.gpu.topology import GpuDetail, Pair, Topology, read_topology
 from lltm_ray.models.catalog import load_catalog
 from lltm_ray.models.gguf import GgufInfo, read_model
 from lltm_ray.models.memory import estimate
@@ -32,6 +32,7 @@ _COLUMNS = (
     "tokens/s",
     "prefill",
 )
+PLAIN_CACHE_TYPES = {"f32", "f16", "bf16"}
 _Model = Annotated[str, typer.Argument(help="tiny, random, a catalogue name that is here, a path, or repo:file.")]
 _Streams = Annotated[int, typer.Option(help="Requests that are answered at once, over all engines.")]
 _Slot = Annotated[int, typer.Option("--slot-ctx", help="Context of each, in tokens; at most the model's own.")]
@@ -65,7 +66,7 @@ def plan(
 ) -> None:
     """Rank the ways to run a model on this machine's GPUs, or on GPUs that are described, and say why.
 
-    Speeds come from a simple model of bandwidth: bounds to compare plans by, not what will be measured.
+    Speeds come from a simple model that was fitted to H200s; elsewhere they are to compare plans by.
     """
     info = _read(model)
     config = EngineConfig(cache_type_k=cache_type, cache_type_v=cache_type)
@@ -118,10 +119,14 @@ def _found(gpus: int | None, vram: str | None) -> Machine:
 def here(topology: Topology) -> Machine:
     """This machine, linked as its slowest pair is. A GPU in MIG mode is its MIG devices, of unknown speed."""
     gpus = tuple(each for gpu in topology.gpus for each in _parts(gpu) if each.total_bytes)
-    slowest = min(topology.pairs, key=lambda pair: pair.bytes_s or 0.0, default=None)
-    if slowest is None or not slowest.bytes_s:
+    slowest = min(topology.pairs, key=_pair_bytes_s, default=None)
+    if slowest is None or not _pair_bytes_s(slowest):
         return Machine(gpus=gpus)
-    return Machine(gpus=gpus, link_bytes_s=slowest.bytes_s, is_nvlink=slowest.nvlinks > 0)
+    return Machine(gpus=gpus, link_bytes_s=_pair_bytes_s(slowest), is_nvlink=slowest.nvlinks > 0)
+
+
+def _pair_bytes_s(pair: Pair) -> float:
+    return pair.bytes_s or pair.nvlinks * NVLINK_BYTES_S
 
 
 def _parts(gpu: GpuDetail) -> list[PlanGpu]:
@@ -171,6 +176,7 @@ def shape_of(info: GgufInfo, config: EngineConfig) -> Shape:
         kv_token_bytes=kv // tokens,
         expert_ratio=experts / whole if whole else 0.0,
         expert_use=info.n_expert_used / info.n_expert if info.n_expert else 1.0,
+        is_kv_quantized=not {config.cache_type_k, config.cache_type_v} <= PLAIN_CACHE_TYPES,
     )
 
 
@@ -197,7 +203,7 @@ def up_line(model: str, best: Plan, cache_type: str) -> tuple[str, str]:
     words = ["lltm-ray", "up", *(["--config", "plan.toml"] if table else []), "--model", model]
     words += ["--engines", str(best.engines), "--gpu-share", f"{best.gpu_share:g}"]
     words += ["--n-parallel", str(best.n_parallel), "--ctx", str(best.n_ctx)]
-    words += ["--split-mode", "row"] if best.split_mode == "row" else []
+    words += ["--split-mode", best.split_mode] if best.split_mode == "tensor" else []
     return shlex.join(words), table
 
 
@@ -210,6 +216,8 @@ def _show(plans: tuple[Plan, ...], machine: Machine, streams: int) -> None:
         ERR.print("No speeds: a GPU's memory bandwidth is not known; give --bandwidth.", style="dim", markup=False)
     ERR.print(f"slots each: for {streams} requests at once over all engines (--streams).", style="dim", markup=False)
     ERR.print("alone: tokens/s of one stream; prefill: beside the fastest GPU alone.", style="dim", markup=False)
+    if len(machine.gpus) > 1:
+        ERR.print("No split by rows: llama.cpp's CUDA backend has none. Tensor: --split-mode tensor.", style="dim")
     link = f"{machine.link_bytes_s / 1e9:.1f} GB/s between GPUs, " if len(machine.gpus) > 1 else ""
     ERR.print(f"Reckoned with {link}{machine.ram_bytes_s / 1e9:.0f} GB/s to host memory.", style="dim", markup=False)
 

@@ -8,17 +8,22 @@ from dataclasses import dataclass
 from lltm_ray.errors import ConfigError
 
 LATENCY_S = {"nvlink": 10e-6, "pcie": 20e-6}
-"""Of one exchange between two GPUs; assumed."""
+"""Of one exchange between two GPUs. NVLink's is measured: a tensor-split step of one stream on two H200s fits 11 us."""
+NVLINK_BYTES_S = 25e9
+"""Of one NVLink and direction, generations 2 to 4: where NVML counts links but does not tell their speed."""
 GIB = 2**30
 KINDS = {
     "replicas": "one engine per GPU",
     "shares": "several engines per GPU",
     "layer": "engines over several GPUs, layer by layer",
-    "row": "engines over several GPUs, each matrix by rows",
+    "tensor": "engines over several GPUs, each layer divided (experimental in llama.cpp, so never the first choice)",
     "offload": "engines with some of their layers on the CPU",
     "cpu": "one engine on the CPU",
 }
-"""From the simplest to the last resort, which decides between plans of about the same speed."""
+"""From the simplest to the last resort, which decides between plans of about the same speed. None splits by rows:
+llama.cpp took that out of its CUDA backend (pull request 24216, June 2026), and servers since refuse to start so."""
+EXPERIMENTAL = ("tensor",)
+"""Only told: not for every architecture, and a layer split holds what they hold."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,8 @@ class Shape:
     """Part of the weights that are experts."""
     expert_use: float = 1.0
     """Experts used for a token, of all."""
+    is_kv_quantized: bool = False
+    """Which a tensor split does not take, by llama.cpp's documentation."""
 
     def read_ratio(self, streams: int) -> float:
         """Part of the weights that a step reads, each stream choosing its experts apart from the others."""
@@ -115,7 +122,7 @@ class Plan:
     groups: tuple[tuple[int, ...], ...]
     """Of each engine, the places of its GPUs in the machine."""
     tensor_splits: tuple[tuple[float, ...], ...]
-    """Of each engine, in proportion to its GPUs' free memory; empty where engines have one GPU."""
+    """Of each engine: in proportion to its GPUs' free memory, even for `tensor`; empty where engines have one GPU."""
     need_bytes: int
     """Of one engine, on its devices; of the host for `cpu`."""
     budget_bytes: int
@@ -134,8 +141,8 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """E.g. `2 x 1 GPU`, `1 x 2 GPUs (row)`, `4 x 0.5 GPU`, `CPU`."""
+        """E.g. `2 x 1 GPU`, `1 x 2 GPUs (tensor)`, `4 x 0.5 GPU`, `CPU`."""
         if self.kind == "cpu":
             return "CPU"
-        split = {"layer": " (layer)", "row": " (row)", "offload": " + CPU"}.get(self.kind, "")
+        split = {"layer": " (layer)", "tensor": " (tensor)", "offload": " + CPU"}.get(self.kind, "")
         return f"{self.engines} x {self.gpu_share:g} GPU{'s' if self.gpu_share > 1 else ''}{split}"

@@ -11,8 +11,8 @@ from dataclasses import replace
 from math import ceil
 
 from lltm_ray.errors import ConfigError
-from lltm_ray.gpu.plan_parts import GIB, KINDS, Demand, Machine, Need, Plan, PlanGpu, Shape, Wish
-from lltm_ray.gpu.plan_speed import ROW_EXCHANGES, Speeds
+from lltm_ray.gpu.plan_parts import EXPERIMENTAL, GIB, KINDS, Demand, Machine, Need, Plan, PlanGpu, Shape, Wish
+from lltm_ray.gpu.plan_speed import REDUCTIONS, Speeds
 from lltm_ray.gpu.shares import memory_budget
 
 SHARES = (2, 4)
@@ -42,7 +42,8 @@ def _ranked(plans: Sequence[Plan]) -> list[Plan]:
     fitting = [plan for plan in simple if plan.fits]
     if all(plan.tokens_s is not None for plan in fitting):
         fitting.sort(key=lambda plan: -(plan.tokens_s or 0.0))  # stable: of two equals the simpler one
-        near = [plan for plan in fitting if (plan.tokens_s or 0.0) >= NEAR * (fitting[0].tokens_s or 0.0)]
+        steady = [plan for plan in fitting if plan.kind not in EXPERIMENTAL]
+        near = [plan for plan in steady if (plan.tokens_s or 0.0) >= NEAR * (steady[0].tokens_s or 0.0)]
         best = min(near, key=simple.index, default=None)
         fitting.sort(key=lambda plan: plan is not best)
     return fitting + [plan for plan in simple if not plan.fits]
@@ -54,7 +55,7 @@ class _Scene:
         self.all_layers = shape.n_layer + 1
 
     def candidates(self) -> Iterator[Plan]:
-        """Each way once; of row and layer splits, every width that divides the GPUs."""
+        """Each way once; of layer and tensor splits, every width that divides the GPUs."""
         count = len(self.machine.gpus)
         if not count:
             yield self._cpu()
@@ -66,7 +67,8 @@ class _Scene:
         for width in range(2, count + 1):
             if count % width == 0:
                 yield self._plan("layer", count // width, width, float(width))
-                yield self._plan("row", count // width, width, float(width))
+                if not self.shape.is_kv_quantized:
+                    yield self._plan("tensor", count // width, width, float(width))
         if self.machine.ram_bytes:
             for width in {1, count}:
                 yield from self._offload(count // width, width)
@@ -77,7 +79,7 @@ class _Scene:
         layers = self.all_layers if layers is None else layers
         demand = self.need(slots, width, layers)
         groups = self._groups(width, share)
-        budget = self._budget(groups, share)
+        budget = self._budget(kind, groups, share)
         slack = (width - 1) * demand.weights_device_bytes // self.shape.n_layer  # layers are not divided
         return Plan(
             kind=kind,
@@ -87,9 +89,9 @@ class _Scene:
             n_parallel=slots,
             n_ctx=slots * self.wish.slot_tokens,
             n_gpu_layers=layers,
-            split_mode="row" if kind == "row" else "layer",
+            split_mode="tensor" if kind == "tensor" else "layer",
             groups=tuple(groups),
-            tensor_splits=tuple(self._split(group) for group in groups) if width > 1 else (),
+            tensor_splits=tuple(self._split(kind, group) for group in groups) if width > 1 else (),
             need_bytes=demand.device_bytes + slack,
             budget_bytes=budget,
             fits=demand.device_bytes + slack <= budget and self._host_holds(demand, engines, layers),
@@ -102,12 +104,15 @@ class _Scene:
         found = [tuple(sorted(order[at : at + width])) for at in range(0, len(order), width)]
         return [group for group in found for _ in range(max(1, round(1 / share)))]
 
-    def _budget(self, groups: Sequence[tuple[int, ...]], share: float) -> int:
-        """Of the engine with the least."""
+    def _budget(self, kind: str, groups: Sequence[tuple[int, ...]], share: float) -> int:
+        """Of the engine with the least; parts that are even are bounded by the smallest GPU."""
         budgets = [memory_budget(gpu.total_bytes, gpu.free_bytes, min(share, 1.0)) for gpu in self.machine.gpus]
-        return min(sum(budgets[at] for at in group) for group in groups)
+        held = [[budgets[at] for at in group] for group in groups]
+        return min(len(each) * min(each) if kind == "tensor" else sum(each) for each in held)
 
-    def _split(self, group: tuple[int, ...]) -> tuple[float, ...]:
+    def _split(self, kind: str, group: tuple[int, ...]) -> tuple[float, ...]:
+        if kind == "tensor":
+            return (round(1 / len(group), 3),) * len(group)
         free = [self.machine.gpus[at].free_bytes for at in group]
         return tuple(round(each / max(1, sum(free)), 3) for each in free)
 
@@ -177,7 +182,7 @@ def _cause(plan: Plan, machine: Machine) -> str:
         "replicas": "each engine reads all weights for its own streams",
         "shares": "engines on one GPU take turns, and each reads all weights for its own streams",
         "layer": "the GPUs of a layer split work in turn",
-        "row": f"a row split exchanges {ROW_EXCHANGES} results a layer over {link}",
+        "tensor": f"a tensor split adds up {REDUCTIONS} results a layer over {link}",
         "offload": f"layers on the host are read at {machine.ram_bytes_s / 1e9:.0f} GB/s",
         "cpu": f"the host's memory gives {machine.ram_bytes_s / 1e9:.0f} GB/s",
     }[plan.kind]

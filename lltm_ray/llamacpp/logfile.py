@@ -14,6 +14,12 @@ from typing import BinaryIO
 
 MAX_BYTES = 8 * 2**20
 _DOTS = re.compile(rb"^\.+", re.MULTILINE)
+_REMEDIES = {
+    "does not support split buffers": "this llama-server has no row split; use split_mode='layer' or 'tensor'",
+    "SPLIT_MODE_TENSOR not implemented": "llama.cpp has no tensor split for this model; use split_mode='layer'",
+    "SPLIT_MODE_TENSOR and KV cache quantization not": "split_mode='tensor' needs cache types f16, bf16 or f32",
+}
+"""What llama.cpp says as it gives up, and what helps."""
 
 
 class LogFile:
@@ -46,6 +52,11 @@ class LogFile:
         if len(data) == max_bytes:
             data = data.partition(b"\n")[2]
         return data.decode("utf-8", "replace").strip()
+
+    def remedy(self) -> str:
+        """For what the present run's last lines say; empty where none is known."""
+        told = self.tail()
+        return next((remedy for words, remedy in _REMEDIES.items() if words in told), "")
 
     def load_progress(self) -> float | None:
         """Loaded share of the weights, 0..1: llama.cpp writes a hundred dots on one line while it loads."""

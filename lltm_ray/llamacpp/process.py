@@ -121,7 +121,8 @@ class ServerProcess:
             case EngineState.READY:
                 return self.snapshot()
             case EngineState.FAILED:
-                raise EngineStartError(self._life.why, self._exit_code, self.log.tail())
+                why = ": ".join(filter(None, (self._life.why, self.log.remedy())))
+                raise EngineStartError(why, self._exit_code, self.log.tail())
         raise EngineNotReadyError(self.spec.name, self._life.state.value)
 
     async def stop(self, *, drain_s: float = 0.0, for_good: bool = True) -> None:

@@ -19,7 +19,8 @@ from lltm_ray.gpu.nvml import processes_memory
 from lltm_ray.gpu.topology import read_topology
 from lltm_ray.models.gguf import read_model
 from lltm_ray.models.memory import estimate
-from tests.peers.gpu_plans import read_shape, write_f16
+from tests.peers.gpu_drafts import QUESTIONS, write_deep
+from tests.peers.gpu_plans import built_in, read_shape, write_f16
 from tests.ray.conftest import HI
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
@@ -156,17 +157,20 @@ def test_an_estimate_is_within_5_percent_of_what_nvml_sees(gpus, tmp_path, shape
     assert abs(found.device_bytes - used) <= WITHIN * used
 
 
-def test_drafted_tokens_are_accepted_on_a_gpu_and_stand_in_the_trace(gpus):
-    questions = ["How do I start a fleet?", "How do I stop it?", "What is a slot?", "What does drain do?"]
+def test_drafted_tokens_are_accepted_on_a_gpu_make_it_faster_and_stand_in_the_trace(gpus, tmp_path):
+    """Of a target that takes 10 ms a token and says what tiny says."""
+    target = write_deep(tmp_path / "deep.gguf", built_in("tiny"))
     texts, speeds = {}, {}
-    for draft_max in (0, 8):
-        engine = {"model_draft": "tiny-draft", "draft_max": draft_max} if draft_max else {}
+    for draft_max in (0, 4):
+        engine = {"n_ctx": 4096, "n_parallel": 1}
+        engine |= {"model_draft": "tiny-draft", "draft_max": draft_max} if draft_max else {}
         with lltm_ray.Cluster.start(
-            model="tiny", name="draft", engines=1, gpu_share=1.0, engine=engine, gateway={"port": 0}
+            model=str(target), name="draft", engines=1, gpu_share=1.0, engine=engine, gateway={"port": 0}
         ) as cluster:
             answers = [
-                cluster.chat([{"role": "user", "content": each}], max_tokens=48, temperature=0) for each in questions
-            ]
+                cluster.chat([{"role": "user", "content": each}], max_tokens=48, temperature=0)
+                for each in (QUESTIONS[-1], *QUESTIONS)
+            ][1:]  # the first warms up
             texts[draft_max] = [answer.text for answer in answers]
             spent_ms = sum(answer.timings.predicted_ms for answer in answers)
             speeds[draft_max] = 1e3 * sum(answer.usage.output_tokens for answer in answers) / spent_ms
@@ -175,5 +179,6 @@ def test_drafted_tokens_are_accepted_on_a_gpu_and_stand_in_the_trace(gpus):
         drafted, accepted = sum(attempts["draft_tokens"]), sum(attempts["accepted_tokens"])
         print(f"draft_max {draft_max}: {speeds[draft_max]:.0f} tokens/s, {accepted} of {drafted} accepted")
         assert (drafted > 0) == (draft_max > 0)
-    assert accepted > 0.2 * drafted
-    assert texts[0] == texts[8]
+    assert accepted > 0.5 * drafted
+    assert texts[0] == texts[4]
+    assert speeds[4] > 1.3 * speeds[0]

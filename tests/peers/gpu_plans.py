@@ -1,8 +1,8 @@
 """`python -m tests.peers.gpu_plans --server llama-server --gpus 2 --out results`: the plan chooser against real GPUs.
 
-Each plan in turn on fresh servers: an engine per GPU, several on each, one over all by layers, by rows, and by tensors
-(llama.cpp's experimental mode, which the chooser leaves out). Tokens/s of one stream and of many stand beside what was
-predicted. Then speculative decoding with the package's own models: what is accepted, and what it brings.
+Each plan in turn on fresh servers: an engine per GPU, several on each, one over all by layers and by tensors (not by
+rows: llama.cpp's CUDA backend has that no more). Tokens/s of one stream and of many stand beside what was predicted.
+Then speculative decoding (`gpu_drafts`): what is accepted, and what it brings.
 
 Writes gpu_plans.json and gpu_plans.md after every run. Without --model a random one of `--shape` is made. To see
 that it works without a GPU: `--server embedded --gpus 0 --quick`.
@@ -37,6 +37,7 @@ from lltm_ray.models.gguf import read_model
 from lltm_ray.models.random_weights import RandomShape, _build_tensors, _write_metadata
 from lltm_ray.models.resolve import resolve
 
+from . import gpu_drafts
 from .processes import StartError, free_port, running
 from .report import note
 
@@ -46,6 +47,7 @@ ANSWER_S = 300.0
 SHAPE = "4096,32,8,24,14336"
 """5.3 B parameters in F16: 10 GB, which a T4 holds, and an H200 reads in 2 ms."""
 QUICK_SHAPE = "128,4,2,4,256"
+QUICK_LAYERS = 24
 PROMPT = "Tell me about slots, caches and queues, and then about the weather in the north of the country, please. "
 
 
@@ -61,7 +63,7 @@ class Setup:
 
 
 def setups(gpus: int) -> list[Setup]:
-    """For two GPUs: 2 x 1, 4 x 0.5, 1 x 2 by layers, rows and tensors."""
+    """For two GPUs: 2 x 1, 4 x 0.5, 1 x 2 by layers and by tensors."""
     if not gpus:
         return [Setup(title="CPU", servers=("",))]
     each, every = tuple(str(gpu) for gpu in range(gpus)), ",".join(str(gpu) for gpu in range(gpus))
@@ -70,7 +72,7 @@ def setups(gpus: int) -> list[Setup]:
         Setup(title=f"{2 * gpus} x 0.5 GPU", servers=each * 2),
     ]
     if gpus > 1:
-        modes = ("layer", "row", "tensor")
+        modes = ("layer", "tensor")
         found += [Setup(title=f"1 x {gpus} GPUs ({mode})", servers=(every,), split_mode=mode) for mode in modes]
     return found
 
@@ -143,12 +145,15 @@ class Bench:
                 self.rows.append(row)
                 note(f"  {setup.title}, {streams} streams: {row.get('tokens_s') or row.get('failed')}")
                 self.write()
-        for draft_max in (0, 4, 8):
+        target = gpu_drafts.write_deep(self.folder / "deep.gguf", built_in("tiny"), self.chosen.layers)
+        for draft, most in gpu_drafts.DRAFTS:
+            row = {"draft": draft, "most": most}
             try:
-                self.drafts.append(self.speculate(draft_max))
+                row |= self.speculate(target, draft, most)
             except (StartError, OSError, ValueError) as error:
-                self.drafts.append({"draft_max": draft_max, "failed": f"{type(error).__name__}: {error}"[:600]})
-            note(f"  tiny, draft_max {draft_max}: {self.drafts[-1]}")
+                row["failed"] = f"{type(error).__name__}: {error}"[:600]
+            self.drafts.append(row)
+            note(f"  draft {draft or 'none'}, at most {most}: {row.get('tokens_s') or row.get('failed')}")
             self.write()
 
     def predict(self, setup: Setup, streams: int) -> dict[str, Any]:
@@ -189,25 +194,13 @@ class Bench:
         made = sum(each.result()["tokens_predicted"] for each in asked)
         return float(made) / (time.monotonic() - began)
 
-    def speculate(self, draft_max: int) -> dict[str, Any]:
-        """The built-in model with its draft, one stream, greedy; 0 tokens: without."""
-        cache = read_environment().cache_dir
-        paths = {name: resolve(name, cache_dir=cache, offline=True).path for name in ("tiny", "tiny-draft")}
-        draft = {"model_draft": str(paths["tiny-draft"]), "draft_max": draft_max} if draft_max else {}
-        config = EngineConfig(n_parallel=1, n_ctx=2048, cache_ram_mib=0, **draft)
+    def speculate(self, target: Path, draft: str, most: int) -> dict[str, Any]:
+        """One stream, greedy; without a draft where it has no name."""
+        drafting: dict[str, Any] = {"model_draft": str(built_in(draft)), "draft_max": most} if draft else {}
+        config = EngineConfig(n_parallel=1, n_ctx=2048, cache_ram_mib=0, **drafting)
         devices = "0" if self.chosen.gpus else ""
-        with self.server(config, paths["tiny"], devices, f"draft-{draft_max}") as port:
-            answers = [ask(port, "How do I start a fleet?", self.chosen.tokens) for _ in range(self.chosen.rounds + 1)][
-                1:
-            ]
-        timings = [answer["timings"] for answer in answers]
-        drafted = sum(each.get("draft_n", 0) for each in timings)
-        return {
-            "draft_max": draft_max,
-            "tokens_s": statistics.median(each["predicted_per_second"] for each in timings),
-            "drafted": drafted,
-            "accepted_ratio": sum(each.get("draft_n_accepted", 0) for each in timings) / drafted if drafted else None,
-        }
+        with self.server(config, target, devices, f"draft-{draft}-{most}") as port:
+            return gpu_drafts.measure(port)
 
     @contextlib.contextmanager
     def server(self, config: EngineConfig, model: Path, devices: str, name: str) -> Iterator[int]:
@@ -252,6 +245,11 @@ class Bench:
         (self.chosen.out / "gpu_plans.md").write_text(markdown(self.rows, self.drafts))
 
 
+def built_in(name: str) -> Path:
+    """The file of a model that comes with the package."""
+    return resolve(name, cache_dir=read_environment().cache_dir, offline=True).path
+
+
 def ask(port: int, prompt: str, tokens: int) -> dict[str, Any]:
     """One whole answer of that many tokens."""
     body = {"prompt": prompt, "n_predict": tokens, "ignore_eos": True, "temperature": 0, "cache_prompt": False}
@@ -284,13 +282,7 @@ def markdown(rows: Sequence[dict[str, Any]], drafts: Sequence[dict[str, Any]]) -
         shown[0] = row.get("failed", shown[0]).replace("|", "/").replace("\n", " ")
         ratios = [ratio(row.get(name), first.get(name)) for name in ("tokens_s", "predicted")]
         lines.append(f"| {row['streams']} | {row['plan']} | {' | '.join([*shown, *ratios])} |")
-    lines += ["", "| tiny with tiny-draft, draft_max | tokens/s | drafted | accepted |", "|---|---|---|---|"]
-    for row in drafts:
-        told = row.get("failed", number(row.get("tokens_s"))).replace("|", "/").replace("\n", " ")
-        lines.append(
-            f"| {row['draft_max']} | {told} | {row.get('drafted', '-')} | {ratio(row.get('accepted_ratio'), 1.0)} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *gpu_drafts.markdown(drafts)]) + "\n"
 
 
 def number(value: float | None) -> str:
@@ -320,11 +312,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=128, help="of each answer (default 128)")
     parser.add_argument("--slot-tokens", type=int, default=1024, help="context of a slot (default 1024)")
     parser.add_argument("--rounds", type=int, default=3, help="after a first that warms up (default 3)")
+    parser.add_argument(
+        "--layers", type=int, default=gpu_drafts.LAYERS, help=f"of the model that is drafted for ({gpu_drafts.LAYERS})"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny settings, to see that it works")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_plans.json and gpu_plans.md")
     chosen = parser.parse_args(argv)
     if chosen.quick:
         chosen.shape, chosen.tokens, chosen.rounds, chosen.streams = QUICK_SHAPE, 16, 1, [1, 4]
+        chosen.layers = QUICK_LAYERS
     with tempfile.TemporaryDirectory(prefix="gpu-plans-") as folder:
         bench = Bench(chosen, Path(folder))
         bench.play()

@@ -147,6 +147,13 @@ async def test_a_broken_model_is_told_with_exit_code_and_log(make_spec, tmp_path
     assert "broken.gguf" in caught.value.log_tail
 
 
+async def test_a_split_that_the_server_does_not_have_is_told_with_its_remedy(make_spec):
+    refuses = ["/bin/sh", "-c", "echo 'error loading model: device CUDA0 does not support split buffers'; exit 1"]
+    async with running(make_spec(argv=lambda _: refuses)) as server:
+        with pytest.raises(EngineStartError, match="exit code 1: this llama-server has no row split; use split_mode="):
+            await server.ensure_ready()
+
+
 async def test_a_missing_executable_is_told(make_spec):
     async with running(make_spec(argv=lambda port: ["/nonexistent/llama-server"])) as server:
         with pytest.raises(EngineStartError):

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from lltm_ray.llamacpp.logfile import LogFile
 
 
@@ -13,6 +15,26 @@ def test_the_tail_holds_whole_lines_of_the_present_run_only(tmp_path):
         child.write(b"first line\nsecond line\n")
     assert log.tail() == "first line\nsecond line"
     assert log.tail(16) == "second line"
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        (b"error loading model: device CUDA0 does not support split buffers\n", "'layer' or 'tensor'"),
+        (b"error: LLAMA_SPLIT_MODE_TENSOR not implemented for architecture 'mamba'\n", "use split_mode='layer'"),
+        (b"simultaneous use of SPLIT_MODE_TENSOR and KV cache quantization not implemented\n", "f16, bf16 or f32"),
+        (b"error: out of memory\n", ""),
+    ],
+)
+def test_what_llama_cpp_cannot_split_has_a_remedy_for_the_present_run(tmp_path, said, remedy):
+    log = LogFile(tmp_path / "engine.log")
+    with log.open() as child:
+        child.write(said + b"llama_model_load_from_file_impl: failed to load model\n")
+    assert remedy in log.remedy()
+    assert bool(remedy) == bool(log.remedy())
+    with log.open() as child:
+        child.write(b"error: out of memory\n")
+    assert log.remedy() == ""
 
 
 def test_dots_are_load_progress(tmp_path):
