@@ -33,7 +33,8 @@ bench: $(VENV)/.ready
 native: $(VENV)/.ready
 	@echo "building csrc/: about a minute without CUDA, some minutes with it"
 	LLTM_RAY_NATIVE=1 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall --editable .
-	$(BIN)/python -c 'from lltm_ray.kernels import native; print("CUDA", native.cuda_version(), native.read_devices())'
+	@$(BIN)/python -c 'from lltm_ray.kernels import native as n; v = n.cuda_version(); print(f"built with CUDA {v // 1000}.{v % 1000 // 10} for {n.read_devices()}" \
+	  if v else "BUILT FOR THE CPU ALONE: nvcc or the headers of cuBLAS (cublasLt.h) were not found. With both: make native again")'
 
 lock: # after a change of pyproject's dependencies; needs uv
 	uv pip compile --quiet --universal --python-version 3.11 --extra dev --generate-hashes --no-emit-index-url \

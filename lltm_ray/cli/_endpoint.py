@@ -25,8 +25,7 @@ def endpoint_of(url: str, name: str) -> str:
         return url.rstrip("/")
     state = RunState.load(name)
     if state is None:
-        why = f"no fleet {name!r} runs here; start it (lltm-ray up --name {name}), or give --name or --url"
-        raise ConfigError("url", url, why)
+        raise ConfigError("name", name, f"no such fleet runs here; start it (lltm-ray up --name {name}), or give --url")
     if not state.endpoint:
-        raise ConfigError("url", url, f"fleet {name!r} has no gateway; give the --url of another one")
+        raise ConfigError("name", name, "this fleet has no gateway; give the --url of another one")
     return state.endpoint

@@ -181,8 +181,10 @@ class HeaderReader:
         return value
 
     def _check_count(self, count: int, what: str, limit: int, smallest_bytes: int) -> None:
-        if count > min(limit, (self._size - self._at) // smallest_bytes):
+        if count > limit:
             self.fail(f"{count} {what} are more than the file can hold (limit {limit})")
+        if count > (self._size - self._at) // smallest_bytes:
+            self.fail(f"{count} {what} are more than the file can hold: it ends early; fetch or copy it again")
 
     def _read_version(self) -> int:
         magic = self._take(min(4, self._size))

@@ -192,7 +192,13 @@ class InferenceEngine:
         return InferStream(events, callback, self._figures.add)
 
     def batch_infer(self, prompts: Sequence[Prompt], **params: Any) -> list[InferResult]:
-        """Answers in the order of the prompts, computed at once on all slots of the model's engines; see `infer`."""
+        """Answers in the order of the prompts, computed at once on all slots of the model's engines; see `infer`.
+
+        Raises:
+            ConfigError: one text, not a list of them.
+        """
+        if isinstance(prompts, str):
+            raise ConfigError("prompts", prompts, "must be a list of prompts; for one take infer")
         slots = sum(each.slots_total for each in self.cluster.status().engines if each.model == self._served)
         with ThreadPoolExecutor(max(1, slots)) as pool:
             return list(pool.map(lambda prompt: self.infer(prompt, **params), prompts))

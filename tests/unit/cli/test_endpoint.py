@@ -77,7 +77,7 @@ def test_a_url_wins_over_the_running_fleet(gateway, command):
 def test_without_a_fleet_the_command_that_starts_one_is_told(command):
     done = run(*command, "--name", "gone")
     assert done.exit_code == 2
-    assert "no fleet 'gone' runs here; start it (lltm-ray up --name gone)" in done.output
+    assert "name='gone': no such fleet runs here; start it (lltm-ray up --name gone)" in done.output
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
@@ -85,4 +85,4 @@ def test_a_fleet_without_a_gateway_is_told(command):
     start_fleet("default", None)
     done = run(*command)
     assert done.exit_code == 2
-    assert "fleet 'default' has no gateway" in done.output
+    assert "name='default': this fleet has no gateway" in done.output

@@ -146,7 +146,7 @@ def test_a_wrong_key_is_told_with_the_gateways_words(ask, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "code", "words"),
-    [("http://127.0.0.1:9", 1, "cannot reach"), ("nonsense", 2, "must look like"), ("", 2, "no fleet 'default' runs")],
+    [("http://127.0.0.1:9", 1, "cannot reach"), ("nonsense", 2, "must look like"), ("", 2, "no such fleet runs")],
 )
 def test_an_endpoint_that_is_not_there_is_a_sentence(tmp_path, monkeypatch, url, code, words) -> None:
     monkeypatch.setenv("LLTM_RAY_CACHE", str(tmp_path))

@@ -42,6 +42,11 @@ def join(monkeypatch):
     return join
 
 
+def test_one_text_is_no_batch():
+    with pytest.raises(ConfigError, match="prompts='one': must be a list"):
+        InferenceEngine().batch_infer("one")
+
+
 def test_a_stream_of_a_raw_prompt_is_refused():
     with pytest.raises(ConfigError, match=r"raw=True.*infer\(raw=True\)"):
         InferenceEngine().infer_stream("x", raw=True)
