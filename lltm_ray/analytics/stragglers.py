@@ -217,6 +217,7 @@ def find_runs(trace: Trace, work: Frame) -> dict[int, Run]:
 def _began_well(run: Run, fine: _Buckets, engine: int) -> Run:
     """The run from where it became slow, if it was nearer to its peers' pace before."""
     known = np.where(fine.count[engine] >= _LEAST_IN_BUCKET, fine.pace[engine], np.nan)
+    known = known[np.arange(len(known)) + 0.5 < run.until_s / fine.width_s]
     is_slow = known > np.log(run.ratio) / 2 + np.log(run.peers_ratio)
     first = int(np.argmax(is_slow))
     if not is_slow.any() or np.isnan(known[:first]).all():

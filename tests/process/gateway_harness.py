@@ -208,11 +208,16 @@ class Gateway:
                     assert not each.done(), f"it ended before it was seen: {each}"
                 await asyncio.sleep(0.005)
 
-    async def until_free(self, engine: Engine, busy: int = 0, timeout_s: float = 8.0) -> None:
-        """Wait until so many slots work; an answer of 7000 tokens would take twice the time."""
+    async def until_free(self, engine: Engine, busy: int = 0, timeout_s: float = 60.0) -> None:
+        """Wait until so many slots work; whether they were freed or came to their end, `was_cut_off` tells."""
         async with asyncio.timeout(timeout_s):
             while sum(each["is_processing"] for each in await self.slots(engine)) != busy:
                 await asyncio.sleep(0.02)
+
+    async def was_cut_off(self, engine: Engine) -> bool:
+        """Whether the engine had more to say in the last answer that it began, of those that it works at no more."""
+        ended = [each for each in await self.slots(engine) if not each["is_processing"] and "next_token" in each]
+        return bool(max(ended, key=lambda each: each["id_task"])["next_token"][0]["has_next_token"])
 
     async def idle(self, timeout_s: float = 60.0) -> None:
         """Wait until no slot is claimed, nobody waits and no request runs."""

@@ -137,6 +137,7 @@ async def test_a_client_that_leaves_frees_exactly_its_own_slot(pair):
         assert gate.claims() == {"e0": 2}
         leaves.close()
         await gate.until_free(pair[0], busy=1)
+        assert await gate.was_cut_off(pair[0])
         assert gate.claims() == {"e0": 1}
         assert gate.app.records[-1].error == "client gone"
         assert (await stays.content.readuntil(b"\n\n")).startswith(b"data: ")
@@ -326,8 +327,9 @@ async def test_a_deadline_breaks_a_stream_and_frees_the_slot(pair):
                     await reply.content.read()
             reply.close()
             await gate.until_free(pair[0])
-        if reply.status == 200:
-            return
+            if reply.status == 200:
+                assert await gate.was_cut_off(pair[0])
+                return
     raise AssertionError("no stream began")
 
 

@@ -155,6 +155,7 @@ async def test_at_twice_the_load_all_promises_are_kept(tmp_path: Path):
         with target("scripted", tmp_path / f"{number}") as url:
             run = await drive(url, 7.0, 2.0, closed_s=3.0)
         figures = run.figures()
+        assert (figures["silent"], figures["429_without_retry_after"]) == (0, 0), "no clock excuses these"
         # in a few seconds chance weighs more than in the minute of the command
         wrong = broken(figures, fairness=0.9, goodput=0.75, late=0.03, in_time=0.98, refused=0.2)
         if not wrong:

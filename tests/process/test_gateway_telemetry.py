@@ -198,7 +198,7 @@ async def test_phases_are_the_whole_time_but_for_what_the_gateway_takes(pair, em
     async with gateway(*infos(pair), embed, tracing=Tracing(rows.add)) as gate:
         for name, (path, body, status) in ENDINGS.items():
             took: list[float] = []
-            while status == 200 and sum(each < OWN_S for each in took) < 4:  # others use this machine too
+            while status == 200 and sum(each < OWN_S for each in took[-7:]) < 4:  # others use this machine too
                 assert len(took) < 50, (name, took)
                 _, id_, _ = await post(gate, path, body)
                 took.append(own_s(*check_one(rows, id_)))

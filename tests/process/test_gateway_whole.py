@@ -61,6 +61,7 @@ async def test_a_client_that_leaves_a_whole_answer_frees_its_slot_at_once(pair):
         await gate.until_decoding(pair[0], leaver)
         leaver.cancel()
         await gate.until_free(pair[0])
+        assert await gate.was_cut_off(pair[0])
         await gate.idle()
         assert gate.app.records[-1].error == "client gone"
 
@@ -70,6 +71,7 @@ async def test_a_deadline_of_a_whole_answer_is_a_504_and_frees_its_slot_at_once(
         async with gate.http.post(f"{gate.url}/v1/chat/completions", json=WHOLE_LONG) as reply:
             assert reply.status == 504
         await gate.until_free(pair[0])
+        assert await gate.was_cut_off(pair[0])
 
 
 async def test_a_whole_answer_whose_engine_is_killed_comes_whole_from_another(pair, tiny, tmp_path):

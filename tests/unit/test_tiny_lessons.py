@@ -58,6 +58,8 @@ def test_no_question_is_both_answered_and_declined(module):
     declined = [*lessons.unknown, *lessons.unknown_held_out, *drawn]
     assert [question for question in declined if plain(question) in answered] == []
     assert len(lessons.unknown_held_out) >= 200
+    both = {plain(question) for question in drawn} & {plain(question) for question in lessons.unknown_held_out}
+    assert (len(drawn), len(both)) == (2192, 2), "as README says"
 
 
 def test_an_extractions_answer_fits_its_schema_and_its_test_has_wordings_of_its_own(module):

@@ -11,7 +11,7 @@ import pytest
 from lltm_ray.analytics import anomaly
 from lltm_ray.analytics.fit import fit_groups, fit_on_base, fit_positive
 from lltm_ray.analytics.ingest import build_trace
-from lltm_ray.analytics.stragglers import find_busy
+from lltm_ray.analytics.stragglers import Run, _began_well, _Buckets, find_busy
 from tests.fleet_rows import DECODE_S, PREFILL_S, START_UNIX_NANO, Plan, fleet_rows
 from tests.unit.analytics.made_rows import PANDAS, ZERO, Asked, Try, trace_of
 
@@ -190,6 +190,17 @@ def test_an_engine_that_became_slow_in_a_short_window_began_well():
     row = answer.tables["engines"].set_index("engine").loc["engine-1"]
     assert (finding.kind, finding.subject) == ("straggler", "engine-1")
     assert row["since_unix_nano"] == pytest.approx(ZERO + 2 * 10**9, abs=2 * 10**9)
+
+
+def test_a_slow_time_never_begins_after_its_end():
+    """Too few attempts in its finer buckets to show it, and a slow one after it that is another."""
+    run = Run(since_s=0.0, until_s=4.0, requests=9, ratio=2.0, z=9.0, lost_s=1.0, ms_token=9.0, is_since_ever=True)
+    pace, unknown = np.array([[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.7, 0.7]]), np.zeros((1, 8))
+    fine = _Buckets(1.0, np.full((1, 8), 9.0), pace, unknown, unknown, unknown, 0.1)
+    assert _began_well(run, fine, 0) == run
+    pace[0, 2] = 0.7
+    began = _began_well(run, fine, 0)
+    assert (began.since_s, began.until_s, began.is_since_ever) == (2.0, 4.0, False)
 
 
 STRAGGLER_EVER = Plan(straggler="engine-2", fault_from=0.0)

@@ -385,7 +385,7 @@ def test_the_request_path_does_not_wait_for_the_disk(tmp_path):
     started = time.perf_counter()
     for number in range(1000):
         run_one(ledger, f"r-{number}")
-    assert time.perf_counter() - started < 20, "one wait for the disk would be for ever"
+    assert time.perf_counter() - started < store.BUSY_S, "one wait for the disk takes as long"
     assert ledger.counters["pending"] == 1000
     blocker.execute("ROLLBACK")
     blocker.close()
