@@ -268,6 +268,15 @@ async def test_a_slot_that_somebody_else_uses_is_neither_held_nor_moved_to():
     assert one.claim_slot("m", exclude=(), tokens=0) is None
 
 
+async def test_a_routers_own_word_is_nobody_elses():
+    for _ in range(200):  # whether a float is rounded up is chance
+        board, (one, _) = Board(), pair(engine())
+        lease = await serve(one, chat(FIRST))
+        board.post("one", await one.gossip.news(SALT))
+        await one.gossip.hear(board.read("one", 0)[1], SALT)
+        assert [each.slot for each in one.held("a")] == [lease.slot]
+
+
 async def test_what_another_router_left_in_a_slot_is_held_by_that_one_alone_once_the_engine_is_closed():
     board, (one, other) = Board(), pair(engine())
     first = await serve(one, chat(FIRST))
