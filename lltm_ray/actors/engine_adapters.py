@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_LOOKS, _LOOK_S = 4, 0.5
+"""At what a server shows after a call that was given up: by then it has taken what lay in its queue."""
+_ROUNDING = 1e-6
+"""llama-server keeps scales as 32-bit floats."""
+
 
 class EngineAdapters:
     """Part of one `Engine`, on its loop."""
@@ -39,6 +44,7 @@ class EngineAdapters:
         """Of what its server serves; None before it was first planned."""
         self._was_ready = False
         self._setting = asyncio.Lock()
+        self._is_unsure = False
         self._again: asyncio.Task[None] | None = None
 
     async def dress(self, spec: EngineSpec) -> EngineSpec:
@@ -82,8 +88,20 @@ class EngineAdapters:
             after = before | scales
             if self._engine.info.state is EngineState.READY:
                 ids = {id_: after[each.name] for id_, each in enumerate(self.worn)}
-                await self._engine.client.set_lora_adapters(ids)
+                await self._set(ids)
             self._wear(after)
+
+    async def _set(self, ids: dict[int, float]) -> None:
+        """Until the server shows them: a call that was given up may lie in its queue, and be taken after this one."""
+        client, looks = self._engine.client, _LOOKS if self._is_unsure else 0
+        self._is_unsure = True
+        await client.set_lora_adapters(ids)
+        for _ in range(looks):
+            await asyncio.sleep(_LOOK_S)
+            shown = {each.id: each.scale for each in await client.lora_adapters()}
+            if any(abs(shown.get(id_, scale) - scale) > _ROUNDING * max(1.0, abs(scale)) for id_, scale in ids.items()):
+                await client.set_lora_adapters(ids)
+        self._is_unsure = False
 
     async def note(self, scales: dict[str, float]) -> None:
         """The server has these already, by name."""

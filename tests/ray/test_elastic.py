@@ -115,6 +115,7 @@ def test_a_request_for_a_cold_model_makes_room_and_idling_gives_it_back(ray_clus
 
 
 def test_a_model_that_cannot_start_says_why_and_a_start_without_room_waits(two):
+    until(lambda: ray.available_resources().get("CPU", 0.0) >= 1.0)  # else `warm` would have to make room for `broken`
     ray.get(two.directory.wake.remote("broken"))
     ray.get(two.directory.wake.remote("wide"))
     seen, wanted = {}, {("wide", ModelState.WAITING), ("wide", ModelState.FAILED), ("broken", ModelState.FAILED)}

@@ -68,6 +68,35 @@ async def test_other_adapters_wait_until_a_scale_is_set(fleet_wants_eve):
     assert [(each.name, each.own) for each in part.worn] == [("eve", 0.5)], "ada is gone, and its word with it"
 
 
+async def test_a_call_that_was_given_up_and_is_taken_later_does_not_stay(monkeypatch):
+    monkeypatch.setattr(engine_adapters, "_LOOK_S", 0.01)
+    shown = {0: 1.0}
+
+    class Slow:
+        """Takes the first call only after the second one, as a server may that was stopped meanwhile."""
+
+        calls, late = 0, {}
+
+        async def set_lora_adapters(self, scales):
+            self.calls += 1
+            if self.calls == 1:
+                self.late = scales
+                await asyncio.Event().wait()
+            shown.update(scales)
+            if self.calls == 2:
+                asyncio.get_running_loop().call_later(0.002, shown.update, self.late)
+
+        async def lora_adapters(self):
+            return tuple(SimpleNamespace(id=id_, scale=scale + 1e-8) for id_, scale in shown.items())
+
+    part = worn_by(Slow())
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(part.rescale({"ada": 0.5}), 0.05)
+    await part.rescale({"ada": 1.0})
+    await asyncio.sleep(0.05)
+    assert shown == {0: 1.0}
+
+
 async def test_what_nobody_expected_of_a_background_task_is_logged(caplog):
     part = worn_by(server := Server())
     server.let_in.set()
