@@ -102,9 +102,11 @@ class _CallWatch(Watch):
         self._first_s: float | None = None
         self._pieces = 0
         self._last: Any = None
-        self._began = time.perf_counter()
+        self._began_ns, self._began = time.time_ns(), time.perf_counter()
         name = f"{operation} {self._model}" if self._model else operation
-        self._span = outlet.tracer.start_span(name, kind=SpanKind.CLIENT, attributes=self._known())
+        self._span = outlet.tracer.start_span(
+            name, kind=SpanKind.CLIENT, attributes=self._known(), start_time=self._began_ns
+        )
         self._context = set_span_in_context(self._span)
         carrier: dict[str, str] = {}
         _propagator.inject(carrier, self._context)
@@ -157,7 +159,8 @@ class _CallWatch(Watch):
         elif error is not None:
             fail(self._span, error)
         self._measure(total_s, error)
-        self._span.end()
+        # As long as the metric says, also when the machine's clock was set meanwhile.
+        self._span.end(self._began_ns + round(total_s * 1e9))
 
     def _response(self) -> dict[str, Any]:
         last, reason = self._last, getattr(self._last, "finish_reason", None)

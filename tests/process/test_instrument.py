@@ -102,7 +102,9 @@ async def test_metrics_have_the_conventions_names_bounds_and_labels_and_point_at
         "server.address": "127.0.0.1",
         "server.port": int(server.url.rpartition(":")[2]),
     }
-    context = told.only().context
+    span = told.only()
+    context = span.context
+    assert duration["sum"] == pytest.approx((span.end_time - span.start_time) / 1e9, abs=1e-8)
     assert duration["exemplars"] == [(f"{context.trace_id:032x}", f"{context.span_id:016x}")]
     used = {each["attributes"]["gen_ai.token.type"]: each["sum"] for each in points["gen_ai.client.token.usage"]}
     assert used == {"input": done.usage.input_tokens, "output": 6}
