@@ -129,29 +129,23 @@ def estimate(ask: Ask, row: EngineView, rates: Rates, cached_tokens: int, output
         output_tokens: how long the reply will be.
     """
     speed = rates.speed(row.name)
-    others = row.busy if row.busy < row.slots_total else max(0, row.slots_total - 1)
-    prefill_s = max(0, ask.prompt_tokens - cached_tokens) * speed.prefill_token_s
-    behind_s = row.prefilling_tokens * speed.prefill_token_s * 0.5
+    token_s, busy = speed.prefill_token_s, row.busy
+    others = busy if busy < row.slots_total else max(0, row.slots_total - 1)
+    uncached = ask.prompt_tokens - cached_tokens
+    prefill_s = uncached * token_s if uncached > 0 else 0.0
+    behind_s = row.prefilling_tokens * token_s * 0.5
     own_s = speed.prefill_overhead_s + prefill_s + behind_s + output_tokens * speed.decode_s(others + 1)
     if row.adapters and row.is_taken(ask.lora):
         own_s += rates.service_s()
     others_s = min(row.decoding, others) * prefill_s + others * output_tokens * speed.decode_step_s
     if not cached_tokens:
-        others_s += RETURN_RATIO * row.spare_tokens * speed.prefill_token_s
-    return Score(row.name, cached_tokens, row.busy, own_s, others_s)
+        others_s += RETURN_RATIO * row.spare_tokens * token_s
+    return Score(row.name, cached_tokens, busy, own_s, others_s)
 
 
 def choose_row(ask: Ask, row: EngineView, rates: Rates, matches: Matches, rule: str) -> Choice:
     """The choice of an engine for another reason than its expected time; it is the only one considered."""
     cached = dict(matches).get(row.name, 0) if matches else 0
     score = estimate(ask, row, rates, cached, rates.output_tokens(ask.max_tokens))
-    return Choice(
-        engine=row.name,
-        cached_tokens=cached,
-        expected_s=score.expected_s,
-        considered=(score,),
-        prompt_tokens=ask.prompt_tokens,
-        busy=row.busy,
-        slots_total=row.slots_total,
-        rule=rule,
-    )
+    load = ask.prompt_tokens, row.busy, row.slots_total
+    return Choice(row.name, cached, score.expected_s, (score,), None, 0.0, 0.0, *load, rule)

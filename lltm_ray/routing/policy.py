@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from math import ceil, expm1, inf
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -24,6 +24,7 @@ T = TypeVar("T", bound=EngineView)
 
 _Wait = tuple[str | None, float, float]
 """Engine, seconds gained, seconds to wait."""
+_NO_WAIT: _Wait = None, 0.0, 0.0
 _CONSIDERED = 4
 _LEAST_LOADED = 3
 _MORE_LOADED = 64
@@ -154,20 +155,21 @@ class Residency(Policy):
             home = None
         for row in least if home is None else (*least, home):
             free.setdefault(row.name, (row, 0))
-        most = max([cached for _, cached in free.values()] + [score.cached_tokens for score, _ in full])
-        known = _Known(most, ask.shared_tokens if matches else 0, table.busy_total / len(table), output)
+        known = _know(ask, table, output, free, full) if matches else None
         ranked = []
         for name, (row, cached) in free.items():
             score = estimate(ask, row, rates, cached, output)
-            cost_s = score.cost_s - self._discount_s(known, score, rates)
+            cost_s = score.cost_s if known is None else score.cost_s - self._discount_s(known, score, rates)
+            drift_s = 0.0 if known is None else _drift_s(known, score, rates)
             if row is home:
                 cost_s -= self._bonus_s(ask, rates, score)
-            ranked.append((cost_s + _drift_s(known, score, rates), row.last_used, name, cost_s, score, row))
+            ranked.append((cost_s + drift_s, row.last_used, name, cost_s, score, row))
         ranked.sort()
         full.sort(key=_by_cost)
-        *_, cost_s, best, row = ranked[0]
+        _, _, _, cost_s, best, row = ranked[0]
         wait = self._worth_waiting(cost_s, full, rates)
-        shown = [each[4] for each in ranked[: _CONSIDERED - len(full[:1])]] + [score for score, _ in full[:1]]
+        shown = [each[4] for each in ranked[: _CONSIDERED - bool(full)]]
+        shown += [full[0][0]] if full else []
         rule = "same session" if row is home and not best.cached_tokens else ""
         return _answer(ask, row, shown, wait, rule)
 
@@ -209,8 +211,8 @@ class Residency(Policy):
         return (1.0 - self._copy_ratio) * tokens * rates.speed(score.engine).prefill_token_s
 
     def _worth_waiting(self, cost_s: float, full: Sequence[tuple[Score, T]], rates: Rates) -> _Wait:
-        found: _Wait = None, 0.0, 0.0
-        if rates.requests < _WAIT_AFTER:
+        found = _NO_WAIT
+        if not full or rates.requests < _WAIT_AFTER:
             return found
         for score, row in full:
             saved_s = cost_s - score.cost_s
@@ -346,14 +348,22 @@ def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
     """Nothing tells the least loaded engines apart but their load: equal in speed, no prompt of note pending."""
     if ask.affinity or ask.adapter or ask.only or ask.prompt_tokens >= LONG_PREFILL_TOKENS:
         return False
-    return all(
-        row.prefilling_tokens < LONG_PREFILL_TOKENS and not row.adapters and row.name not in rates.odd for row in least
-    )
+    for row in least:
+        if row.prefilling_tokens >= LONG_PREFILL_TOKENS or row.adapters or row.name in rates.odd:
+            return False
+    return True
 
 
 def _harm(row: EngineView) -> tuple[int, int]:
     """One more busy slot is less than a conversation driven out; further ones are not."""
     return max(row.busy, 1) + (row.spare_tokens > 0), row.spare_tokens
+
+
+def _know(
+    ask: Ask, table: Table[T], output: float, free: Mapping[str, tuple[T, int]], full: Sequence[tuple[Score, T]]
+) -> _Known:
+    most = max([cached for _, cached in free.values()] + [score.cached_tokens for score, _ in full])
+    return _Known(most, ask.shared_tokens, table.busy_total / len(table), output)
 
 
 def _drift_s(known: _Known, score: Score, rates: Rates) -> float:
@@ -382,17 +392,6 @@ def _by_cost(each: tuple[Score, EngineView]) -> tuple[float, str]:
 
 
 def _answer(ask: Ask, row: EngineView, shown: Sequence[Score], wait: _Wait, rule: str) -> Choice:
-    best = shown[0]
-    return Choice(
-        engine=best.engine,
-        cached_tokens=best.cached_tokens,
-        expected_s=best.expected_s,
-        considered=tuple(shown),
-        wait_for=wait[0],
-        wait_gain_s=wait[1],
-        wait_s=wait[2],
-        prompt_tokens=ask.prompt_tokens,
-        busy=row.busy,
-        slots_total=row.slots_total,
-        rule=rule,
-    )
+    engine, cached, _, expected_s, _ = shown[0]
+    load = ask.prompt_tokens, row.busy, row.slots_total
+    return Choice(engine, cached, expected_s, tuple(shown), *wait, *load, rule)

@@ -67,7 +67,7 @@ class Speed:
 
     def decode_s(self, busy: float) -> float:
         """Seconds a generated token with so many slots busy, this one among them."""
-        return self.decode_first_s + max(0.0, busy - 1) * self.decode_step_s
+        return self.decode_first_s + (busy - 1) * self.decode_step_s if busy > 1 else self.decode_first_s
 
 
 _PRIOR = Speed()
@@ -94,7 +94,7 @@ class _Line:
         pull = trust * prior.decode_first_s
         scale = (self.wy + pull) / (level + pull)
         half = _SHAPE_REPLIES / 2
-        low, high = scale * prior.decode_s(1.0), scale * prior.decode_s(_SHAPE_BUSY)
+        low, high = scale * prior.decode_first_s, scale * prior.decode_s(_SHAPE_BUSY)
         w, wx = self.w + 2 * half, self.wx + half * (1 + _SHAPE_BUSY)
         wy, wxx = self.wy + half * (low + high), self.wxx + half * (1 + _SHAPE_BUSY**2)
         wxy = self.wxy + half * (low + _SHAPE_BUSY * high)

@@ -257,12 +257,13 @@ class Table(Generic[T]):
         if self._rows.get(row.name) is not row:
             row.busy, row.last_used = busy, last_used
             return
-        if not row.is_suspect:
+        before, total, is_listed = row.busy, row.slots_total, not row.is_suspect
+        if is_listed:
             self._unlist(row)
-            self.free_slots += max(0, row.slots_total - busy) - max(0, row.slots_total - row.busy)
-        self.busy_total += busy - row.busy
+            self.free_slots += (total - busy if busy < total else 0) - (total - before if before < total else 0)
+        self.busy_total += busy - before
         row.busy, row.last_used = busy, last_used
-        if not row.is_suspect:
+        if is_listed:
             self._list(row)
 
     def _enter(self, row: T) -> None:

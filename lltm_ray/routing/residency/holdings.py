@@ -51,8 +51,8 @@ class Holdings:
 
     def end_use(self, slot: Slot) -> None:
         """The slot's request is over: let go what was kept for it."""
-        kept, slot.use = ([] if slot.use is None else slot.use.kept), None
-        for sequence in kept:
+        use, slot.use = slot.use, None
+        for sequence in () if use is None else use.kept:
             self.tree.release(sequence)
 
     def give_back(self, slot: Slot) -> None:
@@ -89,9 +89,9 @@ class Holdings:
             server.unsaved = []
             return
         place = -1  # a slot whose copy goes to make room for one of a lower id is saved again in the same pass
-        while waiting := [each for each in server.unsaved if each.id > place]:
-            slot = min(waiting, key=lambda each: each.id)
-            place = slot.id
+        while waiting := [each.id for each in server.unsaved if each.id > place]:
+            place = min(waiting)
+            slot = server.slots[place]
             server.unsaved = [each for each in server.unsaved if each is not slot]
             if slot.use is None and slot.sequence is not None:
                 self.save(server, slot.sequence)

@@ -317,9 +317,11 @@ class Residency:
     def _path(self, key: bytes, steps: list[Step]) -> Path:
         index, raw, retention, before = {self._tree.root: 0.0}, {}, self._learnt.retention, 0.0
         for node, depth, tokens in steps:
-            raw[node] = found = tokens
-            if node.reply is not None and depth > node.reply[0]:
-                found = node.reply[1] + retention * max(tokens - node.reply[1], 0.0)
+            reply, found = node.reply, tokens
+            if reply is not None:
+                raw[node] = tokens
+                if depth > reply[0]:
+                    found = reply[1] + retention * max(tokens - reply[1], 0.0)
             before = index[node] = max(before, found)
         return Path(index, raw, self._prompt_tokens(key, steps), self._tree.version, before)
 

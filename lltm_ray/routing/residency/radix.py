@@ -17,6 +17,8 @@ NODE_BYTES = 1024
 SEQUENCE_BYTES = 400
 """What a sequence costs: the object, its place in the ageing order and its share of the counts above it."""
 _MARKS_MAX = 32
+_CHUNK = 128
+"""Bytes that are compared at once, as numbers; longer ones are halved first."""
 
 
 @dataclass(slots=True, eq=False)
@@ -98,18 +100,17 @@ class Tree:
 
     def walk(self, key: bytes) -> list[Step]:
         """The longest known prefix of a key, node by node; tokens never fall along it."""
-        node, depth, tokens = self.root, 0, 0.0
+        depth, tokens, size, children = 0, 0.0, len(key), self.root.children
         steps: list[Step] = []
-        size = len(key)
         while depth < size:
-            child = node.children.get(key[depth])
+            child = children.get(key[depth])
             if child is None:
                 break
             if not key.startswith(child.edge, depth):
                 depth += common_bytes(child.edge, key, depth)
                 steps.append((child, depth, max(tokens, child.tokens_at(depth))))
                 break
-            node, depth = child, child.depth
+            depth, children = child.depth, child.children
             tokens = max(tokens, child.tokens)
             steps.append((child, depth, tokens))
         return steps
@@ -153,10 +154,11 @@ class Tree:
         else:
             sequence.node.slot_ends.setdefault(engine, {})[sequence] = None
         node = sequence.node
-        while node.parent is not None:
+        above = node.parent
+        while above is not None:
             counts = node.ram if is_ram else node.slots
             counts[engine] = counts.pop(engine, 0) + 1
-            node = node.parent
+            node, above = above, above.parent
 
     def deactivate(self, sequence: Sequence) -> None:
         """Count it no more."""
@@ -170,12 +172,13 @@ class Tree:
         else:
             del ends[engine][sequence]
         node = sequence.node
-        while node.parent is not None:
+        above = node.parent
+        while above is not None:
             counts = node.ram if is_ram else node.slots
             left = counts.pop(engine) - 1
             if left:
                 counts[engine] = left
-            node = node.parent
+            node, above = above, above.parent
 
     def within(self, sequence: Sequence) -> Iterator[Sequence]:
         """Slots of its engine that hold the same, or its beginning."""
@@ -267,13 +270,14 @@ class Tree:
 def common_bytes(edge: bytes, key: bytes, start: int) -> int:
     """How many first bytes of `edge` stand in `key` from `start` on; the two are known to differ somewhere."""
     low, high = 0, min(len(edge), len(key) - start)
-    while low < high:
+    while high - low > _CHUNK:
         middle = (low + high + 1) // 2
         if edge[low:middle] == key[start + low : start + middle]:
             low = middle
         else:
-            high = middle - 1
-    return low
+            high = middle
+    differing = int.from_bytes(edge[low:high]) ^ int.from_bytes(key[start + low : start + high])
+    return high - (differing.bit_length() + 7) // 8
 
 
 def _thinned(marks: list[tuple[int, float]]) -> list[tuple[int, float]]:

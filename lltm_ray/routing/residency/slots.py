@@ -33,7 +33,7 @@ class Path:
     index: dict[Node, float]
     """Ascending; the root is first, with 0."""
     raw_tokens: dict[Node, float]
-    """The same without the discount for replies that may not come back as they were."""
+    """The same where a reply goes through, without the discount for those that may not come back as they were."""
     prompt_tokens: int
     version: int
     most_tokens: float
