@@ -15,8 +15,8 @@ from lltm_ray.telemetry.context import (
     MOST_STATE_BYTES,
     SAMPLED,
     TraceContext,
+    new_ids,
     new_span_id,
-    new_trace_id,
     read_traceparent,
     write_traceparent,
 )
@@ -57,11 +57,15 @@ class RequestTrace:
     error: str = ""
     clock: Callable[[], float] = time.monotonic
     attempts: list[AttemptTrace] = field(default_factory=list)
+    first_id: str = ""
+    """Of its first attempt's span, if one was made with its own."""
 
     def attempt(self, asked_at: float) -> AttemptTrace:
         """A further attempt begins."""
-        self.attempts.append(AttemptTrace(new_span_id(), asked_at))
-        return self.attempts[-1]
+        is_first = self.first_id and not self.attempts
+        begun = AttemptTrace(self.first_id if is_first else new_span_id(), asked_at)
+        self.attempts.append(begun)
+        return begun
 
     @property
     def running(self) -> AttemptTrace:
@@ -70,8 +74,9 @@ class RequestTrace:
 
     def saw_head(self) -> None:
         """The engine under way has answered; its slot has started."""
-        if isnan(self.running.headers_at):
-            self.running.headers_at = self.clock()
+        running = self.attempts[-1]
+        if isnan(running.headers_at):
+            running.headers_at = self.clock()
 
     def saw_text(self) -> None:
         """The engine under way has given text."""
@@ -91,16 +96,18 @@ class RequestTrace:
     def headers(self) -> Headers:
         """What makes the engine's own spans, once it has some, children of the attempt under way."""
         parent = write_traceparent(self.trace_id, self.attempts[-1].span_id, self.flags)
-        pairs = [(b"traceparent", parent.encode("ascii"))]
+        pairs = [(b"traceparent", parent.encode())]
         return [*pairs, (b"tracestate", self.state.encode("latin-1"))] if self.state else pairs
 
 
 def begin_trace(headers: Headers, clock: Callable[[], float] = time.monotonic) -> RequestTrace:
     """Join the caller's trace, or begin one."""
     caller = read_caller(headers)
+    trace_id, span_id, first_id = new_ids()
     if caller is None:
-        return RequestTrace(new_trace_id(), new_span_id(), clock=clock)
-    return RequestTrace(caller.trace_id, new_span_id(), caller.span_id, caller.flags, caller.state, clock=clock)
+        return RequestTrace(trace_id, span_id, clock=clock, first_id=first_id)
+    asked = caller.span_id, caller.flags, caller.state
+    return RequestTrace(caller.trace_id, span_id, *asked, clock=clock, first_id=first_id)
 
 
 def read_caller(headers: Headers) -> TraceContext | None:

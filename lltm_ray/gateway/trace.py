@@ -14,7 +14,6 @@ from typing import Any
 
 from lltm_ray._prefix import SALT_BYTES, BlockSampler, hash_prefixes
 from lltm_ray.gateway.accounting import is_several
-from lltm_ray.gateway.headers import find
 from lltm_ray.gateway.request import Request
 from lltm_ray.gateway.timeline import RequestTrace
 from lltm_ray.gateway.upstream import Headers
@@ -178,10 +177,10 @@ _UNTOLD = Timings(prompt_ms=math.nan, predicted_ms=math.nan)
 
 
 def _conversation(headers: Headers, body: dict[str, Any]) -> str:
-    for name in _CONVERSATION_HEADERS:
-        given = find(headers, name)
-        if given:
-            return given.decode("utf-8", "replace")[:_MOST_CHARS]
+    given = [pair for pair in headers if pair[0] in _CONVERSATION_HEADERS and pair[1]]
+    if given:
+        value = min(given, key=lambda pair: _CONVERSATION_HEADERS.index(pair[0]))[1]
+        return value.decode("utf-8", "replace")[:_MOST_CHARS]
     for field_name in _CONVERSATION_FIELDS:
         value = body.get(field_name)
         value = value.get("id") if isinstance(value, dict) else value

@@ -23,14 +23,22 @@ _BATCH_BYTES = 2**20
 """Of one kind that has texts, as Python holds them: with captured content a thousand rows are tens of megabytes."""
 _MOST_LATER = 32
 """Makers of rows that wait; what they hold is in memory, and more at once would hold up the event loop."""
+_OWN_BYTES = 1024
+"""What a row that is weighed costs besides its long texts: the tuple, its numbers, names and ids."""
+_LONG = {
+    "requests": ("error", "parameters", "content"),
+    "spans": ("error", "attributes"),
+    "logs": ("message", "attributes"),
+}
+"""Kinds that are weighed, and their texts that may be long."""
 
 
 def _texts(kind: str) -> Callable[[tuple[Any, ...]], tuple[str, ...]]:
-    return itemgetter(*(at for at, field in enumerate(SCHEMAS[kind]) if field.type == pa.string()))
+    return itemgetter(*(SCHEMAS[kind].get_field_index(name) for name in _LONG[kind]))
 
 
-_TEXTS = {kind: _texts(kind) for kind in ("requests", "spans", "logs")}
-"""Kinds that have texts of any length, which are weighed: kind -> takes a row's texts."""
+_TEXTS = {kind: _texts(kind) for kind in _LONG}
+"""Takes a row's long texts."""
 
 
 class Outbox:
@@ -44,7 +52,8 @@ class Outbox:
     def __init__(self, limit_rows: int = 20_000, limit_bytes: int = 64 * 2**20) -> None:
         self._limit_rows, self._limit_bytes = limit_rows, limit_bytes
         self._later: list[Callable[[], None]] = []
-        self._bytes = dict.fromkeys(KINDS, 0)
+        self._bytes = dict.fromkeys(_LONG, 0)
+        self._all_bytes = 0
         self._rows: dict[str, deque[tuple[int, tuple[Any, ...]]]] = {kind: deque() for kind in KINDS}
         self.dropped: Counter[str] = Counter()
         """Rows lost here, by kind: no room, not sent in time, or not of their kind's types."""
@@ -67,10 +76,14 @@ class Outbox:
         rows = self._rows[kind]
         if len(rows) >= self._limit_rows:
             self._drop(kind)
-        size = _weigh(_TEXTS[kind], row) if kind in _TEXTS else 0
+        texts = _TEXTS.get(kind)
+        if texts is None:
+            rows.append((0, row))
+            return
+        size = _weigh(texts, row)
         rows.append((size, row))
-        self._bytes[kind] += size
-        while size and sum(self._bytes.values()) > self._limit_bytes:
+        self._weigh_in(kind, size)
+        while self._all_bytes > self._limit_bytes:
             self._drop(max(self._bytes, key=self._bytes.__getitem__))
 
     def _make(self) -> None:
@@ -78,8 +91,13 @@ class Outbox:
         for make in making:
             make()
 
+    def _weigh_in(self, kind: str, size: int) -> None:
+        if size:
+            self._bytes[kind] += size
+            self._all_bytes += size
+
     def _drop(self, kind: str) -> None:
-        self._bytes[kind] -= self._rows[kind].popleft()[0]
+        self._weigh_in(kind, -self._rows[kind].popleft()[0])
         self.dropped[kind] += 1
 
     def take(self) -> Batch:
@@ -99,7 +117,7 @@ class Outbox:
             weight, row = rows.popleft()
             taken.append(row)
             size += weight
-        self._bytes[kind] -= size
+        self._weigh_in(kind, -size)
         return taken
 
     def _pack(self, kind: str) -> pa.RecordBatch:
@@ -121,6 +139,6 @@ class Outbox:
 
 def _weigh(texts: Callable[[tuple[Any, ...]], tuple[str, ...]], row: tuple[Any, ...]) -> int:
     try:
-        return sum(map(str.__sizeof__, texts(row)))
+        return sum(map(str.__sizeof__, texts(row)), _OWN_BYTES)
     except (TypeError, IndexError):  # it will be found when it is packed
         return sum(map(getsizeof, row))
