@@ -306,14 +306,15 @@ def memory_for(spec: EngineSpec, engine: EngineConfig, gpus: tuple[GpuInfo, ...]
 def _jointly(engine: EngineConfig, budgets: list[int]) -> int:
     """What several devices hold together under the engine's way of splitting.
 
-    Without `tensor_split` llama.cpp divides by free memory, so they fill up together; with it, the device that is full
-    first bounds them all; without splitting there is but one.
+    Without `tensor_split` llama.cpp divides layers by free memory, so they fill up together, and tensors evenly (its
+    `llama_meta_device_get_split_state`); with it, the device that is full first bounds them all; without splitting there
+    is but one.
     """
     if engine.split_mode == "none":
         return budgets[min(engine.main_gpu, len(budgets) - 1)]
     parts = engine.tensor_split[: len(budgets)]
     if not any(parts):
-        return sum(budgets)
+        return len(budgets) * min(budgets) if engine.split_mode == "tensor" else sum(budgets)
     return min(int(budget * sum(parts) / part) for budget, part in zip(budgets, parts, strict=False) if part)
 
 

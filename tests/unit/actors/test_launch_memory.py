@@ -39,6 +39,13 @@ def test_the_device_that_is_full_first_bounds_a_split(settings, gpus_worth):
     assert memory(gpu(), gpu(), share=2.0, **settings) == pytest.approx(gpus_worth * memory(gpu()), rel=1e-6)
 
 
+def test_unequal_devices_hold_the_sum_of_both_in_layers_and_twice_the_smaller_in_tensors():
+    large, small = gpu(free=8 * GIB), gpu(free=4 * GIB)
+    alone = memory(large), memory(small)
+    assert memory(large, small, share=2.0, split_mode="layer") == sum(alone)
+    assert memory(large, small, share=2.0, split_mode="tensor") == 2 * alone[1]
+
+
 def test_a_gpu_without_memory_of_its_own_sets_no_limit():
     assert memory(gpu(0, 0)) is None
     assert memory(gpu(0, 0), limit=GIB) == GIB
