@@ -306,9 +306,9 @@ def memory_for(spec: EngineSpec, engine: EngineConfig, gpus: tuple[GpuInfo, ...]
 def _jointly(engine: EngineConfig, budgets: list[int]) -> int:
     """What several devices hold together under the engine's way of splitting.
 
-    Without `tensor_split` llama.cpp divides layers by free memory, so they fill up together, and tensors evenly (its
-    `llama_meta_device_get_split_state`); with it, the device that is full first bounds them all; without splitting there
-    is but one.
+    Without `tensor_split` llama.cpp divides layers by free memory, so they fill up together, and tensors evenly
+    (`llama_meta_device_get_split_state` in llama-model.cpp); with it, the device that is full first bounds them all;
+    without splitting there is but one.
     """
     if engine.split_mode == "none":
         return budgets[min(engine.main_gpu, len(budgets) - 1)]

@@ -177,10 +177,10 @@ _UNTOLD = Timings(prompt_ms=math.nan, predicted_ms=math.nan)
 
 
 def _conversation(headers: Headers, body: dict[str, Any]) -> str:
-    given = [pair for pair in headers if pair[0] in _CONVERSATION_HEADERS and pair[1]]
-    if given:
-        value = min(given, key=lambda pair: _CONVERSATION_HEADERS.index(pair[0]))[1]
-        return value.decode("utf-8", "replace")[:_MOST_CHARS]
+    named = [pair for pair in headers if pair[0] in _CONVERSATION_HEADERS and pair[1]]
+    if named:
+        first = min(named, key=lambda pair: _CONVERSATION_HEADERS.index(pair[0]))
+        return first[1].decode("utf-8", "replace")[:_MOST_CHARS]
     for field_name in _CONVERSATION_FIELDS:
         value = body.get(field_name)
         value = value.get("id") if isinstance(value, dict) else value

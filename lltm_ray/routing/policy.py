@@ -166,10 +166,9 @@ class Residency(Policy):
             ranked.append((cost_s + drift_s, row.last_used, name, cost_s, score, row))
         ranked.sort()
         full.sort(key=_by_cost)
-        _, _, _, cost_s, best, row = ranked[0]
+        *_, cost_s, best, row = ranked[0]
         wait = self._worth_waiting(cost_s, full, rates)
-        shown = [each[4] for each in ranked[: _CONSIDERED - bool(full)]]
-        shown += [full[0][0]] if full else []
+        shown = [each[4] for each in ranked[: _CONSIDERED - bool(full)]] + [score for score, _ in full[:1]]
         rule = "same session" if row is home and not best.cached_tokens else ""
         return _answer(ask, row, shown, wait, rule)
 
