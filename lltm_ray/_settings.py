@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lltm_ray.errors import ConfigError
@@ -37,8 +37,28 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def has(settings: Any, field: str) -> bool:
+    """Whether a setting is among these; named as errors name it, such as `models[0].engine.n_ctx`."""
+    for name in field.split("."):
+        if not isinstance(settings, Mapping):
+            break
+        if (plain := name.partition("[")[0]) not in settings:
+            return False
+        settings = settings[plain]
+    return True
+
+
 def build(cls: type[Any], raw: Mapping[str, Any], where: str = "") -> Any:
-    """Make a settings dataclass from plain data, naming any field that is unknown or of a wrong type."""
+    """Make a settings dataclass from plain data.
+
+    Args:
+        cls: the dataclass.
+        raw: its fields; those that are dataclasses themselves as tables.
+        where: what stands before its fields' names, `section.`.
+
+    Raises:
+        ConfigError: a field that is unknown, missing, of a wrong type or refused, by its whole name.
+    """
     hints = get_type_hints(cls)
     known = {item.name for item in fields(cls)}
     values = {}
@@ -47,16 +67,20 @@ def build(cls: type[Any], raw: Mapping[str, Any], where: str = "") -> Any:
         guess = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
         check(name in known, where + name, value, f"unknown setting; {guess}")
         values[name] = _convert(hints[name], value, where + name)
+    for item in fields(cls):
+        has_default = item.default is not MISSING or item.default_factory is not MISSING
+        check(has_default or item.name in values, where + item.name, None, "is missing, and has no default")
     try:
         return cls(**values)
-    except TypeError as error:  # a required field is missing
-        raise ConfigError(where.rstrip(".") or cls.__name__, dict(raw), str(error)) from error
+    except ConfigError as error:
+        raise ConfigError(where + error.field, error.value, error.why) from error.__cause__
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
     if get_origin(hint) is tuple:
-        check(isinstance(value, list | tuple), name, value, "must be a list")
-        return tuple(_convert(get_args(hint)[0], item, name) for item in value)
+        form = f": a table [[{name}]] for each" if is_dataclass(get_args(hint)[0]) else ""
+        check(isinstance(value, list | tuple), name, value, f"must be a list{form}")
+        return tuple(_convert(get_args(hint)[0], item, f"{name}[{place}]") for place, item in enumerate(value))
     choices = [choice for choice in (get_args(hint) or (hint,)) if choice is not type(None)]
     if value is None and type(None) in get_args(hint):
         return None

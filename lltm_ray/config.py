@@ -27,7 +27,7 @@ from lltm_ray._engine_config import (
     EngineConfig,
     LoraAdapter,
 )
-from lltm_ray._settings import build, merge
+from lltm_ray._settings import build, has, merge
 from lltm_ray._settings import check as _check
 from lltm_ray._settings import check_choice as _check_choice
 from lltm_ray._settings import check_range as _check_range
@@ -322,13 +322,19 @@ class FleetConfig:
             overrides: fields that win over the file; nested ones as dictionaries.
 
         Raises:
-            ConfigError: unreadable, not TOML, an unknown field, or a wrong value.
+            ConfigError: unreadable, not TOML, an unknown field, or a wrong value; names the file, and the field with
+                its table: `fleet.toml: gateway.port=99999: must be from 0 to 65535`.
         """
         try:
             raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError("config", str(path), f"cannot be read: {error}") from error
-        config: Self = build(cls, merge(_anchored(raw, Path(path).absolute().parent), overrides))
+        try:
+            config: Self = build(cls, merge(_anchored(raw, Path(path).absolute().parent), overrides))
+        except ConfigError as error:
+            if not has(overrides, error.field):
+                raise ConfigError(f"{path}: {error.field}", error.value, error.why) from error.__cause__
+            raise ConfigError(error.field, error.value, f"{error.why} (over {path})") from error.__cause__
         return config
 
 

@@ -245,10 +245,10 @@ class Cluster:
         Args:
             messages: in OpenAI's form; or a text, which is one message of the user.
             timeout_s: until the whole answer is there.
-            params: parameters of the request.
+            params: parameters of the request; `extra_body={...}` sends names that look misspelt and are meant.
 
         Raises:
-            ConfigError: these are no messages.
+            ConfigError: these are no messages, or a parameter looks misspelt.
             UpstreamError: llama-server refused the request.
             DeadlineError: no answer within `timeout_s`; the request was cancelled and its slot freed.
             EngineNotReadyError, EngineExitedError: no engine could answer.

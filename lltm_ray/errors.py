@@ -80,6 +80,7 @@ class ConfigError(LltmRayError):
     code = "invalid_request_error"
     field: str
     value: Any
+    why: str
 
     def __init__(self, field: str, value: Any, why: str) -> None:
         shown = repr(value) if len(repr(value)) <= 200 else repr(value)[:200] + "…"

@@ -18,6 +18,7 @@ from lltm_ray.actors.fleet import Fleet, get_engine, newest
 from lltm_ray.actors.remote import find
 from lltm_ray.actors.watch import keep_going, watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
+from lltm_ray.llamacpp.options import settle
 from lltm_ray.records import Completion, FleetStatus, StreamEvent, Timings
 from lltm_ray.routing.adapters import choose
 from lltm_ray.routing.policy import Ask
@@ -30,7 +31,16 @@ log = logging.getLogger(__name__)
 MAX_ATTEMPTS = 3
 """Tries of one call, as in the gateway."""
 Messages = list[dict[str, Any]]
-_PATHS = {"chat": "/v1/chat/completions", "complete": "/completion"}
+ROUTES = {
+    "chat": "/v1/chat/completions",
+    "complete": "/completion",
+    "embed": "/v1/embeddings",
+    "rerank": "/v1/rerank",
+}
+"""llama-server's route of each method."""
+_GENERATE = ("chat", "complete")
+_OWN = ("timeout_s", "carrier")
+"""Arguments of the engines' actors, and none of the routes."""
 
 
 class Calls:
@@ -105,6 +115,7 @@ class Calls:
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
         """Tried elsewhere as long as no event was delivered."""
         deadline = asyncio.get_running_loop().time() + timeout_s
+        params = settle(ROUTES["chat"], params, own=_OWN)
         ask = self._ask("chat", messages, timeout_s=timeout_s, **params)
         tries = Tries(self._router, MAX_ATTEMPTS, ask=ask)
         while True:
@@ -131,12 +142,13 @@ class Calls:
                 self._router.release(lease, served)
 
     async def _call(self, method: str, *args: Any, **params: Any) -> Any:
+        params = settle(ROUTES[method], params, own=_OWN)
         ask = self._ask(method, *args, **params)
         tries = Tries(self._router, MAX_ATTEMPTS, ask=ask)
         while True:
             lease, served = await self._router.acquire(ask, exclude=tries.avoid), None
             try:
-                if method in _PATHS:
+                if method in _GENERATE:
                     params |= _adapters(lease)
                 name = lease.engine.name
                 answer = await _awaited(getattr(self._handle(name), method).remote(*args, **params), name)
@@ -153,7 +165,7 @@ class Calls:
     def _ask(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Ask:
         """As the gateway asks for the same request; the slot is llama-server's choice, for others claim some too."""
         body = params | {"messages" if method == "chat" else "prompt": args[0] if args else None}
-        path, model = _PATHS.get(method, ""), params.get("model") or ""
+        path, model = ROUTES[method] if method in _GENERATE else "", params.get("model") or ""
         lora = None
         if path and (":" in model or params.get("lora")):
             served = self._router.resolve(model)
@@ -197,7 +209,7 @@ def _adapters(lease: Lease) -> dict[str, Any]:
 
 
 def _served(method: str, timings: Timings, text: str) -> Served:
-    return Served(timings=timings, reply=reply_key(_PATHS[method], text))
+    return Served(timings=timings, reply=reply_key(ROUTES[method], text))
 
 
 class _first_error:  # noqa: N801 - used as a statement

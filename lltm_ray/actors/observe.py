@@ -12,7 +12,7 @@ import ray
 from lltm_ray._optional import load
 from lltm_ray._watch import Watch, watch
 from lltm_ray.actors.analytics import find_analytics, make_analytics, wait_for_analytics
-from lltm_ray.actors.calls import Calls, Messages
+from lltm_ray.actors.calls import ROUTES, Calls, Messages
 from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.fleet import Fleet
 from lltm_ray.errors import FleetError
@@ -29,12 +29,6 @@ _ANSWER_S = 30.0
 _REPORT_S = 300.0
 """Ten million spans on a CPU take minutes."""
 _PAGE_ROWS = 50_000
-_ROUTES = {
-    "chat": "/v1/chat/completions",
-    "complete": "/completion",
-    "embed": "/v1/embeddings",
-    "rerank": "/v1/rerank",
-}
 _FIELDS = {"chat": "messages", "complete": "prompt", "embed": "input", "rerank": "query"}
 
 
@@ -195,14 +189,14 @@ class WatchedCalls(Calls):
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
         """As `Calls.call`."""
-        with watch("", _ROUTES[method], _body(method, args, params)) as seen:
+        with watch("", ROUTES[method], _body(method, args, params)) as seen:
             answer = await super().call(method, *args, timeout_s=timeout_s, **params, **_carrier(seen))
             seen.answer(answer)
             return answer
 
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
         """As `Calls.stream`."""
-        with watch("", _ROUTES["chat"], _body("chat", (messages,), params), is_stream=True) as seen:
+        with watch("", ROUTES["chat"], _body("chat", (messages,), params), is_stream=True) as seen:
             source: Any = super().stream(messages, timeout_s=timeout_s, **params, **_carrier(seen))
             async with aclosing(source) as events:
                 async for event in events:

@@ -20,10 +20,12 @@ class Stretch(NamedTuple):
     until_s: float
     per_s: float
     """Events a second in it."""
+    is_told: bool
+    """False: fewer events than a stretch needs. It is the whole window then, and a part of it may have been fuller."""
 
 
 class Stretches:
-    """One for each event, from it until there are enough of both seconds and events; or the whole window.
+    """One for each event, from it until there are enough of both seconds and events; one that ends with the window.
 
     Args:
         xp: the arrays' module.
@@ -37,18 +39,27 @@ class Stretches:
         self._xp, self._length_s = xp, length_s
         self.first, past = (int(xp.searchsorted(at, xp.asarray([edge]))[0]) for edge in (0.0, length_s))
         self._at = at = at[self.first : past]
-        until = xp.maximum(self._later(LEAST_EVENTS), at + max(LEAST_S, LEAST_SERVICES * service_s))
+        least_s = max(LEAST_S, LEAST_SERVICES * service_s)
+        until, last_s = xp.maximum(self._later(LEAST_EVENTS), at + least_s), length_s - least_s
+        last_s = min(last_s, self._before_last(LEAST_EVENTS))
         if is_lasting:
             until = xp.maximum(until, xp.minimum(self._later(LASTING_EVENTS), at + LASTING_S))
-        self._begin = xp.flatnonzero(until <= length_s)
-        self._until = until[self._begin]
+            last_s = min(last_s, max(self._before_last(LASTING_EVENTS), length_s - LASTING_S))
+        begin = xp.flatnonzero(until <= length_s)
+        last = xp.asarray([last_s, length_s] if last_s >= 0 else [], dtype=float)
+        self._begin = xp.concatenate([begin, xp.searchsorted(at, last[:1])])
+        self._from, self._until = xp.concatenate([at[begin], last[:1]]), xp.concatenate([until[begin], last[1:]])
         self._end = xp.searchsorted(at, self._until, side="right")
-        self._per_s = (self._end - self._begin - 1) / (self._until - at[self._begin])
+        self._per_s = (self._end - self._begin - 1) / (self._until - self._from)
 
     def _later(self, events: int) -> Array:
         """By event, when so many more have come; infinite where there are fewer."""
         none = self._xp.full(min(events, len(self._at)), float("inf"))
         return self._xp.concatenate([self._at[events:], none])
+
+    def _before_last(self, events: int) -> float:
+        """When so many more were still to come."""
+        return float(self._at[-1 - events]) if len(self._at) > events else -float("inf")
 
     def fullest(self, cost: Array | None = None, most: float = 0.0) -> Stretch:
         """The one with most events a second.
@@ -69,5 +80,5 @@ class Stretches:
             whole = whole if len(cost) and float(cost.mean()) <= most else 0.0
         best = int(per_s.argmax()) if len(per_s) else -1
         if best < 0 or float(per_s[best]) <= whole:
-            return Stretch(0.0, self._length_s, whole)
-        return Stretch(float(self._at[self._begin[best]]), float(self._until[best]), float(per_s[best]))
+            return Stretch(0.0, self._length_s, whole, is_told=len(self._at) > LEAST_EVENTS)
+        return Stretch(float(self._from[best]), float(self._until[best]), float(per_s[best]), is_told=True)

@@ -74,9 +74,10 @@ def analyze(trace: Trace) -> Answer:
     Models: `busiest_*` are of the stretch in which most requests came. `served_per_s` is the most that was ever served
     in one that lasts; `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; both at
     the slots of the busiest stretch, and no less than what was served, for the knee with waits below a service time.
-    `headroom_ratio` is knee_per_s / busiest_per_s - 1; `waiting` requests on average; `requests` are all that came,
-    `rejected` those that were refused, as rows or gateways tell, `waited` the others in the rows; waits are from a
-    request's arrival to its slots.
+    `headroom_ratio` is knee_per_s / busiest_per_s - 1. It and all `busiest_*` are not told (NaN) of a model with too
+    few requests for a stretch, unless even their mean over the window is past the knee. `waiting` requests on average;
+    `requests` are all that came, `rejected` those that were refused, as rows or gateways tell, `waited` the others in
+    the rows; waits are from a request's arrival to its slots.
     """
     held, engines = read_held(trace), read_engines(trace)
     return Answer(
@@ -172,6 +173,15 @@ def _flow(trace: Trace, row: Any, queue: _Queue, engines: Engines, model: int) -
     arrivals = _ratio(row.arrived + _unnamed(row, queue) + max(queue.in_hand - row.still, 0.0), length_s)
     most = max(busiest.per_s, arrivals)
     bend = max(knee(service, servers), served[1]) if slots > 0 else math.nan
+    is_past = most >= bend and row.requests + _unnamed(row, queue) >= LEAST_REQUESTS
+    then = {
+        "headroom_ratio": _ratio(bend, most) - 1,
+        "busiest_per_s": most,
+        "busiest_unix_nano": nanos(trace, busiest.from_s),
+        "busiest_s": busiest.until_s - busiest.from_s,
+        "busiest_wait_s": waits[0],
+        "busiest_wait_p95_s": waits[1],
+    }
     return {
         "slots": servers,
         "arrivals_per_s": arrivals,
@@ -179,14 +189,9 @@ def _flow(trace: Trace, row: Any, queue: _Queue, engines: Engines, model: int) -
         "capacity_per_s": max(_ratio(slots, service), served[0]),
         "utilization": _ratio(row.busy_s, engines.slots_within(model, 0.0, length_s) * length_s),
         "knee_per_s": bend,
-        "headroom_ratio": _ratio(bend, most) - 1,
         "expected_wait_s": expected_wait(_ratio(row.one, length_s), mean, servers),
-        "busiest_per_s": most,
-        "busiest_unix_nano": nanos(trace, busiest.from_s),
-        "busiest_s": busiest.until_s - busiest.from_s,
-        "busiest_wait_s": waits[0],
-        "busiest_wait_p95_s": waits[1],
         "served_per_s": served[0],
+        **(then if busiest.is_told or is_past else dict.fromkeys(then, math.nan)),
     }
 
 

@@ -132,13 +132,7 @@ def highlights(report: Report) -> list[Highlight]:
     figures = _figures_of(report, "failures")
     if units.is_known(figures.get("error_ratio")):
         found.append(Highlight("Errors", units.percent(figures["error_ratio"]), "of requests failed"))
-    models = [row for row in table_of(report, "queueing", "models") if units.is_known(row.headroom_ratio)]
-    if models:
-        least = min(models, key=lambda row: row.headroom_ratio)
-        knee = units.digits(least.knee_per_s)
-        note = f"{plain(least.model)}: {units.digits(least.busiest_per_s)} requests/s at its busiest, knee at {knee}"
-        is_bad = least.headroom_ratio <= 0
-        found.append(Highlight("Queueing headroom", units.percent(least.headroom_ratio), note, is_bad))
+    found += _headroom(table_of(report, "queueing", "models"))
     gpus = [
         row for row in table_of(report, "GPU and energy", "gpus") if units.is_known(row.joules) and row.generated > 0
     ]
@@ -147,6 +141,24 @@ def highlights(report: Report) -> list[Highlight]:
         note = f"of {units.count(sum(row.generated for row in gpus))} generated on {len(gpus)} GPUs"
         found.append(Highlight("Joules per token", units.joules(per_token), note))
     return found
+
+
+def _headroom(models: list[Any]) -> list[Highlight]:
+    """Of the model that has least; of those with few requests it is withheld, and of the most asked for said why."""
+    told = [row for row in models if units.is_known(row.headroom_ratio)]
+    if told:
+        least = min(told, key=lambda row: row.headroom_ratio)
+        rate, knee = units.digits(least.busiest_per_s), units.digits(least.knee_per_s)
+        note = (
+            f"{plain(least.model)}: {rate} requests/s in its busiest {units.seconds(least.busiest_s)}, knee at {knee}"
+        )
+        return [Highlight("Queueing headroom", units.percent(least.headroom_ratio), note, least.headroom_ratio <= 0)]
+    few = [row for row in models if row.requests and not units.is_known(row.busiest_per_s)]
+    if not few:
+        return []
+    most = max(few, key=lambda row: row.requests)
+    note = f"{plain(most.model)}: {units.count(most.requests)} requests are too few to tell its busiest time"
+    return [Highlight("Queueing headroom", units.NOTHING, note)]
 
 
 def table_of(report: Report, analysis: str, table: str) -> list[Any]:

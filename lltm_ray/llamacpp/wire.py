@@ -1,8 +1,8 @@
 """llama-server's HTTP routes as data: each function builds a `Call` or `StreamCall` that a client sends. Pure.
 
 Flow: `wire.tokenize(...)` -> `Call(method, path, query, body, parse)` -> a client sends it -> `replies` -> a record.
-Parameters that are not named here go to the server as they are, except None, which is dropped: llama.cpp has many more
-sampling parameters than this file should know (its `tools/server/README.md` lists them).
+Parameters that are not named here go to the server as they are, except None, which is dropped. Of their names `options`
+knows those that llama.cpp has; one that looks misspelt is refused, unless it stands in `extra_body={...}`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 from lltm_ray._turns import as_messages
 from lltm_ray.errors import ConfigError, UpstreamError
 from lltm_ray.llamacpp import replies
+from lltm_ray.llamacpp.options import read_options
 from lltm_ray.llamacpp.replies import Health, JsonObject, LoraAdapter, Reply, SlotAction
 from lltm_ray.llamacpp.sse import Decoder
 from lltm_ray.records import Embeddings, RerankHit, SlotState
@@ -100,10 +101,11 @@ def chat(messages: Chat, **params: Any) -> StreamCall:
 
     Args:
         messages: mappings with `role`, in OpenAI's form; or a text, which is one message of the user.
-        params: any parameter of the route: `max_tokens`, `tools`, `logprobs`, `id_slot`, ...
+        params: any parameter of the route: `max_tokens`, `tools`, `logprobs`, `id_slot`, ...; `extra_body` is a mapping
+            of further ones, whose names are not looked at.
 
     Raises:
-        ConfigError: a wrong message or parameter, before anything is sent.
+        ConfigError: a wrong message or parameter, or one that looks misspelt, before anything is sent.
     """
     return _openai("/v1/chat/completions", params, messages=as_messages(messages))
 
@@ -133,13 +135,13 @@ def infill(input_prefix: str, input_suffix: str, **params: Any) -> StreamCall:
 
 def responses(input: str | Sequence[Mapping[str, Any]], **params: Any) -> StreamCall:  # noqa: A002  OpenAI's word
     """OpenAI's Responses API, POST /v1/responses: `max_output_tokens`, `instructions`, `tools`, ..."""
-    body = _given(params, input=input, stream=True)
+    body = _given("/v1/responses", params, input=input, stream=True)
     return StreamCall(path="/v1/responses", body=body, decode=replies.read_responses_event)
 
 
 def messages(messages: Chat, **params: Any) -> StreamCall:
     """Anthropic's Messages API, POST /v1/messages: `max_tokens`, `system`, `tools`, ..."""
-    body = _given(params, messages=as_messages(messages), stream=True)
+    body = _given("/v1/messages", params, messages=as_messages(messages), stream=True)
     return StreamCall(path="/v1/messages", body=body, decode=replies.read_messages_event)
 
 
@@ -148,14 +150,15 @@ def messages(messages: Chat, **params: Any) -> StreamCall:
 
 def embed(input: str | Sequence[Any], **params: Any) -> Call[Embeddings]:  # noqa: A002  OpenAI's word
     """Embeddings, POST /v1/embeddings; `encoding_format="base64"` is a third of the bytes, and decoded here."""
-    return Call(path="/v1/embeddings", body=_given(params, input=input), parse=replies.read_embeddings)
+    body = _given("/v1/embeddings", params, input=input)
+    return Call(path="/v1/embeddings", body=body, parse=replies.read_embeddings)
 
 
 def rerank(
     query: str, documents: Sequence[str], top_n: int | None = None, **params: Any
 ) -> Call[tuple[RerankHit, ...]]:
     """Relevance of documents to a query, best first, POST /v1/rerank; the best `top_n`, or all."""
-    body = _given(params, query=query, documents=list(documents), top_n=top_n)
+    body = _given("/v1/rerank", params, query=query, documents=list(documents), top_n=top_n)
     return Call(path="/v1/rerank", body=body, parse=replies.read_rerank)
 
 
@@ -179,7 +182,7 @@ def detokenize(tokens: Sequence[int]) -> Call[str]:
 
 def apply_template(messages: Chat, **params: Any) -> Call[str]:
     """The prompt that the model's chat template makes of messages, POST /apply-template."""
-    body = _given(params, messages=as_messages(messages))
+    body = _given("/apply-template", params, messages=as_messages(messages))
     return Call(path="/apply-template", body=body, parse=lambda reply: str(reply.json()["prompt"]))
 
 
@@ -198,7 +201,7 @@ def props() -> Call[JsonObject]:
 
 def set_props(**props: Any) -> Call[None]:
     """Change properties, POST /props; the server must run with `--props`."""
-    return Call(path="/props", body=_given(props), parse=replies.read_success)
+    return Call(path="/props", body=_given("/props", props), parse=replies.read_success)
 
 
 def metrics() -> Call[str]:
@@ -245,33 +248,34 @@ def models() -> Call[tuple[JsonObject, ...]]:
 
 def model_load(model: str, **params: Any) -> Call[None]:
     """Load a model, POST /models/load; servers in router mode only. Returns when loading has begun."""
-    return Call(path="/models/load", body=_given(params, model=model), parse=replies.read_success)
+    return Call(path="/models/load", body=_given("/models/load", params, model=model), parse=replies.read_success)
 
 
 def model_unload(model: str, **params: Any) -> Call[None]:
     """Unload a model, POST /models/unload; servers in router mode only."""
-    return Call(path="/models/unload", body=_given(params, model=model), parse=replies.read_success)
+    return Call(path="/models/unload", body=_given("/models/unload", params, model=model), parse=replies.read_success)
 
 
 # --- request bodies --------------------------------------------------------------------------------------------------
 
 
-def _given(params: Mapping[str, Any], **fixed: Any) -> JsonObject:
+def _given(path: str, params: Mapping[str, Any], **fixed: Any) -> JsonObject:
     """`fixed` over `params`, without what is None."""
-    return {name: value for name, value in {**params, **fixed}.items() if value is not None}
+    options = read_options(path, params, own=fixed)
+    return {name: value for name, value in {**options, **fixed}.items() if value is not None}
 
 
 def _openai(path: str, params: Mapping[str, Any], **fixed: Any) -> StreamCall:
-    _check_one_choice(params)
     # usage comes only when asked for
     options = {**(params.get("stream_options") or {}), "include_usage": True}
-    body = _given(params, **fixed, stream=True, stream_options=options)
+    body = _given(path, params, **fixed, stream=True, stream_options=options)
+    _check_one_choice(body)
     return StreamCall(path=path, body=body, decode=replies.read_openai_chunk)
 
 
 def _native(path: str, params: Mapping[str, Any], **fixed: Any) -> StreamCall:
-    _check_one_choice(params)
-    body = _given(params, **fixed, stream=True)
+    body = _given(path, params, **fixed, stream=True)
+    _check_one_choice(body)
     if "max_tokens" in body:
         limit = body.pop("max_tokens")
         if "n_predict" in body:

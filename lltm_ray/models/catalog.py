@@ -51,7 +51,7 @@ class CatalogEntry:
         }
         for field, good in checks.items():
             if not good:
-                raise ConfigError(f"{self.name}.{field}", getattr(self, field), "not usable in the catalogue")
+                raise ConfigError(field, getattr(self, field), "not usable in the catalogue")
 
 
 @cache

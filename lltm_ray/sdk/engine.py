@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
 from lltm_ray._turns import Messages
+from lltm_ray.actors.calls import ROUTES
 from lltm_ray.config import ModelConfig
 from lltm_ray.driver import Cluster
 from lltm_ray.errors import ConfigError, FleetError, LltmRayError
+from lltm_ray.llamacpp.options import read_options
 from lltm_ray.records import Embeddings
 from lltm_ray.sdk.figures import Figures
 from lltm_ray.sdk.result import InferResult, InferStream, of_completion
@@ -29,6 +31,8 @@ from lltm_ray.sdk.result import InferResult, InferStream, of_completion
 log = logging.getLogger(__name__)
 
 Prompt = str | Messages
+_OWN = ("model", "max_tokens", "raw", "timeout_s")
+"""Options that have arguments of their own here, or are no llama-server's."""
 
 
 class InferenceEngine:
@@ -133,19 +137,22 @@ class InferenceEngine:
     # asking -----------------------------------------------------------------------------------------------------
 
     def infer(self, prompt: Prompt, *, max_tokens: int = 128, raw: bool = False, **params: Any) -> InferResult:
-        """One answer; a request that fails is a result that says so, and `InferResult.check` raises its error.
+        """One answer. A wrong call is raised; a request that fails is a result, whose `text` raises its `error`.
+
+        Where `text` is not read, `success` tells, and `check` raises.
 
         Args:
             prompt: a text, or a list of chat messages.
             max_tokens: longest answer.
             raw: give the text to the model as it is, without its chat template.
             params: as in /v1/chat/completions, with `raw` in /completion: temperature, top_p, top_k, seed, stop, ...;
-                and `timeout_s`.
+                and `timeout_s`. A misspelt one is refused; `extra_body={...}` sends any name.
 
         Raises:
-            ConfigError: `raw` with messages.
+            ConfigError: `raw` with messages, no messages, or a misspelt or wrong parameter.
             FleetError: no model is loaded.
         """
+        _check_options(params, raw=raw)
         if raw and not isinstance(prompt, str):
             raise ConfigError("raw", raw, "takes a text; messages need the chat template")
         cluster, began_s = self.cluster, time.perf_counter()
@@ -153,6 +160,8 @@ class InferenceEngine:
         try:
             done = cluster.complete(str(prompt), **params) if raw else cluster.chat(prompt, **params)
             result = of_completion(done, time.perf_counter() - began_s)
+        except ConfigError:
+            raise
         except LltmRayError as error:
             result = InferResult(latency_ms=(time.perf_counter() - began_s) * 1e3, error=error)
         self._figures.add(result)
@@ -175,6 +184,8 @@ class InferenceEngine:
     ) -> InferStream:
         """An answer piece by piece as the model makes it; its `result` has the whole, with the time to first token.
 
+        A request that fails raises its error from the iteration, after the pieces that came; `result` keeps both.
+
         Args:
             prompt: a text, or a list of chat messages.
             callback: called with each piece while the stream is read.
@@ -183,9 +194,10 @@ class InferenceEngine:
             params: as in `infer`.
 
         Raises:
-            ConfigError: `raw`, which only `infer` can do.
+            ConfigError: `raw`, which only `infer` can do, or a misspelt parameter.
             FleetError: no model is loaded.
         """
+        _check_options(params)
         if raw:
             raise ConfigError("raw", raw, "streams go through the chat template; use infer(raw=True)")
         events = self.cluster.stream(prompt, model=self._served, max_tokens=max_tokens, **params)
@@ -194,14 +206,25 @@ class InferenceEngine:
     def batch_infer(self, prompts: Sequence[Prompt], **params: Any) -> list[InferResult]:
         """Answers in the order of the prompts, computed at once on all slots of the model's engines; see `infer`.
 
+        A prompt that fails, or is none, is a failed result in its place; the others are answered.
+
         Raises:
-            ConfigError: one text, not a list of them.
+            ConfigError: one text, not a list of them; or a misspelt parameter.
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts", prompts, "must be a list of prompts; for one take infer")
+        _check_options(params, raw=params.get("raw", False))
         slots = sum(each.slots_total for each in self.cluster.status().engines if each.model == self._served)
         with ThreadPoolExecutor(max(1, slots)) as pool:
-            return list(pool.map(lambda prompt: self.infer(prompt, **params), prompts))
+            return list(pool.map(lambda prompt: self._infer_one(prompt, params), prompts))
+
+    def _infer_one(self, prompt: Prompt, params: dict[str, Any]) -> InferResult:
+        try:
+            return self.infer(prompt, **params)
+        except ConfigError as error:
+            result = InferResult(latency_ms=0.0, error=error)
+            self._figures.add(result)
+            return result
 
     def embed(self, texts: str | list[str], **params: Any) -> Embeddings:
         """One vector for each text; the model must be loaded with `engine={"embeddings": True}`."""
@@ -239,3 +262,8 @@ class InferenceEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.unload_model()
+
+
+def _check_options(params: Mapping[str, Any], *, raw: bool = False) -> None:
+    """Before anything is asked of the fleet."""
+    read_options(ROUTES["complete" if raw else "chat"], params, own=_OWN)

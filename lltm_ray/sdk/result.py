@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,9 +14,13 @@ from lltm_ray.records import Completion, StreamEvent, Timings, Usage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InferResult:
-    """An answer with its figures, or the reason why there is none; `str()` is the text."""
+    """An answer with its figures, or the error that kept it from coming; `str()` is the text.
 
-    text: str = ""
+    A failed one cannot pass for an answer: `text`, and so `str()`, raise its `error`.
+    """
+
+    received: str = ""
+    """Text that came; where `error` is set only the beginning of an answer, or nothing."""
     latency_ms: float
     """From the call to its last token, waiting included."""
     ttft_ms: float | None = None
@@ -27,6 +31,15 @@ class InferResult:
     engine: str = ""
     """Name of the engine that answered."""
     error: LltmRayError | None = None
+
+    @property
+    def text(self) -> str:
+        """The answer.
+
+        Raises:
+            LltmRayError: the request's error; `received` has what came before it.
+        """
+        return self.check().received
 
     @property
     def success(self) -> bool:
@@ -71,7 +84,7 @@ def of_completion(done: Completion, latency_s: float) -> InferResult:
     """The result of an answer that came whole."""
     ttft_s = done.timings.ttft_s
     return InferResult(
-        text=done.text,
+        received=done.text,
         latency_ms=latency_s * 1e3,
         ttft_ms=None if ttft_s is None else ttft_s * 1e3,
         finish_reason=done.finish_reason,
@@ -92,7 +105,7 @@ class _Reading:
 
 
 class InferStream:
-    """Iterate for the pieces of the answer. An error ends the iteration and is in `result`.
+    """Iterate for the pieces of the answer; an error is raised after the last piece that came, and kept in `result`.
 
     Args:
         events: of the request, which is sent when the first piece is asked for.
@@ -117,9 +130,10 @@ class InferStream:
 
     @property
     def result(self) -> InferResult:
-        """The whole answer; reads what is left of it."""
-        for _ in self._pieces:
-            pass
+        """The whole answer, or as much as came and the error; reads what is left of it."""
+        with suppress(LltmRayError):  # the result has it
+            for _ in self._pieces:
+                pass
         never = LltmRayError("the stream was closed and never read")
         return self._reading.result or InferResult(latency_ms=0.0, error=never)
 
@@ -146,16 +160,15 @@ def _read(reading: _Reading) -> Generator[str]:
                     if reading.callback is not None:
                         reading.callback(last.text)
                     yield last.text
-    except LltmRayError as problem:
-        error = problem
     except GeneratorExit:
         raise
     except BaseException as problem:
-        error = LltmRayError(str(problem) or type(problem).__name__)
+        why = str(problem) or type(problem).__name__
+        error = problem if isinstance(problem, LltmRayError) else LltmRayError(why)
         raise
     finally:
         reading.result = InferResult(
-            text="".join(texts),
+            received="".join(texts),
             latency_ms=(time.perf_counter() - began_s) * 1e3,
             ttft_ms=None if first_s is None else (first_s - began_s) * 1e3,
             finish_reason=last.finish_reason,

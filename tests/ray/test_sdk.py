@@ -3,6 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import ray
 
 import lltm_ray
 from lltm_ray.errors import ConfigError, FleetError, UpstreamError
@@ -73,10 +74,26 @@ def test_a_refused_request_is_a_result_that_says_why(engine):
     result = engine.infer("hi", response_format={"type": "nonsense"})
     assert not result.success
     assert "nonsense" in result.error_message
-    with pytest.raises(UpstreamError):
-        result.check()
+    with pytest.raises(UpstreamError, match="nonsense"):
+        print(result)
+    stream = engine.infer_stream("hi", response_format={"type": "nonsense"})
+    with pytest.raises(UpstreamError, match="nonsense"):
+        list(stream)
     after = engine.get_metrics()["throughput"]
-    assert after["failed_requests"] == before["failed_requests"] + 1
+    assert after["failed_requests"] == before["failed_requests"] + 2
+
+
+def test_a_misspelt_option_never_leaves_the_program(engine):
+    before = engine.get_metrics()["throughput"]
+    with pytest.raises(ConfigError, match=r"max_token=5.*did you mean max_tokens"):
+        engine.cluster.chat("hi", max_token=5)
+    with pytest.raises(ConfigError, match=r"temprature=0.*did you mean temperature"):
+        engine.infer("hi", temprature=0)
+    with pytest.raises(ConfigError, match="max_token=5"):
+        ray.get(engine.cluster.engines[0].chat.remote("hi", max_token=5))
+    assert engine.get_metrics()["throughput"] == before
+    sent = engine.cluster.chat("hi", max_tokens=3, temperature=0, extra_body={"max_token": 50, "ignore_eos": True})
+    assert sent.usage.output_tokens == 3
 
 
 def test_metrics_count_every_request_until_they_are_reset(engine):

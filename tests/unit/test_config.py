@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lltm_ray.config import EngineConfig, FleetConfig, GatewayConfig, LoraAdapter, ModelConfig, build
+from lltm_ray.errors import ConfigError
 
 TOML = """
 llama_server = "bin/llama-server"
@@ -78,3 +79,66 @@ def test_absolute_paths_change_nothing_else(folders):
     assert after.engine.tensor_split == (1.0, 2.0)
     assert after.gateway == before.gateway
     assert build(FleetConfig, {"gateway": None}).with_absolute_paths().gateway is None
+
+
+# --- what is wrong with a file
+
+WRONG = [
+    ("engines = true", "engines=True: must be int"),
+    ("modl = 'tiny'", "modl='tiny': unknown setting; did you mean model"),
+    ("drain_timeout_s = -1", "drain_timeout_s=-1.0: must be from 0 to 100000"),
+    ("[gateway]\nport = 99999", "gateway.port=99999: must be from 0 to 65535"),
+    ("[gateway]\nprot = 1", "gateway.prot=1: unknown setting; did you mean port?"),
+    ("[gateway]\nhost = '0.0.0.0'", "gateway.host='0.0.0.0': a public address needs api_key_file"),
+    ("gateway = 5", "gateway=5: must be a table [gateway]"),
+    ("[engine]\nflash_attn = 'yes'", "engine.flash_attn='yes': must be one of on, off, auto"),
+    ("[engine]\ntensor_split = [1, 'x']", "engine.tensor_split[1]='x': must be float"),
+    ("[engine]\nlora = [{ scale = 1 }]", "engine.lora[0].path=None: is missing"),
+    ("[telemetry]\nsample_ratio = 2", "telemetry.sample_ratio=2.0: must be from 0 to 1"),
+    ("[analytics]\nengine = 'cudff'", "analytics.engine='cudff': must be one of"),
+    ("[[models]]\nengines = 2", "models[0].model=None: is missing"),
+    ("[[models]]\nmodel = 'a'\n[[models]]\nmodel = 'b'\nengines = 0", "models[1].engines=0: needs max_engines"),
+    ("[[models]]\nmodel = 'a'\nengine = { n_parallel = 0 }", "models[0].engine.n_parallel=0: must be from 1"),
+    ("[[models]]\nmodel = 'a'\n[[models]]\nmodel = 'a'", "models.served_name='a': two models have it"),
+    ("[models]\nmodel = 'a'", "models={'model': 'a'}: must be a list: a table [[models]] for each"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), WRONG, ids=[said.partition("=")[0] for _, said in WRONG])
+def test_what_is_wrong_in_a_file_is_told_with_its_file_and_table(tmp_path, text, said):
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        FleetConfig.from_toml(path, name="x")
+    assert str(caught.value).startswith(f"{path}: {said}")
+    assert caught.value.field == f"{path}: {said.partition('=')[0]}"
+
+
+@pytest.mark.parametrize("text", ["engines = ", "a = 1\na = 2", "\udc80"])
+def test_a_file_that_is_no_toml_is_named(tmp_path, text):
+    path = tmp_path / "fleet.toml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=r"^config='.*fleet\.toml': cannot be read: "):
+        FleetConfig.from_toml(path)
+    with pytest.raises(ConfigError, match=r"^config='.*none\.toml': cannot be read: .*No such file"):
+        FleetConfig.from_toml(tmp_path / "none.toml")
+
+
+def test_what_is_given_over_a_file_is_not_said_to_be_in_it(tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_text("max_engines = 2\n[gateway]\nport = 1")
+    for over, said in (
+        ({"gateway": {"port": -1}}, "gateway.port=-1: must be from 0 to 65535"),
+        ({"engines": 3}, "engines=3: must be at most max_engines=2"),
+        ({"models": [{"model": ""}]}, "models[0].model='': must name a model"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            FleetConfig.from_toml(path, **over)
+        assert str(caught.value) == f"{said} (over {path})"
+
+
+def test_settings_given_by_name_are_told_with_their_table():
+    with pytest.raises(ConfigError, match=r"^engine\.n_parallel=0: must be from 1"):
+        build(FleetConfig, {"engine": {"n_parallel": 0}})
+    with pytest.raises(ConfigError, match=r"^port=-1: must be from 0"):
+        GatewayConfig(port=-1)

@@ -168,7 +168,7 @@ CHARTS = (
         analysis="queueing",
         table="models",
         title="Headroom",
-        says="Arrivals of each model, the knee from where waits grow fast, and what its slots carry at most.",
+        says="Arrivals of each model at its busiest, the knee where waits grow fast, and what its slots carry at most.",
         nothing="no model was asked for in this window",
         draw=loads.headroom,
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lltm_ray.analytics import units
 from lltm_ray.analytics.answer import Answer, rows
 from lltm_ray.analytics.html.bars import BAR_PX, LEGEND, MOST_BARS, Bar, bar_chart, mark, or_zero
@@ -80,16 +82,19 @@ def utilization(answer: Answer, about: About) -> Figure:
 
 
 def headroom(answer: Answer, about: About) -> Figure:
-    """Arrivals of each model at its busiest, against its knee and what it can carry at most."""
-    models = sorted(rows(answer.tables["models"]), key=lambda each: or_zero(each.headroom_ratio))[:MOST_BARS]
+    """Arrivals of each model at its busiest, against its knee and what it can carry at most.
+
+    On average where it got too few requests to tell its busiest time.
+    """
+    models = sorted(rows(answer.tables["models"]), key=_room)[:MOST_BARS]
     drawn = [
         Bar(
             str(each.model),
-            each.busiest_per_s,
-            f"{units.digits(each.busiest_per_s)} a second",
+            each.busiest_per_s if units.is_known(each.busiest_per_s) else each.arrivals_per_s,
+            _pace(each),
             hover(
                 each.model,
-                at_its_busiest=f"{units.digits(each.busiest_per_s)} a second",
+                at_its_busiest=_at_its_busiest(each),
                 arrivals=f"{units.digits(each.arrivals_per_s)} a second",
                 knee=f"{units.digits(each.knee_per_s)} a second",
                 capacity=f"{units.digits(each.capacity_per_s)} a second",
@@ -106,6 +111,23 @@ def headroom(answer: Answer, about: About) -> Figure:
     knee = mark([each.knee_per_s for each in models], "knee: waits grow fast from here", "diamond", says)
     most = mark([each.capacity_per_s for each in models], "capacity", "line-ns", says)
     return bar_chart(drawn, "requests a second", [knee, most])
+
+
+def _room(model: Any) -> tuple[bool, float]:
+    """To sort by: least first, what is not known last."""
+    return not units.is_known(model.headroom_ratio), or_zero(model.headroom_ratio)
+
+
+def _pace(model: Any) -> str:
+    if units.is_known(model.busiest_per_s):
+        return f"{units.digits(model.busiest_per_s)} a second"
+    return f"{units.digits(model.arrivals_per_s)} a second on average"
+
+
+def _at_its_busiest(model: Any) -> str:
+    if units.is_known(model.busiest_per_s):
+        return f"{units.digits(model.busiest_per_s)} a second for {units.seconds(model.busiest_s)}"
+    return f"{units.count(model.requests)} requests are too few to tell"
 
 
 def classes(answer: Answer, about: About) -> Figure:

@@ -426,6 +426,8 @@ class _Made:
             "slots": [16, 4],
             "arrivals_per_s": [6.1, 0.2],
             "busiest_per_s": [7.03, 0.4],
+            "busiest_s": [14.2, 250.0],
+            "requests": [21_960, 720],
             "capacity_per_s": [10.6, 1.1],
             "utilization": [0.66, 0.36],
             "knee_per_s": [8.5, 0.9],

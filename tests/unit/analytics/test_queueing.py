@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pytest
 
 from lltm_ray.analytics import queueing
 from lltm_ray.analytics.answer import Answer
+from lltm_ray.analytics.busiest import Stretches
 from lltm_ray.analytics.erlang import KNEE_UTILIZATION, expected_wait, knee, slots_for, waiting_probability
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
@@ -274,6 +276,79 @@ def test_slots_of_the_busiest_time_are_those_that_were_there_then():
     row = row_of(queueing.analyze(trace), "models")
     assert row["slots"] == 8
     assert 0 < (row["busiest_unix_nano"] - START_UNIX_NANO) / 1e9 < 40
+
+
+def evenly(number, until_s, took_s=0.1, from_s=0.0):
+    """Requests that come one after the other and do not wait."""
+    step = (until_s - from_s) / number
+    return [(from_s + i * step, from_s + i * step, from_s + i * step + took_s) for i in range(number)]
+
+
+@pytest.mark.parametrize("number", [1, 30, 100])
+def test_of_few_requests_no_busiest_time_and_no_headroom_is_told(number):
+    burst = evenly(number, 1812.0, took_s=2.0, from_s=1800.0)
+    answer = queueing.analyze(window(burst, slots=1, samples=[(0.0, 0)], seconds=3600.0))
+    row = row_of(answer, "models")
+    assert row["requests"] == number
+    assert row["arrivals_per_s"] == pytest.approx(number / 3600)
+    assert row["knee_per_s"] > number / 3600
+    untold = [name for name in row if name.startswith("busiest_")]
+    assert len(untold) == 5
+    assert all(math.isnan(row[name]) for name in ("headroom_ratio", *untold))
+    assert queueing.judge(answer) == []
+
+
+def test_one_request_more_is_enough_to_tell_them():
+    burst = evenly(101, 1811.0, from_s=1800.0)
+    row = row_of(queueing.analyze(window(burst, slots=1, samples=[(0.0, 0)], seconds=3600.0)), "models")
+    assert row["busiest_per_s"] == pytest.approx(101 / 11, rel=0.03)
+    assert row["busiest_s"] == pytest.approx(11, rel=0.03)
+    assert math.isfinite(row["headroom_ratio"])
+
+
+def test_few_rows_of_a_model_that_refuses_many_are_past_the_knee_for_certain():
+    served = mmc(0.6, 1.0, 1, 60, seed=2)
+    trace = window(served, slots=1, samples=[(0.0, 0)], seconds=110.0)
+    refusals = trace.engine.frame(
+        {
+            "model": np.zeros(2, np.int64),
+            "gateway": np.zeros(2, np.int64),
+            "at_s": np.array([0.0, 100.0]),
+            "rejected": np.array([0.0, 600.0]),
+            "waiting": np.zeros(2),
+            "running": np.zeros(2),
+        }
+    )
+    answer = queueing.analyze(replace(trace, queues=refusals))
+    row = row_of(answer, "models")
+    assert row["requests"] == 660
+    assert row["headroom_ratio"] < 0
+    assert [each.kind for each in queueing.judge(answer)] == ["saturation"]
+
+
+@pytest.mark.parametrize("busy_s", [2.0, 5.0, 9.0])
+def test_a_burst_that_the_window_ends_in_is_found(busy_s):
+    idle, burst = evenly(60, 3590.0), evenly(300, 3600.0, took_s=0.001, from_s=3600.0 - busy_s)
+    row = row_of(queueing.analyze(window(sorted(idle + burst), slots=4, samples=[(0.0, 0)], seconds=3600.0)), "models")
+    assert row["busiest_per_s"] == pytest.approx(30, rel=0.02)
+    assert row["busiest_s"] == pytest.approx(10)
+    assert row["busiest_unix_nano"] == START_UNIX_NANO + 3590 * 10**9
+
+
+def test_the_busiest_stretch_is_never_slower_than_the_mean_and_has_its_events():
+    dice = random.Random(5)
+    for _ in range(200):
+        length_s, number = dice.uniform(1, 400), dice.randrange(0, 1500)
+        at = np.sort([length_s * dice.random() ** dice.choice([0.2, 1, 5]) for _ in range(number)])
+        for is_lasting in (False, True):
+            found = Stretches(np, at, length_s, 0.1, is_lasting=is_lasting).fullest()
+            inside = ((at >= found.from_s) & (at <= found.until_s)).sum()
+            assert found.is_told == (number > 100)
+            assert 0 <= found.from_s < found.until_s <= length_s
+            assert found.per_s * length_s >= number * 0.999
+            assert found.per_s * (found.until_s - found.from_s) == pytest.approx(inside, abs=1.5)
+            is_part = (found.from_s, found.until_s) != (0.0, length_s)
+            assert not is_part or (inside > 100 and found.until_s - found.from_s > 9.999)
 
 
 # --- findings

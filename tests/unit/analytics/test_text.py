@@ -11,6 +11,8 @@ import pytest
 from lltm_ray.analytics import units
 from lltm_ray.analytics.answer import Answer, Finding, table
 from lltm_ray.analytics.html import to_html
+from lltm_ray.analytics.html.figures import About
+from lltm_ray.analytics.html.loads import headroom
 from lltm_ray.analytics.text import to_json, to_text
 from tests.unit.analytics.made_report import HOSTILE, START, empty_report, made_report
 
@@ -71,6 +73,40 @@ def test_figures_follow_the_findings():
     assert any("Cache reuse" in line and "58.0 %" in line and "71.0 % could be" in line for line in lines)
     assert any("Queueing headroom" in line and "21.0 %" in line and "llama-8b" in line for line in lines)
     assert any("Joules per token" in line and "1.74 J" in line for line in lines)
+    assert any("llama-8b: 7.03 requests/s in its busiest 14.2 s, knee at 8.50" in line for line in lines)
+
+
+def with_models(**columns):
+    """The made report, with other models' queues."""
+    made = made_report()
+    result = made.results["queueing"]
+    models = result.answer.tables["models"].assign(**columns)
+    tables = result.answer.tables | {"models": models}
+    return replace(made, results={**made.results, "queueing": replace(result, answer=Answer(tables))})
+
+
+def test_headroom_of_few_requests_is_withheld_and_said_why():
+    nothing = {"headroom_ratio": math.nan, "busiest_per_s": math.nan, "busiest_s": math.nan}
+    few = with_models(requests=[12, 30], arrivals_per_s=[0.004, 0.01], **nothing)
+    (line,) = [line for line in to_text(few).splitlines() if "Queueing headroom" in line]
+    assert line.split(maxsplit=3)[2:] == ["–", "qwen-32b: 30 requests are too few to tell its busiest time"]
+    page = to_html(few)
+    assert "qwen-32b: 30 requests are too few to tell its busiest time" in page
+    assert "0.01 a second on average" in page
+    assert "12 requests are too few to tell" in page
+    (models,) = [
+        each["tables"]["models"] for each in json.loads(to_json(few))["analyses"] if each["analysis"] == "queueing"
+    ]
+    assert [row["headroom_ratio"] for row in models] == [None, None]
+    bars, *_ = headroom(few.results["queueing"].answer, About(frozenset(), 0, 1))["data"]
+    assert bars["x"] == [0.004, 0.01]
+
+
+def test_headroom_is_that_of_the_model_that_has_least_of_those_that_are_known():
+    some = with_models(headroom_ratio=[math.nan, 1.25], busiest_per_s=[math.nan, 0.4])
+    assert "qwen-32b: 0.40 requests/s in its busiest 4 min 10 s, knee at 0.90" in to_text(some)
+    none = with_models(headroom_ratio=math.nan, knee_per_s=math.nan)
+    assert "Queueing headroom" not in to_text(none)
 
 
 def test_reuse_beyond_what_hashes_show_is_not_called_possible():

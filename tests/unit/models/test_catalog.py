@@ -54,7 +54,7 @@ def test_the_catalogue_is_read_once_and_cannot_be_changed():
         (("context = 512", 'context = 512\nkind = "image"'), "m.kind"),
         (("context = 512", 'context = 512\nsha256 = "abc"'), "m.sha256"),
         (("context = 512", "context = 512\nsize = 1"), "m.size"),
-        (('licence = "mit"', ""), "m"),
+        (('licence = "mit"', ""), "m.licence"),
         (("[m]", "[M]"), "M.name"),
         (("[m]", "m = 1\n[n]"), "m"),
         (("[m]", "[m"), "catalog"),

@@ -26,7 +26,7 @@ class Echo:
 
     def infer(self, messages, **params):
         self.asked.append(messages)
-        return InferResult(text=f"{len(messages)} heard", latency_ms=1, error=self.error)
+        return InferResult(received=f"{len(messages)} heard", latency_ms=1, error=self.error)
 
     def infer_stream(self, messages, callback=None, **params):
         self.asked.append(messages)

@@ -6,9 +6,9 @@ import pytest
 
 from lltm_ray._loop import Loop
 from lltm_ray.driver import Cluster
-from lltm_ray.errors import ConfigError, EngineNotReadyError, FleetError
+from lltm_ray.errors import ConfigError, EngineNotReadyError, FleetError, UpstreamError
 from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
-from lltm_ray.records import Embeddings
+from lltm_ray.records import Completion, Embeddings
 from lltm_ray.sdk.engine import InferenceEngine
 from lltm_ray.sdk.server import ServerManager
 
@@ -18,12 +18,20 @@ class Running:
 
     def __init__(self, broken=False):
         self.broken, self.closed, self.asked, self.models = broken, False, [], [self]
-        self.name = "tiny"
+        self.name, self.engines = "tiny", ()
 
     def status(self):
         if self.broken:
             raise FleetError("no status")
         return self
+
+    def chat(self, prompt, **params):
+        self.asked.append((prompt, params))
+        if isinstance(prompt, Exception):
+            raise prompt
+        return Completion(text=f"{prompt}!")
+
+    complete = stream = chat
 
     def embed(self, texts, **params):
         self.asked.append(params)
@@ -69,6 +77,54 @@ def test_embeddings_are_asked_of_the_model_that_was_loaded(join):
     engine.embed("x")
     engine.embed("x", model="other")
     assert running.asked == [{"model": "tiny"}, {"model": "other"}]
+
+
+@pytest.fixture
+def loaded(join):
+    running = Running()
+    engine = join(running)
+    engine.load_model("tiny")
+    return engine, running
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda engine, **params: engine.infer("hi", **params),
+        lambda engine, **params: engine.infer("hi", raw=True, **params),
+        lambda engine, **params: engine.generate("hi", **params),
+        lambda engine, **params: engine.chat([{"role": "user", "content": "hi"}], **params),
+        lambda engine, **params: engine.infer_stream("hi", **params),
+        lambda engine, **params: engine.batch_infer(["hi", "ho"], **params),
+    ],
+)
+def test_a_misspelt_option_is_refused_before_anything_is_asked(loaded, call):
+    engine, running = loaded
+    for wrong, meant in (("temprature", "temperature"), ("max_token", "max_tokens"), ("timeout", "timeout_s")):
+        with pytest.raises(ConfigError, match=rf"^{wrong}=1: .* did you mean {meant}\?.* extra_body=\{{'{wrong}': "):
+            call(engine, **{wrong: 1})
+    assert running.asked == []
+    assert engine.get_metrics()["throughput"]["total_requests"] == 0
+    call(engine, temperature=0.5, extra_body={"temprature": 1})
+    assert running.asked[0][1].items() >= {"temperature": 0.5, "extra_body": {"temprature": 1}}.items()
+
+
+def test_a_wrong_call_is_raised_and_a_failed_request_kept(loaded):
+    engine, _ = loaded
+    with pytest.raises(ConfigError, match="n=2"):
+        engine.infer(ConfigError("n", 2, "one answer a call"))
+    failed = engine.infer(UpstreamError(503, "busy"))
+    assert (failed.success, failed.error_message) == (False, "llama-server answered 503: busy")
+    with pytest.raises(UpstreamError):
+        _ = failed.text
+
+
+def test_a_batch_loses_no_answer_to_a_prompt_that_fails(loaded):
+    engine, _ = loaded
+    found = engine.batch_infer(["a", ConfigError("messages", 7, "are none"), UpstreamError(503, "busy"), "b"])
+    assert [one.received for one in found] == ["a!", "", "", "b!"]
+    assert [type(one.error) for one in found] == [type(None), ConfigError, UpstreamError, type(None)]
+    assert engine.get_metrics()["throughput"]["failed_requests"] == 2
 
 
 @pytest.mark.parametrize(("broken", "model"), [(True, "tiny"), (False, "qwen")])

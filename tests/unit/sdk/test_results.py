@@ -48,13 +48,32 @@ def test_a_result_reads_what_is_left_of_its_stream():
 
 
 def test_an_error_ends_the_stream_and_keeps_what_came():
-    stream = InferStream(events("a", error=UpstreamError(400, b"no")), None, lambda _: None)
-    assert list(stream) == ["a"]
+    pieces, done, problem = [], [], UpstreamError(400, "no")
+    stream = InferStream(events("a", error=problem), pieces.append, done.append)
+    with pytest.raises(UpstreamError) as caught:
+        list(stream)
+    assert caught.value is problem
+    assert pieces == ["a"]
+    assert list(stream) == []
     result = stream.result
-    assert (result.text, result.success, result.tokens_generated) == ("a", False, 1)
-    assert result.error_message == str(result.error)
-    with pytest.raises(UpstreamError):
-        result.check()
+    assert (result.received, result.success, result.tokens_generated) == ("a", False, 1)
+    assert (result.error, result.error_message) == (problem, str(problem))
+    assert done == [result]
+
+
+def test_a_result_that_reads_a_failing_stream_keeps_the_error():
+    stream = InferStream(events("a", error=UpstreamError(400, "no")), None, lambda _: None)
+    assert (stream.result.received, stream.result.error_message) == ("a", "llama-server answered 400: no")
+
+
+@pytest.mark.parametrize("read", [lambda failed: failed.text, str, "{}".format, InferResult.check])
+def test_a_failed_result_cannot_pass_for_an_answer(read):
+    problem = UpstreamError(503, "busy")
+    with pytest.raises(UpstreamError) as caught:
+        read(InferResult(received="The first ha", latency_ms=1, error=problem))
+    assert caught.value is problem
+    assert "The first ha" in repr(InferResult(received="The first ha", latency_ms=1, error=problem))
+    assert read(InferResult(received="all", latency_ms=1)) in ("all", InferResult(received="all", latency_ms=1))
 
 
 def test_a_stream_that_is_left_closes_its_request_and_is_counted():
@@ -86,7 +105,7 @@ def test_a_stream_that_breaks_is_no_success(problem):
     stream = InferStream(events("a", error=problem), None, done.append)
     with pytest.raises(type(problem)):
         list(stream)
-    assert (stream.result.text, stream.result.success) == ("a", False)
+    assert (stream.result.received, stream.result.success) == ("a", False)
     assert stream.result.error_message == (str(problem) or "KeyboardInterrupt")
     assert done == [stream.result]
 
@@ -103,7 +122,7 @@ def test_a_callback_that_fails_ends_the_request():
 def test_a_stream_that_was_never_read_has_no_answer():
     stream = InferStream(events("a"), None, lambda _: None)
     stream.close()
-    assert (stream.result.text, stream.result.success) == ("", False)
+    assert (stream.result.received, stream.result.success) == ("", False)
     with pytest.raises(LltmRayError, match="never read"):
         stream.result.check()
 

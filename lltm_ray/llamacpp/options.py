@@ -1,0 +1,130 @@
+"""Options of requests by name: what each route of llama-server knows; a misspelt name is refused before it is sent.
+
+llama-server ignores what it does not know, and every release knows more. So a name that is nowhere near a known one is
+passed on as it is, and so is whatever stands in `extra_body`, as with OpenAI's client.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, Final
+
+from lltm_ray.errors import ConfigError
+
+EXTRA: Final = "extra_body"
+"""The option whose members go into the request's body without a look at their names."""
+NEARNESS: Final = 0.74
+"""Similarity (`difflib`) from which one name is taken for another: two letters that changed places in a name of four,
+`max_output_tokens` for `max_tokens`."""
+
+_GENERATION: Final = frozenset(
+    {
+        *("model", "lora", "id_slot", "cache_prompt", "n_cache_reuse", "stream", "stream_options", "return_tokens"),
+        *("return_progress", "response_fields", "timings_per_token", "sse_ping_interval", "verbose", "metadata"),
+        *("n_predict", "max_tokens", "max_completion_tokens", "n_indent", "n_keep", "n_discard", "n", "n_cmpl"),
+        *("t_max_predict_ms", "t_max_prompt_ms", "stop", "ignore_eos", "logit_bias", "seed", "samplers", "echo"),
+        *("n_probs", "logprobs", "post_sampling_probs", "min_keep", "backend_sampling"),
+        *("temperature", "dynatemp_range", "dynatemp_exponent", "top_k", "top_p", "min_p", "top_n_sigma", "typical_p"),
+        *("xtc_probability", "xtc_threshold", "mirostat", "mirostat_tau", "mirostat_eta", "adaptive_target"),
+        *("adaptive_decay", "repeat_last_n", "repeat_penalty", "frequency_penalty", "presence_penalty"),
+        *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers"),
+        *("grammar", "grammar_lazy", "grammar_triggers", "grammar_type", "json_schema", "preserved_tokens"),
+        *("chat_format", "chat_parser", "generation_prompt", "message_delimiters", "parse_tool_calls"),
+        *("reasoning_format", "reasoning_control", "reasoning_budget_tokens", "reasoning_budget_message"),
+        *("reasoning_budget_start_tag", "reasoning_budget_end_tag", "reasoning_budget_end_tags"),
+        *("thinking_budget_tokens", "continue_final_message", "user"),
+    }
+)
+_TOOLS: Final = frozenset(
+    {
+        *("tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort", "top_logprobs"),
+        *("chat_template_kwargs", "add_generation_prompt", "service_tier", "store", "moderation", "safety_identifier"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    }
+)
+_CHAT: Final = (
+    _GENERATION
+    | _TOOLS
+    | {
+        *("messages", "audio", "modalities", "prediction", "verbosity", "web_search_options", "function_call"),
+        "functions",
+    }
+)
+_RESPONSES: Final = (
+    _GENERATION
+    | _TOOLS
+    | {
+        *("input", "instructions", "max_output_tokens", "max_tool_calls", "reasoning", "text", "truncation", "prompt"),
+        *("previous_response_id", "conversation", "include", "background", "context_management", "image"),
+        "access_programs",
+    }
+)
+_MESSAGES: Final = frozenset(
+    {
+        *("model", "messages", "max_tokens", "system", "metadata", "stop_sequences", "stream", "temperature", "top_k"),
+        *("top_p", "tools", "tool_choice", "thinking", "chat_template_kwargs", "service_tier", "container"),
+        *("context_management", "mcp_servers", "output_config", "cache_control", "inference_geo"),
+    }
+)
+KNOWN: Final[Mapping[str, frozenset[str]]] = {
+    "/v1/chat/completions": _CHAT,
+    "/apply-template": _CHAT,
+    "/completion": _GENERATION | {"prompt"},
+    "/v1/completions": _GENERATION | {"prompt", "suffix", "best_of"},
+    "/infill": _GENERATION | {"prompt", "input_prefix", "input_suffix", "input_extra"},
+    "/v1/responses": _RESPONSES,
+    "/v1/messages": _MESSAGES,
+    "/v1/embeddings": frozenset(
+        {"input", "content", "model", "encoding_format", "dimensions", "embd_normalize", "user"}
+    ),
+    "/v1/rerank": frozenset({"model", "query", "documents", "texts", "top_n", "return_text"}),
+}
+"""Fields of each route's body: llama.cpp's own (`tools/server`, b11434), and those of OpenAI's and Anthropic's clients
+that it leaves alone."""
+
+
+def read_options(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -> dict[str, Any]:
+    """All options of a request by name, those in `extra_body` too.
+
+    Args:
+        path: the route; one that is not in `KNOWN` takes any names.
+        given: the options.
+        own: other arguments of the call, which may have been meant by a name.
+
+    Raises:
+        ConfigError: an unknown name that is near to a known one: says which, and how to send it as it is; or
+            `extra_body` is no mapping, or holds what is given beside it.
+    """
+    own = frozenset(own)
+    for name in sorted(given.keys() - KNOWN.get(path, given.keys()) - own - {EXTRA}):
+        if near := _near(path, own, name):
+            why = f"{path} has no such option; did you mean {near}? To send it as it is: {EXTRA}={{{name!r}: ...}}"
+            raise ConfigError(name, given[name], why)
+    options = {name: value for name, value in given.items() if name != EXTRA}
+    extra = {} if given.get(EXTRA) is None else given[EXTRA]
+    if not isinstance(extra, Mapping):
+        raise ConfigError(EXTRA, extra, "must be a mapping of names to values, such as {'new_option': 1}")
+    for name, value in extra.items():
+        if name in options or name in own:
+            whose = "is given beside it" if name in options else "is set by the call itself"
+            raise ConfigError(f"{EXTRA}[{name!r}]", value, f"{whose}: give it as an argument, or leave it out")
+    return options | dict(extra)
+
+
+def settle(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -> dict[str, Any]:
+    """The same options for another `read_options`, where `extra_body` holds nothing but unknown names.
+
+    Args and errors are those of `read_options`.
+    """
+    options = read_options(path, given, own)
+    unknown = {name: options.pop(name) for name in given.get(EXTRA) or () if name not in KNOWN[path]}
+    return options | ({EXTRA: unknown} if unknown else {})
+
+
+@lru_cache(maxsize=1024)
+def _near(path: str, own: frozenset[str], name: str) -> str:
+    """The known names that are most like this one; empty: none is."""
+    plain = name.lower().replace("-", "_")
+    return " or ".join(difflib.get_close_matches(plain, KNOWN[path] | own | {EXTRA}, 2, NEARNESS))
