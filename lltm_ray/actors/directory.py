@@ -36,6 +36,9 @@ from lltm_ray.records import (
 )
 from lltm_ray.routing.gossip import Board, SlotDigest, SlotSample
 
+LOOK_EVERY_S = 0.5
+"""For missed heartbeats."""
+
 
 class Directory:
     """One per fleet, named `lltm:<fleet>:directory`."""
@@ -162,5 +165,7 @@ class Directory:
 
     async def _expire(self) -> None:
         while True:
-            await asyncio.sleep(0.5)
-            await self._tell(self._table.expire(time.monotonic()))
+            due_s = time.monotonic() + LOOK_EVERY_S
+            await asyncio.sleep(LOOK_EVERY_S)
+            now_s = time.monotonic()
+            await self._tell(self._table.expire(now_s, stood_s=max(0.0, now_s - due_s)))

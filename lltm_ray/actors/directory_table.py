@@ -107,8 +107,14 @@ class Table:
         self._save()
         return gone is not None
 
-    def expire(self, now_s: float) -> bool:
-        """Mark those whose heartbeats ended; by the monotonic clock, which neither jumps nor runs while we sleep."""
+    def expire(self, now_s: float, stood_s: float = 0.0) -> bool:
+        """Mark those whose heartbeats ended; by the monotonic clock, which neither jumps nor runs while we sleep.
+
+        Args:
+            now_s: the present.
+            stood_s: how long this process stood still before, and heard nobody: that is no silence of theirs.
+        """
+        self._heard_s = {name: heard_s + stood_s for name, heard_s in self._heard_s.items()}
         late = f"{LATE} for {EXPIRE_AFTER_S:.0f} s"
         limit = now_s - EXPIRE_AFTER_S
         changed = False

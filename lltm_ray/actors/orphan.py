@@ -23,15 +23,17 @@ LOOK_EVERY_S = 5.0
 
 
 async def until_orphaned(fleet: str, run_id: str) -> None:
-    """Return once this run of the fleet has had no directory for `ORPHANED_AFTER_S`."""
+    """Return once this run of the fleet has had no directory for `ORPHANED_AFTER_S`, the last look included."""
     seen_s = time.monotonic()
-    while time.monotonic() - seen_s < ORPHANED_AFTER_S:
+    while True:
         try:
             _config, found, _engines = await asyncio.wait_for(get_directory(fleet).describe.remote(), LOOK_EVERY_S)
             if found == run_id:
                 seen_s = time.monotonic()
         except (ray.exceptions.RayError, ValueError, TimeoutError) as error:
             log.info("no directory of fleet %r: %s", fleet, error)
+        if time.monotonic() - seen_s >= ORPHANED_AFTER_S:
+            return
         await asyncio.sleep(LOOK_EVERY_S)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Annotated, Any
 
@@ -113,17 +113,18 @@ class Screen:
 
     Args:
         base: the gateway.
+        clock: seconds that only grow.
     """
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.look: dict[str, Any] | None = None
         self.trouble = ""
-        self._base = base
+        self._base, self._clock = base, clock
         self._came_at = 0.0
 
     def take(self, look: dict[str, Any]) -> None:
         """A new look."""
-        self.look, self.trouble, self._came_at = look, "", time.monotonic()
+        self.look, self.trouble, self._came_at = look, "", self._clock()
 
     def __rich__(self) -> RenderableType:
         if self.look is None:
@@ -133,7 +134,7 @@ class Screen:
         return Group(self._head(), draw(self.look, most_requests=most))
 
     def _head(self) -> Text:
-        age_s = time.monotonic() - self._came_at
+        age_s = self._clock() - self._came_at
         head = Text.assemble(("lltm_ray ", "bold"), (f"{self._base}  ", "dim"))
         if self.look is None:
             return head.append(self.trouble or "connecting …", "red" if self.trouble else "")

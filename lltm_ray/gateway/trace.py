@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,7 +71,7 @@ class Tracing:
     def span(self, work: Work) -> None:
         """Tell of work that is over."""
         try:
-            self.add("spans", work.row(time.time_ns()))
+            self.add("spans", work.row())
         except Exception as error:  # noqa: BLE001 - border, as above
             self._fault(work.name, error)
 

@@ -29,6 +29,7 @@ class Work:
     trace_id: str = ""
     span_id: str = field(default_factory=new_span_id)
     start_unix_nano: int = field(default_factory=time.time_ns)
+    _began_s: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.trace_id = self.parent.trace_id if self.parent else new_trace_id()
@@ -38,8 +39,9 @@ class Work:
         self.error_type = getattr(error, "code", type(error).__name__.lstrip("_"))
         self.error = str(error)
 
-    def row(self, end_unix_nano: int) -> SpanRow:
-        """What it was."""
+    def row(self) -> SpanRow:
+        """What it was, now that it is over; as long as the monotonic clock says."""
+        took_s = time.perf_counter() - self._began_s
         return SpanRow(
             trace_id=self.trace_id,
             span_id=self.span_id,
@@ -47,7 +49,7 @@ class Work:
             name=self.name,
             kind=self.kind,
             start_unix_nano=self.start_unix_nano,
-            end_unix_nano=end_unix_nano,
+            end_unix_nano=self.start_unix_nano + round(took_s * 1e9),
             error_type=self.error_type,
             error=sendable(self.error),
             engine=self.engine,

@@ -136,6 +136,8 @@ class Load:
         self._result: Future[LoadResult] = Future()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
+        self._lock = threading.Lock()
+        self._is_ending = False
         threading.Thread(target=self._run, name="lltm-ray-load", daemon=True).start()
 
     @property
@@ -154,8 +156,9 @@ class Load:
 
     def stop(self) -> LoadResult:
         """End it now; requests under way are dropped."""
-        if self.is_running:
-            self._loop.call_soon_threadsafe(self._stop.set)
+        with self._lock:
+            if not self._is_ending:
+                self._loop.call_soon_threadsafe(self._stop.set)
         return self.wait()
 
     def statistics(self) -> Any:
@@ -180,6 +183,8 @@ class Load:
         except BaseException as error:  # noqa: BLE001 - whoever waits gets it
             self._result.set_exception(error)
         finally:
+            with self._lock:
+                self._is_ending = True
             self._loop.close()
 
 

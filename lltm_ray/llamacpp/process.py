@@ -77,6 +77,7 @@ class ServerProcess:
         self._life = Life()
         self._detail = ""
         self._port = 0
+        self._is_port_anothers = False
         self._child: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
         self._ready_since: float | None = None
@@ -189,7 +190,7 @@ class ServerProcess:
     # effects ----------------------------------------------------------------------------------------------------
 
     def _spawn(self) -> None:
-        self._exit_code, loop = None, asyncio.get_running_loop()
+        self._exit_code, self._is_port_anothers, loop = None, False, asyncio.get_running_loop()
         try:
             self._port = free_port(self.spec.host)
             argv = [sys.executable, "-I", "-S", _CHILD, str(os.getpid()), *self.spec.argv(self._port)]
@@ -231,6 +232,7 @@ class ServerProcess:
         self._child, self._client = None, None
         ready_for_s = time.monotonic() - self._ready_since if self._ready_since else 0.0
         port_taken = self._exit_code not in (None, 0) and "bind" in self.log.tail(2048).lower()
+        port_taken = port_taken or self._is_port_anothers
         self._post(
             lifecycle.Exited(exit_code=self._exit_code, ready_for_s=ready_for_s, port_taken=port_taken, error=error)
         )
@@ -267,13 +269,18 @@ class ServerProcess:
             pause = min(PROBE_MAX_S, pause * 1.5)
 
     async def _identify(self, client: AsyncLlamaClient) -> None:
-        """Make sure that who answers is our child: it takes our random key and serves our file."""
+        """Make sure that who answers is our child: it takes our random key and serves our file.
+
+        Another program, which took the port before our child could, costs it a start on another port and no more.
+        """
         try:
             served = str((await client.props()).get("model_path", ""))
         except UpstreamError as error:
+            self._is_port_anothers = True
             self._post(lifecycle.Unusable(f"another program answers on port {self._port}: {error}"))
             return
         if not _same_file(served, self.spec.model_path):
+            self._is_port_anothers = not served
             self._post(lifecycle.Unusable(f"port {self._port} serves {served}, not {self.spec.model_path}"))
             return
         self._post(lifecycle.BecameReady())

@@ -142,16 +142,29 @@ def own_folder(parent: Path, name: str) -> OwnedFolder:
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     while True:
         path = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=parent))
-        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:  # somebody swept it before it was opened
+            continue
         fcntl.flock(lock, fcntl.LOCK_SH)
         if path.exists():
             return OwnedFolder(path, lock)
-        os.close(lock)  # somebody swept it before it was locked
+        os.close(lock)  # or before it was locked
 
 
 def sweep_folders(run_dirs: Path) -> int:
     """Remove slot folders of dead processes, `<run_dirs>/<run>/slots/<folder>`; how many."""
-    return sum(_remove_if_dead(path) for path in run_dirs.glob("*/slots/*") if path.is_dir() and not path.is_symlink())
+    found = (path for run_dir in _listed(run_dirs) for path in _listed(run_dir / "slots"))
+    return sum(_remove_if_dead(path) for path in found if path.is_dir() and not path.is_symlink())
+
+
+def _listed(folder: Path) -> list[Path]:
+    """What is in a folder; nothing where it has gone meanwhile, as runs do that end."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        _log.debug("%s: %s", folder, error)
+        return []
 
 
 def _remove_if_dead(path: Path) -> bool:

@@ -28,6 +28,8 @@ _TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_MADE_UNIX_S = 1_700_000_000
+"""Time of change of the file, whoever makes it: seals of slots tell files apart by it, and all of these are one."""
 _TOKEN_UNKNOWN, _TOKEN_NORMAL, _TOKEN_CONTROL, _TOKEN_BYTE = 2, 1, 3, 6
 """SentencePiece's token types, as llama.cpp numbers them."""
 
@@ -94,6 +96,7 @@ def _replace(path: Path, shape: RandomShape) -> None:
     try:
         write_random(Path(scratch), shape)
         Path(scratch).chmod(0o644)  # mkstemp's 0600 would shut out other users of a shared cache
+        os.utime(scratch, (_MADE_UNIX_S, _MADE_UNIX_S))
         Path(scratch).replace(path)
     finally:
         Path(scratch).unlink(missing_ok=True)

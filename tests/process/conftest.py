@@ -39,6 +39,7 @@ if pooling:
     params.pooling_type = xllamacpp.llama_pooling_type["LLAMA_POOLING_TYPE_" + pooling]
 for name, value in settings.items():
     setattr(params, name, value)
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more spin against each other on a small machine
 server = xllamacpp.Server(params)
 print(server.listening_address, flush=True)
 sys.stdin.read()

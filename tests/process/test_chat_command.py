@@ -36,6 +36,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, ...]]
     keys.write_text("sesame\n", encoding="utf-8")
     argv = [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", str(ensure_random(folder))]
     argv += ["--host", "127.0.0.1", "--port", "0", "--api-key-file", str(keys)]
+    argv += ["--threads", "1", "--threads-batch", "1"]  # more spin against each other on a small machine
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([*argv, "--ctx-size", "8192", "--parallel", "1"], stdout=log, stderr=log)
         try:
@@ -102,6 +103,7 @@ class _BreaksOff(BaseHTTPRequestHandler):
     """Streams one event with a terminal escape in it, then ends the body without [DONE]."""
 
     def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))  # what is left unread would reset the connection
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")
         self.end_headers()

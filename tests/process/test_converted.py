@@ -14,9 +14,8 @@ def test_llama_cpp_loads_and_runs_a_converted_checkpoint(tmp_path, monkeypatch, 
     path = tmp_path / "model.gguf"
     convert(write_checkpoint(tmp_path / "checkpoint", architecture), path, out_type="f32")
     with ServerManager() as manager:
-        manager.start_server(
-            str(path), ctx_size=512, embeddings=architecture == "BertModel" or None, pooling=pooling(architecture)
-        )
+        kind = {"embeddings": architecture == "BertModel" or None, "pooling": pooling(architecture)}
+        manager.start_server(str(path), ctx_size=512, n_threads=1, n_threads_batch=1, **kind)
         if architecture == "BertModel":
             one, same, other = np.array(manager.client.embed(["ab c", "ab c", "xyz"]).vectors)
             assert one == pytest.approx(same, abs=1e-4)

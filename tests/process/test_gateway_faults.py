@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -105,10 +106,8 @@ async def test_when_every_attempt_fails_the_client_gets_a_503_and_no_claim_is_le
 
 async def test_an_engine_that_refuses_connections_is_skipped_and_suspected(monkeypatch):
     monkeypatch.setattr(rows_module, "SUSPECT_S", rows_module.MAX_SUSPECT_S)
-    async with FakeEngine(answer) as good, FakeEngine(answer) as closed:
-        nobody = closed.url
-        await closed.__aexit__()
-        async with gateway(engine_info("dead", nobody), engine_info("good", good.url)) as gate:
+    with nobody() as url:
+        async with FakeEngine(answer) as good, gateway(engine_info("dead", url), engine_info("good", good.url)) as gate:
             for _ in range(4):
                 assert (await post(gate))[0] == 200
             assert gate.router.snapshot()["engines"]["dead"]["is_suspect"]
@@ -117,10 +116,12 @@ async def test_an_engine_that_refuses_connections_is_skipped_and_suspected(monke
                 assert reply.status == 503
 
 
-def nobody() -> str:
-    """An address where nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+@contextlib.contextmanager
+def nobody() -> Iterator[str]:
+    """An address where nothing listens, and which nobody else is given meanwhile."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -133,8 +134,10 @@ async def test_engines_that_were_lost_with_their_node_cost_a_request_no_try(stre
         await free.wait()
         writer.write(whole(GOOD))
 
-    async with FakeEngine(slow) as good:
-        dead = [engine_info(f"dead{number}", nobody()).with_(node_id="gone") for number in range(5)]
+    async with contextlib.AsyncExitStack() as stack:
+        urls = [stack.enter_context(nobody()) for _ in range(5)]
+        good = await stack.enter_async_context(FakeEngine(slow))
+        dead = [engine_info(f"dead{number}", url).with_(node_id="gone") for number, url in enumerate(urls)]
         alive = engine_info("alive", good.url).with_(node_id="here")
         async with gateway(*dead, alive, max_attempts=2) as gate:
             body = json.dumps({"prompt": "a", "stream": stream}).encode()
@@ -148,14 +151,15 @@ async def test_engines_that_were_lost_with_their_node_cost_a_request_no_try(stre
 
 
 async def test_a_request_without_a_slot_does_not_circle_when_the_other_engine_is_drained():
-    async with (
-        FakeEngine(answer) as good,
-        gateway(engine_info("drained", good.url), engine_info("dead", nobody())) as gate,
-    ):
-        gate.router.close_engine("drained")
-        async with asyncio.timeout(60), gate.http.post(f"{gate.url}/tokenize", data=b"{}") as reply:
-            assert reply.status == 503
-        assert gate.app.records[-1].attempts <= 3
+    with nobody() as url:
+        async with (
+            FakeEngine(answer) as good,
+            gateway(engine_info("drained", good.url), engine_info("dead", url)) as gate,
+        ):
+            gate.router.close_engine("drained")
+            async with asyncio.timeout(60), gate.http.post(f"{gate.url}/tokenize", data=b"{}") as reply:
+                assert reply.status == 503
+            assert gate.app.records[-1].attempts <= 3
 
 
 async def test_a_request_that_ends_servers_on_their_pooled_connections_ends_two_at_most():

@@ -422,8 +422,9 @@ async def test_what_clients_had_when_the_gateway_was_killed_is_found_by_the_next
             for id_, tokens in zip(("one", "two"), got, strict=True):
                 drift, entry = await settled(gate, ledger, fresh, id_)
                 assert entry["attempts"][0]["outcome"] == "gateway lost"
-                # The cell is written just before the socket: between the two a kill may fall.
-                assert 0 <= entry["delivered_tokens"] - tokens <= 1
+                # The cell is written just before the socket: between the two a kill may fall, and cost what had come
+                # at once, which is more than a token where the gateway had to wait for the processor.
+                assert 0 <= entry["delivered_tokens"] - tokens <= 30
                 assert (entry["error"], drift) == ("the gateway process died", Drift())
     finally:
         ledger.close()

@@ -5,10 +5,10 @@ import sys
 
 import plotly.graph_objects as go
 import pytest
-from gateway_harness import gateway, infos
+from gateway_harness import gateway, infos, until
 
 from lltm_ray.errors import ConfigError, FleetError, LltmRayError
-from lltm_ray.integrations.jupyter import Dashboard, generate_load
+from lltm_ray.integrations.jupyter import Dashboard, Load, generate_load
 from tests.browser.fleet_made import MadeFleet
 from tests.browser.page_host import Host, serving
 
@@ -119,6 +119,14 @@ async def test_a_load_can_be_stopped(pair):
         result = await asyncio.to_thread(load.stop)
         assert await asyncio.to_thread(load.stop) is result
     assert result.interrupted
+
+
+async def test_a_load_that_ends_while_it_is_stopped_tells_how(monkeypatch):
+    load = generate_load("http://127.0.0.1:9", seconds=1)
+    await until(load._loop.is_closed)
+    monkeypatch.setattr(Load, "is_running", True)  # as it was when it was looked at
+    with pytest.raises(LltmRayError, match="cannot reach"):
+        await asyncio.to_thread(load.stop)
 
 
 def test_a_load_that_cannot_start_says_so():

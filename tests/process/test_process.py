@@ -9,12 +9,13 @@ import time
 from contextlib import asynccontextmanager
 
 import pytest
+from gateway_harness import FakeEngine, whole
 
 from lltm_ray.config import EngineConfig
 from lltm_ray.errors import ConfigError, EngineNotReadyError, EngineStartError
 from lltm_ray.llamacpp import process as module
 from lltm_ray.llamacpp.command import build_args
-from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
+from lltm_ray.llamacpp.process import ServerProcess, ServerSpec, free_port
 from lltm_ray.records import EngineState
 
 KEY = "0123456789abcdef"
@@ -29,7 +30,7 @@ def make_spec(tiny, tmp_path):
     def make(model=tiny, argv=None, **changes):
         def embedded(port):
             args = build_args(
-                EngineConfig(n_ctx=65_536, n_parallel=2),
+                EngineConfig(n_ctx=65_536, n_parallel=2, n_threads=1, n_threads_batch=1),
                 model_path=str(model),
                 host="127.0.0.1",
                 port=port,
@@ -177,6 +178,23 @@ async def test_a_server_of_another_model_on_our_port_is_not_ours(make_spec, tmp_
             await server.ensure_ready()
 
 
+@pytest.mark.parametrize("has_keys", [True, False])
+async def test_a_port_that_somebody_else_took_first_costs_another_start_and_no_more(
+    make_spec, server, monkeypatch, has_keys
+):
+    async def answer(_request, writer):
+        writer.write(whole(b"{}"))
+
+    async with FakeEngine(answer) as other, running(make_spec()) as process:
+        taken = server.url if has_keys else other.url
+        chosen = [int(taken.rpartition(":")[2])]
+        monkeypatch.setattr(module, "free_port", lambda host: chosen.pop() if chosen else free_port(host))
+        ready = await process.ensure_ready()
+        assert (ready.state, ready.restarts, chosen) == (EngineState.READY, 0, [])
+        assert ready.url != taken
+        assert await process.client.tokenize("with our key")
+
+
 async def test_draining_lets_a_running_answer_finish(make_spec):
     async with running(make_spec()) as server:
         await server.ensure_ready()
@@ -211,7 +229,7 @@ def test_the_server_dies_with_its_parent_however_that_dies(make_spec, tmp_path, 
     script = f"""
 import asyncio, sys
 from pathlib import Path
-from lltm_ray.llamacpp.process import ServerProcess, ServerSpec
+from lltm_ray.llamacpp.process import ServerProcess, ServerSpec, free_port
 argv = lambda port: [sys.executable, "-m", "lltm_ray.llamacpp.embedded", "--model", model, "--port", str(port)]
 log = Path({str(tmp_path / "child.log")!r})
 model = {str(tiny)!r}

@@ -32,7 +32,7 @@ def test_llama_cpp_answers_with_a_quantized_model(tmp_path, kind):
     assert (code, out.strip()) == (0, str(path)), said
     assert f"{kind}: 9.2 MiB to {'5.5' if kind == 'Q4_K_M' else '9.2'} MiB" in said
     with ServerManager() as manager:
-        manager.start_server(str(path), ctx_size=512)
+        manager.start_server(str(path), ctx_size=512, n_threads=1, n_threads_batch=1)
         question = [{"role": "user", "content": "How do I start a fleet?"}]
         assert "lltm-ray up" in manager.client.chat(question, max_tokens=24, temperature=0).text
 

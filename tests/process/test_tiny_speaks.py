@@ -3,9 +3,9 @@
 import importlib
 import json
 import random
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,26 +14,51 @@ from tokenizers import Tokenizer
 from lltm_ray import ServerManager
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_tiny_model"
+PARTS = {"facts": slice(3, None, 5), "unknown_held_out": slice(1, None, 3)}
+"""Of what `evaluate.py` asks: the model gets 87.6 % and 87.1 % of these right; of all, which CI asks, 87.5 % and 87.6 %."""
+TEXT = slice(16_000, 24_000)
+"""Of the held-out text: its perplexity is 25.4, that of all 26.7."""
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)  # of 85 s of CPU
-def test_it_answers_wordings_that_it_was_not_taught_as_well_as_its_card_says(tmp_path):
-    scores = tmp_path / "scores.json"
-    subprocess.run([sys.executable, EXAMPLE / "evaluate.py", "--json", scores], check=True, timeout=580)
-    found = json.loads(scores.read_text())
-    assert found["asked"] >= 1000
-    assert found["facts_right"] >= 0.85
-    assert found["unknown_right"] >= 0.85
-    assert (found["json_valid"], found["stopped"]) == (1.0, 1.0)
-    assert found["json_right"] >= 0.98
-    assert found["perplexity"] < 27.5
-
-
-def test_it_cuts_any_text_as_its_tokenizer_did_in_training(monkeypatch):
+@pytest.fixture
+def load_step(monkeypatch):
+    """A module of the example by its name."""
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    vocabulary, dice = importlib.import_module("vocabulary"), random.Random(3)
-    texts = [vocabulary.random_text(dice) for _ in range(10_000)]
+    return importlib.import_module
+
+
+def test_it_answers_wordings_that_it_was_not_taught_as_well_as_its_card_says(load_step, tmp_path, monkeypatch):
+    evaluate, scores, text = load_step("evaluate"), tmp_path / "scores.json", tmp_path / "text"
+    lessons = evaluate.load_lessons()
+    part = replace(lessons, **{name: getattr(lessons, name)[each] for name, each in PARTS.items()})
+    text.write_text(evaluate.HELD_OUT_TEXT.read_text(encoding="ascii")[TEXT], encoding="ascii")
+    monkeypatch.setattr(evaluate, "load_lessons", lambda: part)
+    monkeypatch.setattr(evaluate, "HELD_OUT_TEXT", text)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", "50", "--check", "--json", str(scores)])
+    evaluate.main()
+    found = json.loads(scores.read_text())
+    assert found["asked"] == 210 + 70 + 50
+    assert found["perplexity"] < 26.1
+
+
+@pytest.mark.parametrize(
+    ("changed", "low"),
+    [
+        ({}, []),
+        ({"facts_right": 0.84, "stopped": 0.999}, ["facts_right", "stopped"]),
+        ({"perplexity": 30.0}, ["perplexity"]),
+    ],
+)
+def test_a_model_with_low_scores_is_not_fit_to_be_shipped(load_step, changed, low):
+    evaluate = load_step("evaluate")
+    good = {"asked": 1, "json_valid": 1.0, "json_right": 1.0, "stopped": 1.0, "perplexity": 20.0, "seconds": 1.0}
+    scores = evaluate.Scores(**{"facts_right": 0.9, "unknown_right": 0.9, **good, **changed})
+    assert evaluate.too_low(scores) == low
+
+
+def test_it_cuts_any_text_as_its_tokenizer_did_in_training(load_step):
+    vocabulary, dice = load_step("vocabulary"), random.Random(3)
+    texts = ["".join(vocabulary.random_text(dice) for _ in range(10)) for _ in range(1_000)]
     wanted = [tuple(each.ids) for each in Tokenizer.from_file(str(EXAMPLE / "tokenizer.json")).encode_batch(texts)]
     with ServerManager() as manager, ThreadPoolExecutor(4) as pool:
         manager.start_server("tiny", n_parallel=1)

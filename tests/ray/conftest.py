@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import time
 import urllib.request
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,10 +70,10 @@ def ray_cluster(cache):
 
 @pytest.fixture(scope="module")
 def cluster(ray_cluster, request):
-    """Two engines of four slots behind a gateway."""
-    with lltm_ray.Cluster.start(
-        model="random", engines=2, gpu_share=0.0, name=request.module.__name__.rpartition(".")[2], gateway={"port": 0}
-    ) as fleet:
+    """Two engines of four slots of 8,192 tokens, which take seconds to fill, behind a gateway."""
+    settings = {"gpu_share": 0.0, "gateway": {"port": 0}, "engine": {"n_ctx": 4 * 8192}}
+    name = request.module.__name__.rpartition(".")[2]
+    with lltm_ray.Cluster.start(model="random", engines=2, name=name, **settings) as fleet:
         yield fleet
 
 
@@ -95,6 +97,11 @@ def until(condition, timeout_s=60.0):
     return seen
 
 
+def until_free(cpus):
+    """Until Ray has back what ended fleets and tests held; on a busy machine it hears of that late."""
+    until(lambda: ray.available_resources().get("CPU", 0.0) >= cpus)
+
+
 def directories():
     return {entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if ":directory" in entry["name"]}
 
@@ -103,8 +110,11 @@ def owned():
     """Pids of servers that some fleet's directory knows."""
     pids = set()
     for name in directories():
-        directory = ray.get_actor(name, namespace=names.NAMESPACE)
-        pids |= {engine.server_pid for engine in ray.get(directory.status.remote(), timeout=60).engines}
+        try:
+            directory = ray.get_actor(name, namespace=names.NAMESPACE)
+            pids |= {engine.server_pid for engine in ray.get(directory.status.remote(), timeout=60).engines}
+        except (ValueError, ray.exceptions.RayError):
+            continue  # gone between the calls, or just restarted: who waits for its servers' owner looks again
     return pids
 
 
@@ -121,6 +131,16 @@ def servers():
         if b"lltm_ray.llamacpp.embedded" in arguments and marker in arguments:
             found.add(int(pid))
     return found
+
+
+@contextmanager
+def held_port():
+    """A port where nothing listens, and which nobody is given meanwhile but who asks for it and shares it."""
+    with socket.socket() as held:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            held.setsockopt(socket.SOL_SOCKET, option, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def post(url, body, headers=()):

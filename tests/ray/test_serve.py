@@ -15,10 +15,10 @@ from ray.serve.schema import ServeDeploySchema
 from lltm_ray import build_app
 from lltm_ray.actors import names
 from lltm_ray.actors.fleet import find_fleet
+from lltm_ray.actors.orphan import ORPHANED_AFTER_S
 from lltm_ray.errors import ConfigError
-from lltm_ray.llamacpp.process import free_port
 from lltm_ray.records import ModelState
-from tests.ray.conftest import HI, post, servers, until
+from tests.ray.conftest import HI, held_port, post, servers, until
 from tests.ray.load import Load
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Serve's own
@@ -28,11 +28,11 @@ SLOTS = 4
 @pytest.fixture
 def url(ray_cluster):
     """Of Serve, which is ended afterwards with all that runs there."""
-    port = free_port("127.0.0.1")
-    serve.start(http_options={"port": port, "host": "127.0.0.1"})
-    yield f"http://127.0.0.1:{port}"
-    serve.shutdown()
-    assert servers() == set()
+    with held_port() as port:
+        serve.start(http_options={"port": port, "host": "127.0.0.1"})
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+    until(lambda: not servers(), ORPHANED_AFTER_S / 2)  # killed ones take a moment to be gone
 
 
 def run(**settings):

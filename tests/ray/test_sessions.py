@@ -6,7 +6,7 @@ import requests
 
 import lltm_ray
 from lltm_ray.actors.sessions import Sessions
-from lltm_ray.models.random_weights import ensure_random
+from tests.ray.conftest import until_free
 
 FLEET = {"model": "random", "name": "kept", "engines": 2, "gpu_share": 0.0, "cpu_share": 3.0}
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 16}
@@ -56,9 +56,9 @@ def talked(cluster, engine, topic):
 
 
 @pytest.mark.timeout(300)
-def test_what_was_saved_on_one_node_goes_on_on_the_other_and_after_the_fleets_end(second_node, keys, cache):
-    ensure_random(cache)  # two engines that make it at once have files of two times, which are two models to them
+def test_what_was_saved_on_one_node_goes_on_on_the_other_and_after_the_fleets_end(second_node, keys):
     gateway = {"port": 0, "processes": 2, "api_key_file": keys}
+    until_free(7)
     with lltm_ray.Cluster.start(gateway=gateway, **FLEET) as cluster:
         for place, topic in ((0, "rivers"), (1, "birds")):
             home, other = by_node(cluster)[place], by_node(cluster)[1 - place]
@@ -72,6 +72,7 @@ def test_what_was_saved_on_one_node_goes_on_on_the_other_and_after_the_fleets_en
                 assert alice.ask(text, **GREEDY).text
         assert Sessions(cluster.endpoint, api_key="second").list() == ()
         said = list(alice.messages)
+    until_free(7)
     with lltm_ray.Cluster.start(gateway=gateway, **FLEET) as cluster:
         kept = {info.name: info for info in cluster.sessions.list()}
         assert sorted(kept) == ["alice", "birds", "rivers"]

@@ -15,7 +15,7 @@ from lltm_ray.actors.transfer import RayFiles
 from lltm_ray.errors import PlacementError
 from lltm_ray.llamacpp.slot_folder import CHUNK_BYTES, SlotFolder, new_name
 from lltm_ray.records import EngineInfo, EngineState
-from tests.ray.conftest import HI, until
+from tests.ray.conftest import HI, until, until_free
 from tests.ray.load import Load
 
 SIZE = 2 * CHUNK_BYTES + 12_345
@@ -97,6 +97,7 @@ async def test_a_file_goes_from_node_to_node_or_not_at_all(ends):
 @pytest.mark.timeout(400)
 def test_a_lost_node_costs_only_what_no_longer_fits(ray_cluster, second_node):
     head_id = ray.get_runtime_context().get_node_id()
+    until_free(7)
     shares = {"engines": 4, "gpu_share": 0.0, "cpu_share": 1.25}  # 4 CPUs here, 3 there
     with lltm_ray.Cluster.start(model="random", name="two-nodes", gateway={"port": 0}, **shares) as cluster:
         before = {engine.name: engine for engine in ready(cluster)}
@@ -120,9 +121,10 @@ def test_a_lost_node_costs_only_what_no_longer_fits(ray_cluster, second_node):
         after = {engine.name: engine for engine in cluster.status().engines}
         for engine in at_home:
             assert after[engine.name].server_pid == engine.server_pid, "an engine on the other node was touched"
-        assert {answer.engine for answer in cluster.batch([HI] * 40, max_tokens=16)} == {e.name for e in ready(cluster)}
+        still = {engine.name for engine in ready(cluster)}
+        until(lambda: {answer.engine for answer in cluster.batch([HI] * 40, max_tokens=16)} == still)
 
-        (lost,) = (engine for engine in away if engine.name not in {each.name for each in ready(cluster)})
+        (lost,) = (engine for engine in away if engine.name not in still)
         asks_quietly = "no heartbeat: its node is lost; waits for 0 GPU and 1.25 CPU"
         until(lambda: {e.name: e.detail for e in cluster.status().engines}[lost.name] == asks_quietly)
         assert "RESCHEDULING" not in states(), "Ray's head is kept busy by a share that does not fit"

@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from lltm_ray.llamacpp.process import free_port
-from tests.ray.conftest import servers
+from tests.ray.conftest import held_port, servers
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -89,8 +88,9 @@ def test_a_failed_start_is_one_sentence_and_an_exit_code(cache, tmp_path):
 
 
 def test_an_address_without_a_ray_is_told_at_once(cache):
-    environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{free_port('127.0.0.1')}"}
-    done = lltm("up", "--name", "nowhere", check=False, env=environment)
+    with held_port() as port:
+        environment = os.environ | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+        done = lltm("up", "--name", "nowhere", check=False, env=environment)
     assert done.returncode == 2
     assert "no Ray cluster answers there" in done.stderr
     assert "Connection refused" in done.stderr, "Ray's own try, which takes 20 s, has other words"

@@ -54,6 +54,16 @@ def test_silence_makes_an_engine_failed_and_a_word_brings_it_back(tmp_path):
     assert table.status().engines[0].state is EngineState.READY
 
 
+def test_who_was_not_heard_because_the_directory_stood_still_is_not_silent(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    table.register(engine(), NOW)
+    table.register_gateway(GatewayInfo(name="g", url="u", state="ready"), NOW)
+    assert not table.expire(NOW + 60, stood_s=59)
+    assert not table.expire(NOW + 59 + EXPIRE_AFTER_S * 0.9)
+    assert table.expire(NOW + 59 + EXPIRE_AFTER_S * 1.1)
+    assert table.status().engines[0].detail.startswith(LATE)
+
+
 def test_a_replica_that_never_comes_back_is_forgotten_and_a_gateway_with_an_address_is_not(tmp_path):
     table = Table("f", tmp_path / "t.json")
     for name, url in (("gateway-0", "http://127.0.0.1:8000"), ("serve-x", "")):

@@ -10,11 +10,13 @@ import pytest
 
 from lltm_ray.actors import calls as driver_calls
 from lltm_ray.actors import controller as controllers
+from lltm_ray.actors import directory as directories
 from lltm_ray.actors import front as fronts
-from lltm_ray.actors import watch
+from lltm_ray.actors import orphan, watch
 from lltm_ray.actors.calls import Calls
 from lltm_ray.actors.controller import Controller, ControllerSpec, Move
 from lltm_ray.actors.crew import Crew
+from lltm_ray.actors.directory import Directory
 from lltm_ray.actors.fleet import Fleet
 from lltm_ray.actors.front import Front
 from lltm_ray.actors.watch import keep_going
@@ -106,6 +108,39 @@ async def test_a_driver_that_trips_over_a_table_takes_it_again_and_says_so(monke
     assert [engine.name for engine in calls._router.ready()] == ["engine-0"]
     assert "could not go on to follow the directory" in caplog.text
     assert "nobody expected this" in caplog.text
+
+
+async def test_a_directory_tells_how_long_it_stood_still(monkeypatch):
+    monkeypatch.setattr(directories, "LOOK_EVERY_S", 0.1)
+    one, stood = Directory.__new__(Directory), []
+    one._table = SimpleNamespace(expire=lambda _now_s, stood_s: stood.append(stood_s))
+    looking = asyncio.create_task(one._expire())
+    await asyncio.sleep(0)
+    time.sleep(0.5)  # as a whole process that is stopped
+    await until(lambda: len(stood) > 1)
+    looking.cancel()
+    assert stood[0] >= 0.35
+
+
+async def test_an_engine_that_stood_still_looks_for_its_directory_before_it_ends_itself(monkeypatch):
+    monkeypatch.setattr(orphan, "ORPHANED_AFTER_S", 0.3)
+    monkeypatch.setattr(orphan, "LOOK_EVERY_S", 0.1)
+    looks, run_id = [], "r"
+
+    async def describe():
+        looks.append(run_id)
+        return None, run_id, ()
+
+    directory = SimpleNamespace(describe=SimpleNamespace(remote=describe))
+    monkeypatch.setattr(orphan, "get_directory", lambda _fleet: directory)
+    alone = asyncio.create_task(orphan.until_orphaned("f", "r"))
+    await until(lambda: looks)
+    time.sleep(0.5)  # as a whole process that is stopped
+    before = len(looks)
+    await until(lambda: alone.done() or len(looks) > before + 1)
+    assert not alone.done()
+    run_id = "another"
+    await asyncio.wait_for(alone, 60)
 
 
 def controller():

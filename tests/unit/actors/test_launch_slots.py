@@ -11,6 +11,7 @@ from lltm_ray.actors.launch import EngineSpec, adapters_of, plan_launch, slot_se
 from lltm_ray.config import EngineConfig, FleetConfig, LoraAdapter
 from lltm_ray.errors import ConfigError, ServerBinaryError
 from lltm_ray.llamacpp.slot_folder import new_name
+from lltm_ray.models.random_weights import ensure_random
 from lltm_ray.records import Adapter
 
 FLEET = FleetConfig(model="tiny", llama_server="embedded", name="f")
@@ -113,3 +114,12 @@ def test_saved_slots_are_for_engines_of_the_same_file_and_settings_alone(tmp_pat
     os.utime(model, ns=(0, 0))
     others.add(slot_seal(config, model, "llama-server"))
     assert len({seal, *others}) == 6
+
+
+def test_engines_restore_each_others_slots_whoever_of_them_made_the_random_model(tmp_path):
+    seals = []
+    for _ in range(2):  # as two makers at once: one has looked at the file before the other replaces it
+        model = ensure_random(tmp_path)
+        seals.append(slot_seal(EngineConfig(), model, "llama-server"))
+        model.unlink()
+    assert seals[0] == seals[1]

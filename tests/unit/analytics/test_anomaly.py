@@ -133,7 +133,7 @@ def test_a_straggler_is_found_with_its_factor_and_its_beginning(seed, factor):
         assert columns <= set(answer.tables[name].columns)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_clean_fleet_has_no_stragglers_and_no_slow_requests(seed):
     answer = anomaly.analyze(build_trace(fleet_rows(Plan(seed=seed, noise=0.1)), PANDAS))
     assert anomaly.judge(answer) == []

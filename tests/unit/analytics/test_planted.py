@@ -45,8 +45,10 @@ MIXED: dict[str, dict[str, Any]] = {
     "all sorts of requests": {"late_share": 0.1, "embeddings": 3.0, "skew_s": 20.0, "spread_prefix": True},
     "one engine": {"engines": 1, "gpus": 0, "rate": 3.0, "straggler": "engine-0", "stamped": True},
 }
-WINDOWS = ((50, 90), (0, 1), (-20, 3), (20, 20), (200, 300), (0, 1e-9))
+WINDOWS = ((50, 90), (0, 1), (-20, 3))
 """Begins and ends in seconds of a run of 100."""
+EMPTY = ((20, 20), (200, 300), (0, 1e-9))
+"""With no requests, or hardly any: what a run was then like makes no difference, but for its GPUs."""
 
 
 @cache
@@ -111,9 +113,8 @@ def test_a_clean_fleet_gives_no_finding(seed: int) -> None:
     assert findings_of(clean_plan(seed)) == []
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("plan", NO_FAULTS)
-def test_engines_that_are_slower_for_a_good_reason_are_not_blamed(plan: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "plan"), list(enumerate(NO_FAULTS)))
+def test_engines_that_are_slower_for_a_good_reason_are_not_blamed(seed: int, plan: str) -> None:
     assert findings_of(Plan(seed=seed, **NO_FAULTS[plan])) == []
 
 
@@ -133,7 +134,8 @@ def windows_of(plan: str) -> list[Trace]:
     dice, requests = random.Random(plan), rows["requests"]
     arrived = requests["arrived_unix_nano"].to_pylist()
     ended = [at + round(s * 1e9) for at, s in zip(arrived, requests["total_s"].to_pylist(), strict=True)]
-    windows = [tuple(START_UNIX_NANO + round(at * 1e9) for at in each) for each in WINDOWS]
+    wanted = WINDOWS + EMPTY * (plan in ("all sorts of requests", "one engine"))
+    windows = [tuple(START_UNIX_NANO + round(at * 1e9) for at in each) for each in wanted]
     windows += [tuple(sorted(dice.sample(arrived + ended, 2))) for _ in range(2)]
     return [build_trace(rows, engine, start_unix_nano=start, end_unix_nano=end) for start, end in windows]
 

@@ -53,6 +53,14 @@ def test_only_something_bad_gives_exit_code_1(monkeypatch: pytest.MonkeyPatch) -
     assert run_doctor(monkeypatch, one=good, two=bad, three=off).exit_code == 1
 
 
+def test_a_server_path_that_leads_nowhere_is_bad_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMA_SERVER_PATH", "/no/such/llama-server")
+    result = run_doctor(monkeypatch, "--json", **{"llama-server": CHECKS["llama-server"]})
+    (found,) = json.loads(result.stdout)
+    assert (result.exit_code, found["name"], found["state"]) == (1, "llama-server", "bad")
+    assert "LLAMA_SERVER_PATH" in found["detail"]
+
+
 def test_rows_show_state_detail_and_remedy_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = run_doctor(monkeypatch, one=good, two=bad).stdout.splitlines()
     assert lines[0].split() == ["ok", "one", "fine", "[really]"]

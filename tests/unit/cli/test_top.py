@@ -122,18 +122,22 @@ def test_a_narrow_terminal_loses_columns_and_no_figure_is_cut(width: int) -> Non
 
 
 def test_a_look_that_is_not_live_is_told_with_its_age() -> None:
-    screen = Screen("http://127.0.0.1:1")
+    now = [100.0]
+    screen = Screen("http://127.0.0.1:1", clock=lambda: now[0])
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(screen)
     screen.take(look_of())
     console.print(screen)
     screen.trouble = "telemetry does not answer"
     console.print(screen)
+    screen.trouble, now[0] = "", 107.0
+    console.print(screen)
     heads = [line for line in console.export_text().splitlines() if line.startswith("lltm_ray")]
     assert [head.split("  ", 1)[1].strip() for head in heads] == [
         "connecting …",
         "live",
         "telemetry does not answer; figures are 0 s old",
+        "late; figures are 7 s old",
     ]
 
 

@@ -1,6 +1,8 @@
 import errno
 import os
 import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -125,3 +127,35 @@ def test_folders_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path):
         assert (living.path.exists(), dead.path.exists(), outside.exists(), key.exists()) == (True, False, True, True)
     finally:
         living.remove()
+
+
+def test_a_folder_that_another_starting_engine_swept_before_it_was_locked_is_made_anew(tmp_path, monkeypatch):
+    made, make = [], tempfile.mkdtemp
+
+    def make_and_lose_the_first(**given):
+        made.append(Path(make(**given)))
+        if len(made) == 1:
+            assert sweep_folders(tmp_path) == 1
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose_the_first)
+    owned = own_folder(tmp_path / "fleet-1" / "slots", "engine-0")
+    assert [path.exists() for path in made] == [False, True]
+    assert owned.path == made[1]
+    owned.remove()
+
+
+def test_a_run_that_ends_while_folders_are_swept_disturbs_nobody(tmp_path, monkeypatch):
+    dead = own_folder(tmp_path / "fleet-1" / "slots", "engine-0")
+    os.close(dead._lock)
+    (tmp_path / "fleet-2" / "slots").mkdir(parents=True)
+    for name in ("listdir", "scandir"):
+        look = getattr(os, name)
+
+        def gone(path=".", look=look):
+            if "fleet-2" in str(path):
+                raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+            return look(path)
+
+        monkeypatch.setattr(os, name, gone)
+    assert sweep_folders(tmp_path) == 1

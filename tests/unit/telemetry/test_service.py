@@ -17,12 +17,19 @@ from tests.unit.telemetry.rows_made import TRACE_ID, attempt_row, gpu_row, node_
 
 
 class Clock:
-    """The present, and what a test adds."""
+    """Stands still, however long a test takes, until it is put ahead."""
 
-    ahead_s = 0.0
+    def __init__(self) -> None:
+        self.began_s = time.time()
+        self.ahead_s = 0.0
 
     def __call__(self) -> float:
-        return time.time() + self.ahead_s
+        return self.began_s + self.ahead_s
+
+    @property
+    def unix_nano(self) -> int:
+        """Its time, as rows tell it."""
+        return int(self() * 1e9)
 
 
 @pytest.fixture
@@ -38,8 +45,8 @@ def service(clock: Clock) -> Iterator[TelemetryService]:
     service.close()
 
 
-def batch() -> Batch:
-    now = time.time_ns()
+def batch(clock: Clock) -> Batch:
+    now = clock.unix_nano
     rows = {
         "requests": [request_row(arrived_unix_nano=now - 10**9)],
         "attempts": [attempt_row()],
@@ -51,8 +58,8 @@ def batch() -> Batch:
     return {kind: pack(kind, some) for kind, some in rows.items()}
 
 
-def test_one_batch_shows_everywhere(service: TelemetryService) -> None:
-    service.put("gateway-0", batch(), {})
+def test_one_batch_shows_everywhere(service: TelemetryService, clock: Clock) -> None:
+    service.put("gateway-0", batch(clock), {})
     look = json.loads(json.dumps(service.look(), allow_nan=False))
     assert look["totals"]["requests"] == 1
     assert [engine["engine"] for engine in look["engines"]] == ["engine-0"]
@@ -65,8 +72,8 @@ def test_one_batch_shows_everywhere(service: TelemetryService) -> None:
     assert {kind: table.num_rows for kind, table in page.tables.items()} == {"requests": 1, "attempts": 1}
 
 
-def test_a_timeline_has_the_whole_tree_and_is_json(service: TelemetryService) -> None:
-    service.put("gateway-0", batch(), {})
+def test_a_timeline_has_the_whole_tree_and_is_json(service: TelemetryService, clock: Clock) -> None:
+    service.put("gateway-0", batch(clock), {})
     found = service.timeline("r-1")
     assert found is not None
     spans = json.loads(json.dumps(found, allow_nan=False))["spans"]
@@ -78,8 +85,8 @@ def test_a_timeline_has_the_whole_tree_and_is_json(service: TelemetryService) ->
     assert service.timeline("nobody's") is None
 
 
-def test_a_timeline_shows_what_others_said_of_its_trace(service: TelemetryService) -> None:
-    service.put("gateway-0", batch(), {})
+def test_a_timeline_shows_what_others_said_of_its_trace(service: TelemetryService, clock: Clock) -> None:
+    service.put("gateway-0", batch(clock), {})
     span = SpanRow(TRACE_ID, "1" * 16, "", "slot save", "internal", 1, 2, "", "", "engine-0", '{"lltm.slot.id":2}')
     service.put("gateway-0", {"spans": pack("spans", [span])}, {})
     found = service.timeline("r-1")
@@ -88,7 +95,7 @@ def test_a_timeline_shows_what_others_said_of_its_trace(service: TelemetryServic
 
 
 def test_joules_reach_the_request_and_the_metrics(service: TelemetryService, clock: Clock) -> None:
-    now = time.time_ns()
+    now = clock.unix_nano
     home = [server_row(at_unix_nano=now - 8 * 10**9, gpu_uuids="GPU-1", slots_busy=0)]
     meters = [gpu_row(at_unix_nano=now - (8 - tick) * 10**9, energy_j=100.0 * tick) for tick in range(4)]
     row = request_row(arrived_unix_nano=now - 8 * 10**9, total_s=1.0)
@@ -106,7 +113,7 @@ def test_joules_reach_the_request_and_the_metrics(service: TelemetryService, clo
 
 
 def test_what_is_gone_leaves_the_metrics_whether_or_not_others_send(service: TelemetryService, clock: Clock) -> None:
-    service.put("node", batch(), {})
+    service.put("node", batch(clock), {})
     assert b'lltm_engine="engine-0"' in service.metrics()
     assert service._live._holders
     clock.ahead_s = 60.0
@@ -116,7 +123,7 @@ def test_what_is_gone_leaves_the_metrics_whether_or_not_others_send(service: Tel
 
 
 def test_what_is_gone_leaves_while_others_send(service: TelemetryService, clock: Clock) -> None:
-    service.put("node", batch(), {})
+    service.put("node", batch(clock), {})
     clock.ahead_s = 60.0
     service.put("node", {}, {})
     samples = service._samples
@@ -134,17 +141,17 @@ def test_puts_settle_at_most_once_a_second(
     assert 4 <= len(settled) <= 6
 
 
-def test_one_trace_does_not_keep_spans_without_end(service: TelemetryService) -> None:
+def test_one_trace_does_not_keep_spans_without_end(service: TelemetryService, clock: Clock) -> None:
     spans = [SpanRow(TRACE_ID, f"{each:016x}", "", "own", "internal", 1, 2, "", "", "", "{}") for each in range(1000)]
-    service.put("gateway-0", batch() | {"spans": pack("spans", spans)}, {})
+    service.put("gateway-0", batch(clock) | {"spans": pack("spans", spans)}, {})
     found = service.timeline("r-1")
     assert found is not None
     own = [span["span_id"] for span in found["spans"] if span["name"] == "own"]
     assert own == [f"{each:016x}" for each in range(744, 1000)]
 
 
-def test_a_place_keeps_its_known_gpus_until_it_moves(service: TelemetryService) -> None:
-    service.put("node", batch(), {})
+def test_a_place_keeps_its_known_gpus_until_it_moves(service: TelemetryService, clock: Clock) -> None:
+    service.put("node", batch(clock), {})
     place = Place("127.0.0.1", 8081, (), "n1", "tiny")
     service.place({"engine-0": place})
     kept = service._hub.places["engine-0"].gpu_uuids
@@ -162,15 +169,16 @@ def test_a_timeline_is_found_again_after_a_restart_in_memory_and_on_disk(tmp_pat
         first.put("gateway-0", {kind: pack(kind, rows)}, {})
     told = first.timeline("old")
     first.close()
+    at_leisure_s = time.monotonic() + 100  # a busy machine may take longer to read than one who waits is let wait
     for _ in range(2):  # reloaded into memory; then pushed out of it
         again = TelemetryService(config, tmp_path)
         assert again.timeline("old") is None
-        assert again.recall("old") == told
-        assert again.recall("nobody's") is None
+        assert again.recall("old", at_leisure_s) == told
+        assert again.recall("nobody's", at_leisure_s) is None
         others = [row._replace(request_id=f"r-{each}", span_id=f"{each:016x}") for each in range(100)]
         tries = [attempt_row(request_span_id=each.span_id) for each in others]
         again.put("gateway-0", {"requests": pack("requests", others), "attempts": pack("attempts", tries)}, {})
-        assert again.recall("old") == told
+        assert again.recall("old", at_leisure_s) == told
         again.close()
     assert told is not None
     assert len(told["spans"]) == 1 + 2 * 5 + 1
