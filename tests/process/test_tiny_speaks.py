@@ -15,7 +15,8 @@ from lltm_ray import ServerManager
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_tiny_model"
 PARTS = {"facts": slice(3, None, 5), "unknown_held_out": slice(1, None, 3)}
-"""Of what `evaluate.py` asks: the model gets 87.6 % and 87.1 % of these right; of all, which CI asks, 87.5 % and 87.6 %."""
+"""Of what `evaluate.py` asks: the model gets 87.6 % and 87.1 % of these right; of all, which CI asks,
+87.5 % and 87.6 %."""
 TEXT = slice(16_000, 24_000)
 """Of the held-out text: its perplexity is 25.4, that of all 26.7."""
 
