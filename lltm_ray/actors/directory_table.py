@@ -112,9 +112,10 @@ class Table:
 
         Args:
             now_s: the present.
-            stood_s: how long this process stood still before, and heard nobody: that is no silence of theirs.
+            stood_s: how long this process stood still before, and heard nobody: that is no silence of theirs. Who was
+                heard since then gets no credit for it.
         """
-        self._heard_s = {name: heard_s + stood_s for name, heard_s in self._heard_s.items()}
+        self._heard_s = {name: min(now_s, heard_s + stood_s) for name, heard_s in self._heard_s.items()}
         late = f"{LATE} for {EXPIRE_AFTER_S:.0f} s"
         limit = now_s - EXPIRE_AFTER_S
         changed = False

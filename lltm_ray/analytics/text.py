@@ -157,7 +157,7 @@ def _headroom(models: list[Any]) -> list[Highlight]:
     if not few:
         return []
     most = max(few, key=lambda row: row.requests)
-    note = f"{plain(most.model)}: {units.count(most.requests)} requests are too few to tell its busiest time"
+    note = f"{plain(most.model)}: too few requests came in the window to tell its busiest time"
     return [Highlight("Queueing headroom", units.NOTHING, note)]
 
 

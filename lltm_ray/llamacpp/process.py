@@ -77,7 +77,7 @@ class ServerProcess:
         self._life = Life()
         self._detail = ""
         self._port = 0
-        self._is_port_anothers = False
+        self._is_port_anothers = self._met_stranger = False
         self._child: subprocess.Popen[bytes] | None = None
         self._exit_code: int | None = None
         self._ready_since: float | None = None
@@ -271,19 +271,25 @@ class ServerProcess:
     async def _identify(self, client: AsyncLlamaClient) -> None:
         """Make sure that who answers is our child: it takes our random key and serves our file.
 
-        Another program, which took the port before our child could, costs it a start on another port and no more.
+        Another program, which took the port before our child could, costs it a start on another port and no more. Who
+        refuses our key is one; who answers something else may be our own, with a fault that another start does not mend.
         """
         try:
             served = str((await client.props()).get("model_path", ""))
         except UpstreamError as error:
-            self._is_port_anothers = True
+            self._meet_stranger(is_sure=error.http_status in (401, 403))
             self._post(lifecycle.Unusable(f"another program answers on port {self._port}: {error}"))
             return
         if not _same_file(served, self.spec.model_path):
-            self._is_port_anothers = not served
+            if not served:
+                self._meet_stranger(is_sure=False)
             self._post(lifecycle.Unusable(f"port {self._port} serves {served}, not {self.spec.model_path}"))
             return
         self._post(lifecycle.BecameReady())
+
+    def _meet_stranger(self, *, is_sure: bool) -> None:
+        self._is_port_anothers = is_sure or not self._met_stranger
+        self._met_stranger = True
 
     def _report_progress(self) -> None:
         progress = self.log.load_progress()

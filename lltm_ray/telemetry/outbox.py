@@ -23,22 +23,19 @@ _BATCH_BYTES = 2**20
 """Of one kind that has texts, as Python holds them: with captured content a thousand rows are tens of megabytes."""
 _MOST_LATER = 32
 """Makers of rows that wait; what they hold is in memory, and more at once would hold up the event loop."""
-_OWN_BYTES = 1024
-"""What a row that is weighed costs besides its long texts: the tuple, its numbers, names and ids."""
-_LONG = {
-    "requests": ("error", "parameters", "content"),
-    "spans": ("error", "attributes"),
-    "logs": ("message", "attributes"),
-}
-"""Kinds that are weighed, and their texts that may be long."""
+_OWN_BYTES = 960
+"""What a request's row costs besides its long texts: the tuple, its numbers, names and ids, which are cut."""
+_LONG = ("error", "parameters", "content")
+"""A request's texts that may be long; of other kinds that are weighed any may."""
 
 
 def _texts(kind: str) -> Callable[[tuple[Any, ...]], tuple[str, ...]]:
-    return itemgetter(*(SCHEMAS[kind].get_field_index(name) for name in _LONG[kind]))
+    names = _LONG if kind == "requests" else [each.name for each in SCHEMAS[kind] if each.type == pa.string()]
+    return itemgetter(*map(SCHEMAS[kind].get_field_index, names))
 
 
-_TEXTS = {kind: _texts(kind) for kind in _LONG}
-"""Takes a row's long texts."""
+_WEIGHED = {"requests": (_OWN_BYTES, _texts("requests")), "spans": (0, _texts("spans")), "logs": (0, _texts("logs"))}
+"""Kinds that have texts of any length: what a row costs without them, and what takes them."""
 
 
 class Outbox:
@@ -52,7 +49,7 @@ class Outbox:
     def __init__(self, limit_rows: int = 20_000, limit_bytes: int = 64 * 2**20) -> None:
         self._limit_rows, self._limit_bytes = limit_rows, limit_bytes
         self._later: list[Callable[[], None]] = []
-        self._bytes = dict.fromkeys(_LONG, 0)
+        self._bytes = dict.fromkeys(_WEIGHED, 0)
         self._all_bytes = 0
         self._rows: dict[str, deque[tuple[int, tuple[Any, ...]]]] = {kind: deque() for kind in KINDS}
         self.dropped: Counter[str] = Counter()
@@ -76,11 +73,11 @@ class Outbox:
         rows = self._rows[kind]
         if len(rows) >= self._limit_rows:
             self._drop(kind)
-        texts = _TEXTS.get(kind)
-        if texts is None:
+        weighed = _WEIGHED.get(kind)
+        if weighed is None:
             rows.append((0, row))
             return
-        size = _weigh(texts, row)
+        size = _weigh(*weighed, row)
         rows.append((size, row))
         self._weigh_in(kind, size)
         while self._all_bytes > self._limit_bytes:
@@ -137,8 +134,8 @@ class Outbox:
         return True
 
 
-def _weigh(texts: Callable[[tuple[Any, ...]], tuple[str, ...]], row: tuple[Any, ...]) -> int:
+def _weigh(own_bytes: int, texts: Callable[[tuple[Any, ...]], tuple[str, ...]], row: tuple[Any, ...]) -> int:
     try:
-        return sum(map(str.__sizeof__, texts(row)), _OWN_BYTES)
+        return sum(map(str.__sizeof__, texts(row)), own_bytes)
     except (TypeError, IndexError):  # it will be found when it is packed
         return sum(map(getsizeof, row))

@@ -195,6 +195,18 @@ async def test_a_port_that_somebody_else_took_first_costs_another_start_and_no_m
         assert await process.client.tokenize("with our key")
 
 
+async def test_a_server_that_never_tells_its_model_is_started_once_more_and_given_up(make_spec, monkeypatch):
+    async def answer(_request, writer):
+        writer.write(whole(b"{}"))
+
+    async with FakeEngine(answer) as other, running(make_spec()) as process:
+        port, chosen = int(other.url.rpartition(":")[2]), []
+        monkeypatch.setattr(module, "free_port", lambda host: chosen.append(port) or port)
+        with pytest.raises(EngineStartError, match="serves"):
+            await process.ensure_ready()
+        assert len(chosen) == 2
+
+
 async def test_draining_lets_a_running_answer_finish(make_spec):
     async with running(make_spec()) as server:
         await server.ensure_ready()

@@ -127,7 +127,7 @@ def _pace(model: Any) -> str:
 def _at_its_busiest(model: Any) -> str:
     if units.is_known(model.busiest_per_s):
         return f"{units.digits(model.busiest_per_s)} a second for {units.seconds(model.busiest_s)}"
-    return f"{units.count(model.requests)} requests are too few to tell"
+    return "too few requests in the window to tell"
 
 
 def classes(answer: Answer, about: About) -> Figure:

@@ -64,6 +64,14 @@ def test_who_was_not_heard_because_the_directory_stood_still_is_not_silent(tmp_p
     assert table.status().engines[0].detail.startswith(LATE)
 
 
+def test_who_was_heard_after_the_directory_stood_still_is_not_taken_for_alive_any_longer_for_it(tmp_path):
+    table = Table("f", tmp_path / "t.json")
+    table.register(engine(), NOW)
+    table.register(engine(), NOW + 60)  # its heartbeat waited, and was taken first
+    assert not table.expire(NOW + 60, stood_s=59)
+    assert table.expire(NOW + 60 + EXPIRE_AFTER_S * 1.1)
+
+
 def test_a_replica_that_never_comes_back_is_forgotten_and_a_gateway_with_an_address_is_not(tmp_path):
     table = Table("f", tmp_path / "t.json")
     for name, url in (("gateway-0", "http://127.0.0.1:8000"), ("serve-x", "")):

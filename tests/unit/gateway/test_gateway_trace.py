@@ -152,3 +152,16 @@ def test_each_value_of_an_attempts_row_stands_under_its_own_name() -> None:
         "is_estimate": True,
         "is_continued": True,
     }
+
+
+def test_a_conversations_own_header_comes_before_that_of_its_session() -> None:
+    request = finished("r-1")
+    request.headers = [
+        (b"x-session-id", b"session"),
+        (b"x-conversation-id", b""),
+        (b"x-conversation-id", b"conversation"),
+    ]
+    assert request.trace is not None
+    assert request_row(request, request.trace, "", (b"", b"")).conversation == "conversation"
+    del request.headers[2]
+    assert request_row(request, request.trace, "", (b"", b"")).conversation == "session"

@@ -5,7 +5,8 @@ import pytest
 
 from lltm_ray.telemetry.batch import SCHEMAS, unpack
 from lltm_ray.telemetry.outbox import BATCH_ROWS, Outbox
-from lltm_ray.telemetry.rows import LogRow, SlotRow
+from lltm_ray.telemetry.rows import LogRow, SlotRow, SpanRow
+from tests.unit.telemetry.rows_made import request_row
 
 
 def slot_row(slot: int, **changes: object) -> SlotRow:
@@ -75,18 +76,38 @@ def test_without_room_the_oldest_go_and_are_counted() -> None:
     assert outbox.dropped == {"slots": 7}
 
 
-@pytest.mark.parametrize("text", ["x" * 10_000, "\u5b57" * 5_000])
-def test_rows_with_long_texts_are_bounded_by_bytes_and_the_oldest_go(text: str) -> None:
-    outbox = Outbox(limit_bytes=100_000)
-    outbox.add("spans", ("t", "s", "", "load", "internal", 1, 2, "", "", "e", "{}"))
+LOG = LogRow(1, "", "", "INFO", "a", "x", "{}")
+SPAN = SpanRow("t", "s", "", "load", "internal", 1, 2, "", "", "e", "{}")
+LONG = [
+    *(("requests", request_row(), name) for name in ("error", "parameters", "content")),
+    *(("spans", SPAN, name) for name in ("name", "error", "engine", "attributes")),
+    *(("logs", LOG, name) for name in ("logger", "message", "attributes")),
+]
+"""Kind, a row, and each of its texts that may be long."""
+
+
+@pytest.mark.parametrize(("character", "count"), [("x", 10_000), ("\u5b57", 5_000)], ids=["ascii", "wide"])
+@pytest.mark.parametrize(("kind", "row", "name"), LONG, ids=[f"{kind}.{name}" for kind, _, name in LONG])
+def test_rows_with_long_texts_are_bounded_by_bytes_and_the_oldest_go(kind, row, name, character, count) -> None:
+    outbox, text = Outbox(limit_bytes=100_000), character * count  # a new one: once sent, a text keeps its UTF-8, too
+    other = "logs" if kind == "spans" else "spans"
+    outbox.add(other, LOG if kind == "spans" else SPAN)
+    moment = next(each for each in row._fields if each.endswith("unix_nano"))
     for number in range(50):
-        outbox.add("logs", LogRow(number, "", "", "INFO", "a", text, "{}"))
+        outbox.add(kind, row._replace(**{name: text, moment: number}))
     batch = outbox.take()
-    kept = [row.at_unix_nano for row in unpack("logs", batch["logs"])]
+    kept = [getattr(row, moment) for row in unpack(kind, batch[kind])]
     assert 7 <= len(kept) <= 9
     assert kept == list(range(50 - len(kept), 50))
-    assert outbox.dropped == {"logs": 50 - len(kept)}
-    assert batch["spans"].num_rows == 1
+    assert outbox.dropped == {kind: 50 - len(kept)}
+    assert batch[other].num_rows == 1
+
+
+def test_many_short_rows_of_requests_are_bounded_by_bytes_too() -> None:
+    outbox = Outbox(limit_bytes=100_000)
+    for _ in range(1000):
+        outbox.add("requests", request_row())
+    assert 50 <= outbox.take()["requests"].num_rows <= 100
 
 
 def test_a_batch_is_bounded_by_bytes_too_and_nothing_is_left_behind() -> None:
