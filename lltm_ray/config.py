@@ -333,9 +333,18 @@ class FleetConfig:
             config: Self = build(cls, merge(_anchored(raw, Path(path).absolute().parent), overrides))
         except ConfigError as error:
             if not has(overrides, error.field):
-                raise ConfigError(f"{path}: {error.field}", error.value, error.why) from error.__cause__
+                over = " (with what is given over it)" if overrides and _builds(cls, raw) else ""
+                raise ConfigError(f"{path}: {error.field}", error.value, error.why + over) from error.__cause__
             raise ConfigError(error.field, error.value, f"{error.why} (over {path})") from error.__cause__
         return config
+
+
+def _builds(cls: type[Any], raw: Mapping[str, Any]) -> bool:
+    try:
+        build(cls, raw)
+    except ConfigError:
+        return False
+    return True
 
 
 def _anchored(settings: Any, folder: Path) -> Any:

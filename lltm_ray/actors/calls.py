@@ -13,7 +13,7 @@ import ray
 
 from lltm_ray.actors import names
 from lltm_ray.actors.crew import cause_of
-from lltm_ray.actors.engine import CALL_TIMEOUT_S
+from lltm_ray.actors.engine import CALL_TIMEOUT_S, OWN
 from lltm_ray.actors.fleet import Fleet, get_engine, newest
 from lltm_ray.actors.remote import find
 from lltm_ray.actors.watch import keep_going, watch_fleet
@@ -39,8 +39,6 @@ ROUTES = {
 }
 """llama-server's route of each method."""
 _GENERATE = ("chat", "complete")
-_OWN = ("timeout_s", "carrier")
-"""Arguments of the engines' actors, and none of the routes."""
 
 
 class Calls:
@@ -115,7 +113,7 @@ class Calls:
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
         """Tried elsewhere as long as no event was delivered."""
         deadline = asyncio.get_running_loop().time() + timeout_s
-        params = settle(ROUTES["chat"], params, own=_OWN)
+        params = settle(ROUTES["chat"], params, own=OWN)
         ask = self._ask("chat", messages, timeout_s=timeout_s, **params)
         tries = Tries(self._router, MAX_ATTEMPTS, ask=ask)
         while True:
@@ -142,7 +140,7 @@ class Calls:
                 self._router.release(lease, served)
 
     async def _call(self, method: str, *args: Any, **params: Any) -> Any:
-        params = settle(ROUTES[method], params, own=_OWN)
+        params = settle(ROUTES[method], params, own=OWN)
         ask = self._ask(method, *args, **params)
         tries = Tries(self._router, MAX_ATTEMPTS, ask=ask)
         while True:

@@ -33,6 +33,7 @@ from lltm_ray.errors import (
     OverloadedError,
 )
 from lltm_ray.llamacpp.client import AsyncLlamaClient
+from lltm_ray.llamacpp.options import settle
 from lltm_ray.llamacpp.process import ServerProcess, ServerSnapshot
 from lltm_ray.llamacpp.slot_folder import OwnedFolder
 from lltm_ray.records import Completion, Embeddings, EngineInfo, EngineState, RerankHit, SlotState, StreamEvent
@@ -44,6 +45,7 @@ log = logging.getLogger(__name__)
 
 RETRY_START_S = 5.0
 CALL_TIMEOUT_S = 3600.0
+OWN = ("timeout_s", "carrier")  # arguments of an engine's calls that are no fields of the routes
 MAX_WAITING = 1000
 """Calls that may wait for a slot of one engine."""
 
@@ -264,7 +266,7 @@ class EngineActor(AdapterCalls):
         **params: Any,
     ) -> Completion:
         """One chat answer; `params` as in llama-server's /v1/chat/completions, `carrier` as in W3C Trace Context."""
-        asked = {"messages": messages, **params}
+        asked = {"messages": messages} | settle("/v1/chat/completions", params, OWN)
         async with self._trace.call("/v1/chat/completions", timeout_s, asked, carrier) as (client, seen):
             seen.see(done := await client.chat(messages, **params))
             return replace(done, engine=self._engine.spec.name)
@@ -278,7 +280,7 @@ class EngineActor(AdapterCalls):
         **params: Any,
     ) -> Completion:
         """One completion of a raw prompt; `params` as in llama-server's /completion, `max_tokens` works too."""
-        asked = {"prompt": prompt, **params}
+        asked = {"prompt": prompt} | settle("/completion", params, OWN)
         async with self._trace.call("/completion", timeout_s, asked, carrier) as (client, seen):
             seen.see(done := await client.complete(prompt, **params))
             return replace(done, engine=self._engine.spec.name)
@@ -292,7 +294,7 @@ class EngineActor(AdapterCalls):
         **params: Any,
     ) -> AsyncIterator[StreamEvent]:
         """A chat answer event by event; closing the generator frees the slot."""
-        asked = {"messages": messages, **params}
+        asked = {"messages": messages} | settle("/v1/chat/completions", params, OWN)
         async with (
             self._trace.call("/v1/chat/completions", timeout_s, asked, carrier, is_stream=True) as (client, seen),
             aclosing(client.chat_stream(messages, **params)) as events,
@@ -310,7 +312,8 @@ class EngineActor(AdapterCalls):
         **params: Any,
     ) -> Embeddings:
         """One vector for each text; the fleet must serve embeddings."""
-        async with self._trace.call("/v1/embeddings", timeout_s, params, carrier) as (client, seen):
+        asked = settle("/v1/embeddings", params, OWN)
+        async with self._trace.call("/v1/embeddings", timeout_s, asked, carrier) as (client, seen):
             seen.see(done := await client.embed(texts, **params))
             return replace(done, engine=self._engine.spec.name)
 
@@ -359,8 +362,7 @@ class EngineActor(AdapterCalls):
     async def _was_stopped(self) -> bool:
         async with aclosing(watch_fleet(self._engine.spec.fleet.name)) as tables:
             before = (await anext(tables)).engines
-        states = [engine.state for engine in before if engine.name == self._engine.spec.name]
-        return states == [EngineState.STOPPED]
+        return [engine.state for engine in before if engine.name == self._engine.spec.name] == [EngineState.STOPPED]
 
     def _register(self, info: EngineInfo) -> None:
         self._directory.register.remote(info)

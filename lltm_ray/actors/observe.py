@@ -14,8 +14,10 @@ from lltm_ray._watch import Watch, watch
 from lltm_ray.actors.analytics import find_analytics, make_analytics, wait_for_analytics
 from lltm_ray.actors.calls import ROUTES, Calls, Messages
 from lltm_ray.actors.crew import cause_of
+from lltm_ray.actors.engine import OWN
 from lltm_ray.actors.fleet import Fleet
 from lltm_ray.errors import FleetError
+from lltm_ray.llamacpp.options import settle
 from lltm_ray.records import StreamEvent
 
 if TYPE_CHECKING:  # who asks nothing of telemetry does without pyarrow
@@ -188,14 +190,16 @@ class WatchedCalls(Calls):
     """Calls that `telemetry.instrument()` can watch; the caller's trace goes along to the engine."""
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
-        """As `Calls.call`."""
+        """As `Calls.call`; of one that is refused before it is sent nobody is told."""
+        params = settle(ROUTES[method], params, own=OWN)
         with watch("", ROUTES[method], _body(method, args, params)) as seen:
             answer = await super().call(method, *args, timeout_s=timeout_s, **params, **_carrier(seen))
             seen.answer(answer)
             return answer
 
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
-        """As `Calls.stream`."""
+        """As `Calls.stream`, watched as `call` is."""
+        params = settle(ROUTES["chat"], params, own=OWN)
         with watch("", ROUTES["chat"], _body("chat", (messages,), params), is_stream=True) as seen:
             source: Any = super().stream(messages, timeout_s=timeout_s, **params, **_carrier(seen))
             async with aclosing(source) as events:

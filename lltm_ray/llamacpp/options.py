@@ -1,7 +1,8 @@
 """Options of requests by name: what each route of llama-server knows; a misspelt name is refused before it is sent.
 
 llama-server ignores what it does not know, and every release knows more. So a name that is nowhere near a known one is
-passed on as it is, and so is whatever stands in `extra_body`, as with OpenAI's client.
+passed on as it is, and so are those of another route or of another server, and whatever stands in `extra_body`, as with
+OpenAI's client.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from lltm_ray.errors import ConfigError
 EXTRA: Final = "extra_body"
 """The option whose members go into the request's body without a look at their names."""
 NEARNESS: Final = 0.74
-"""Similarity (`difflib`) from which one name is taken for another: two letters that changed places in a name of four,
-`max_output_tokens` for `max_tokens`."""
+"""Similarity (`difflib`) from which one name is taken for another: two letters that changed places in a name of four
+(0.75), but not vLLM's `length_penalty` for `repeat_penalty` (0.71)."""
+TIMEOUT: Final = "timeout_s"
+"""An argument of calls through Ray; of a client it is a setting, and of no route an option."""
 
 _GENERATION: Final = frozenset(
     {
@@ -33,6 +36,7 @@ _GENERATION: Final = frozenset(
         *("grammar", "grammar_lazy", "grammar_triggers", "grammar_type", "json_schema", "preserved_tokens"),
         *("chat_format", "chat_parser", "generation_prompt", "message_delimiters", "parse_tool_calls"),
         *("reasoning_format", "reasoning_control", "reasoning_budget_tokens", "reasoning_budget_message"),
+        *("reasoning_in_content", "speculative.types"),
         *("reasoning_budget_start_tag", "reasoning_budget_end_tag", "reasoning_budget_end_tags"),
         *("thinking_budget_tokens", "continue_final_message", "user"),
     }
@@ -83,32 +87,60 @@ KNOWN: Final[Mapping[str, frozenset[str]]] = {
 }
 """Fields of each route's body: llama.cpp's own (`tools/server`, b11434), and those of OpenAI's and Anthropic's clients
 that it leaves alone."""
+FOREIGN: Final = frozenset(
+    {
+        *("min_tokens", "repetition_penalty", "prompt_logprobs", "chat_template", "return_token_ids"),
+        *("return_prompt_text", "return_token_offsets", "truncation_side", "normalize"),
+        *("mirostat_target", "mirostat_lr", "prompt_cache_max_len", "prompt_cache_isolation_key"),
+        *("dynatemp_high", "grammar_string", "mirostat_mode", "negative_prompt"),
+        *("temperature_last", "truncation_length"),
+        *("safe_prompt", "top_a", "models", "thinking_budget", "think", "images", "return_documents", "normalized"),
+        *("speed", "logits"),
+    }
+)
+"""Names that other servers' clients send and that look like slips here. By lines: vLLM's (`protocol.py` of its
+OpenAI routes; some are SGLang's too), 2; Fireworks'; text-generation-webui's (`typing.py` of its API), 2; Mistral's,
+OpenRouter's (2), DashScope's, Ollama's (2), Cohere's and Jina's, each in its API reference; Anthropic's (a beta), and
+`logits`, which nobody means for `logit_bias`."""
+FIXED: Final[Mapping[str, frozenset[str]]] = {
+    "/v1/chat/completions": frozenset({"messages", "stream", "stream_options"}),
+    "/apply-template": frozenset({"messages"}),
+    "/completion": frozenset({"prompt", "stream"}),
+    "/v1/completions": frozenset({"prompt", "stream", "stream_options"}),
+    "/infill": frozenset({"input_prefix", "input_suffix", "stream"}),
+    "/v1/responses": frozenset({"input", "stream"}),
+    "/v1/messages": frozenset({"messages", "stream"}),
+    "/v1/embeddings": frozenset({"input"}),
+    "/v1/rerank": frozenset({"query", "documents"}),
+}
+"""Fields that each call sets itself, as `wire` does: `extra_body` cannot have them."""
+_STREAMING: Final = frozenset({"stream", "stream_options"})
+_PASSED: Final = FOREIGN.union(*KNOWN.values())
 
 
 def read_options(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -> dict[str, Any]:
-    """All options of a request by name, those in `extra_body` too.
+    """All options of a request by name, those in `extra_body` too; one that is None is left out.
 
     Args:
         path: the route; one that is not in `KNOWN` takes any names.
         given: the options.
-        own: other arguments of the call, which may have been meant by a name.
+        own: other arguments of the call, beside `FIXED`, which may have been meant by a name.
 
     Raises:
         ConfigError: an unknown name that is near to a known one: says which, and how to send it as it is; or
-            `extra_body` is no mapping, or holds what is given beside it.
+            `extra_body` is no mapping, or holds what is given beside it or set by the call.
     """
-    own = frozenset(own)
-    for name in sorted(given.keys() - KNOWN.get(path, given.keys()) - own - {EXTRA}):
-        if near := _near(path, own, name):
-            why = f"{path} has no such option; did you mean {near}? To send it as it is: {EXTRA}={{{name!r}: ...}}"
-            raise ConfigError(name, given[name], why)
-    options = {name: value for name, value in given.items() if name != EXTRA}
+    own = FIXED.get(path, frozenset()).union(own)
+    for name in sorted(given.keys() - _PASSED - own - {EXTRA}) if path in KNOWN else ():
+        if why := _slip(path, own, name):
+            raise ConfigError(name, given[name], f"{why} To send it as it is: {EXTRA}={{{name!r}: ...}}")
+    options = {name: value for name, value in given.items() if name != EXTRA and value is not None}
     extra = {} if given.get(EXTRA) is None else given[EXTRA]
     if not isinstance(extra, Mapping):
         raise ConfigError(EXTRA, extra, "must be a mapping of names to values, such as {'new_option': 1}")
     for name, value in extra.items():
         if name in options or name in own:
-            whose = "is given beside it" if name in options else "is set by the call itself"
+            whose = "is set by the call itself" if name in own else "is given beside it"
             raise ConfigError(f"{EXTRA}[{name!r}]", value, f"{whose}: give it as an argument, or leave it out")
     return options | dict(extra)
 
@@ -116,15 +148,21 @@ def read_options(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -
 def settle(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -> dict[str, Any]:
     """The same options for another `read_options`, where `extra_body` holds nothing but unknown names.
 
-    Args and errors are those of `read_options`.
+    Args and errors are those of `read_options`; and what the call sets itself cannot be given by name either.
     """
+    for name in sorted(given.keys() & (FIXED[path] - _STREAMING)):
+        raise ConfigError(name, given[name], "is set by the call itself: leave it out")
     options = read_options(path, given, own)
     unknown = {name: options.pop(name) for name in given.get(EXTRA) or () if name not in KNOWN[path]}
     return options | ({EXTRA: unknown} if unknown else {})
 
 
 @lru_cache(maxsize=1024)
-def _near(path: str, own: frozenset[str], name: str) -> str:
-    """The known names that are most like this one; empty: none is."""
+def _slip(path: str, own: frozenset[str], name: str) -> str:
+    """What was meant by a name, by those that are most like it; empty: nothing is."""
     plain = name.lower().replace("-", "_")
-    return " or ".join(difflib.get_close_matches(plain, KNOWN[path] | own | {EXTRA}, 2, NEARNESS))
+    near = difflib.get_close_matches(plain, KNOWN[path] | own | {EXTRA, TIMEOUT}, 2, NEARNESS)
+    if near[:1] == [TIMEOUT] and TIMEOUT not in own:
+        return f"is no option of a request, but of its client: LlamaClient(url, {TIMEOUT}=...)."
+    meant = " or ".join(each for each in near if each != TIMEOUT or TIMEOUT in own)
+    return f"{path} has no such option; did you mean {meant}?" if meant else ""

@@ -272,7 +272,7 @@ class ServerProcess:
         """Make sure that who answers is our child: it takes our random key and serves our file.
 
         Another program, which took the port before our child could, costs it a start on another port and no more. Who
-        refuses our key is one; who answers something else may be our own, with a fault that another start does not mend.
+        refuses our key is one; who answers something else may be our own, with a fault that no other start mends.
         """
         try:
             served = str((await client.props()).get("model_path", ""))

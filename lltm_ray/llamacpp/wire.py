@@ -261,8 +261,8 @@ def model_unload(model: str, **params: Any) -> Call[None]:
 
 def _given(path: str, params: Mapping[str, Any], **fixed: Any) -> JsonObject:
     """`fixed` over `params`, without what is None."""
-    options = read_options(path, params, own=fixed)
-    return {name: value for name, value in {**options, **fixed}.items() if value is not None}
+    fixed = {name: value for name, value in fixed.items() if value is not None}
+    return {name: value for name, value in read_options(path, params, own=fixed).items() if value is not None} | fixed
 
 
 def _openai(path: str, params: Mapping[str, Any], **fixed: Any) -> StreamCall:

@@ -16,7 +16,8 @@ from lltm_ray.records import Completion, StreamEvent, Timings, Usage
 class InferResult:
     """An answer with its figures, or the error that kept it from coming; `str()` is the text.
 
-    A failed one cannot pass for an answer: `text`, and so `str()`, raise its `error`.
+    A failed one cannot pass for an answer: `text` raises its `error`, `str()` is `<failed: ...>` with its words and can
+    be logged.
     """
 
     received: str = ""
@@ -73,11 +74,11 @@ class InferResult:
             LltmRayError: the request's error.
         """
         if self.error is not None:
-            raise self.error
+            raise self.error.with_traceback(None)  # else each read would add its frames to the same object
         return self
 
     def __str__(self) -> str:
-        return self.text
+        return self.received if self.error is None else f"<failed: {self.error_message}>"
 
 
 def of_completion(done: Completion, latency_s: float) -> InferResult:

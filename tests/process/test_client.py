@@ -10,6 +10,7 @@ import pytest
 
 from lltm_ray.errors import DeadlineError, EngineExitedError, EngineNotReadyError, UpstreamError
 from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
+from lltm_ray.llamacpp.options import read_options
 from lltm_ray.llamacpp.replies import Health, HealthStatus, TokenPiece
 from lltm_ray.records import FinishReason, StreamEvent
 
@@ -70,6 +71,14 @@ async def test_a_chat_stream_is_its_chat_in_pieces(ask: Face) -> None:
     assert [event for event in events if event.finish_reason] == events[-1:]
     assert events[-1].usage is not None
     assert events[-1].usage.output_tokens == 20
+
+
+async def test_what_a_server_says_of_its_defaults_is_no_mistake_as_options(ask: Face) -> None:
+    params = (await ask("props"))["default_generation_settings"]["params"]
+    assert {"reasoning_in_content", "speculative.types", "temperature", "max_tokens"} <= params.keys()
+    assert read_options("/completion", params).keys() == {name for name in params if params[name] is not None}
+    given = {name: value for name, value in params.items() if name not in ("max_tokens", "n_predict")}
+    assert (await ask("complete", "hello", **given, max_tokens=3)).usage.output_tokens == 3
 
 
 async def test_a_native_completion_brings_tokens_probabilities_and_its_slot(ask: Face) -> None:

@@ -75,7 +75,8 @@ def test_a_refused_request_is_a_result_that_says_why(engine):
     assert not result.success
     assert "nonsense" in result.error_message
     with pytest.raises(UpstreamError, match="nonsense"):
-        print(result)
+        _ = result.text
+    assert "nonsense" in str(result)
     stream = engine.infer_stream("hi", response_format={"type": "nonsense"})
     with pytest.raises(UpstreamError, match="nonsense"):
         list(stream)
@@ -91,6 +92,10 @@ def test_a_misspelt_option_never_leaves_the_program(engine):
         engine.infer("hi", temprature=0)
     with pytest.raises(ConfigError, match="max_token=5"):
         ray.get(engine.cluster.engines[0].chat.remote("hi", max_token=5))
+    with pytest.raises(ConfigError, match=r"timeout=3.*did you mean timeout_s"):
+        ray.get(engine.cluster.engines[0].chat.remote("hi", timeout=3))
+    with pytest.raises(ConfigError, match=r"extra_body\['messages'\]=\[\]: is set by the call itself"):
+        engine.cluster.chat("hi", extra_body={"messages": []})
     assert engine.get_metrics()["throughput"] == before
     sent = engine.cluster.chat("hi", max_tokens=3, temperature=0, extra_body={"max_token": 50, "ignore_eos": True})
     assert sent.usage.output_tokens == 3

@@ -137,6 +137,19 @@ def test_what_is_given_over_a_file_is_not_said_to_be_in_it(tmp_path):
         assert str(caught.value) == f"{said} (over {path})"
 
 
+def test_a_file_that_is_wrong_only_with_what_is_given_over_it_is_not_blamed_alone(tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_text("engines = 4")
+    with pytest.raises(ConfigError) as caught:
+        FleetConfig.from_toml(path, max_engines=2)
+    said = "engines=4: must be at most max_engines=2"
+    assert str(caught.value) == f"{path}: {said} (with what is given over it)"
+    path.write_text("engines = 4\nmax_engines = 2")
+    with pytest.raises(ConfigError) as caught:
+        FleetConfig.from_toml(path, name="x")
+    assert str(caught.value) == f"{path}: {said}"
+
+
 def test_settings_given_by_name_are_told_with_their_table():
     with pytest.raises(ConfigError, match=r"^engine\.n_parallel=0: must be from 1"):
         build(FleetConfig, {"engine": {"n_parallel": 0}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +12,17 @@ from openai.types import completion_create_params, embedding_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 from openai.types.responses import response_create_params
 
+from lltm_ray import _watch
 from lltm_ray.actors.calls import Calls
+from lltm_ray.actors.engine import EngineActor
 from lltm_ray.actors.fleet import Fleet
+from lltm_ray.actors.observe import WatchedCalls
 from lltm_ray.config import FleetConfig
 from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.continuable import LIMITS
-from lltm_ray.llamacpp import wire
-from lltm_ray.llamacpp.client import LlamaClient
-from lltm_ray.llamacpp.options import KNOWN, read_options, settle
+from lltm_ray.llamacpp import options, wire
+from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
+from lltm_ray.llamacpp.options import FIXED, FOREIGN, KNOWN, NEARNESS, read_options, settle
 from lltm_ray.telemetry.parameters import FIELDS
 
 CHAT, TEXT = "/v1/chat/completions", "/completion"
@@ -32,6 +36,37 @@ ROUTES = {
     "/v1/embeddings": lambda **options: wire.embed("hi", **options),
     "/v1/rerank": lambda **options: wire.rerank("q", ["a"], **options),
     "/apply-template": lambda **options: wire.apply_template("hi", **options),
+}
+
+UNION = FOREIGN.union(*KNOWN.values())
+OTHERS = {
+    "vLLM": """
+        add_special_tokens allowed_token_ids bad_words best_of cache_salt chat_template documents guided_choice
+        guided_decoding_backend guided_grammar guided_json guided_regex guided_whitespace_pattern ignore_eos
+        include_reasoning include_stop_str_in_output kv_transfer_params length_penalty logprob_token_ids media_io_kwargs
+        min_tokens mm_processor_kwargs normalize priority prompt_embeds prompt_logprobs repetition_detection
+        repetition_penalty request_id return_prompt_text return_token_ids return_token_offsets
+        return_tokens_as_token_ids skip_special_tokens spaces_between_special_tokens stop_token_ids stream_interval
+        structured_outputs thinking_token_budget truncate_prompt_tokens truncation_side use_activation use_beam_search
+        vllm_xargs watermarking""",
+    "SGLang": """
+        custom_logit_processor custom_params ebnf extra_key input_ids lora_path min_tokens no_stop_trim regex
+        repetition_penalty return_hidden_states return_prompt_token_ids return_routed_experts return_token_ids
+        separate_reasoning session_params stop_regex stop_token_ids stream_reasoning task""",
+    "Mistral": "guardrails min_tokens output_dtype prompt_mode random_seed safe_prompt",
+    "OpenRouter": "models plugins preset provider repetition_penalty route top_a transforms usage",
+    "Fireworks": """
+        context_length_exceeded_behavior mirostat_lr mirostat_target perf_metrics_in_response prompt_cache_isolation_key
+        prompt_cache_max_len prompt_truncate_len raw_output speculation""",
+    "text-generation-webui": """
+        add_bos_token ban_eos_token custom_token_bans do_sample dynamic_temperature dynatemp_high dynatemp_low
+        encoder_repetition_penalty epsilon_cutoff eta_cutoff grammar_string guidance_scale mirostat_mode negative_prompt
+        no_repeat_ngram_size num_beams smoothing_factor temperature_last tfs top_a truncation_length""",
+    "rerank and embeddings": """
+        documents embedding_type input_type late_chunking max_chunks_per_doc max_tokens_per_doc normalized rank_fields
+        raw_scores return_documents text truncation""",
+    "others": """
+        enable_thinking images keep_alive logits options speed think thinking thinking_budget""",
 }
 
 
@@ -51,7 +86,7 @@ def mistakes(name: str) -> set[str]:
 @pytest.mark.parametrize("path", [CHAT, TEXT, "/v1/messages", "/v1/embeddings", "/v1/rerank"])
 def test_every_slip_in_a_name_of_four_letters_or_more_is_refused(path: str) -> None:
     for name in KNOWN[path]:
-        for wrong in mistakes(name) - KNOWN[path] if len(name) >= 4 else ():
+        for wrong in mistakes(name) - UNION if len(name) >= 4 else ():
             with pytest.raises(ConfigError, match=f"^{wrong}=5: {path} has no such option; did you mean "):
                 read_options(path, {wrong: 5})
 
@@ -75,8 +110,7 @@ def test_every_route_takes_all_names_it_knows_and_refuses_misspelt_ones(path: st
         (CHAT, "Temperature", "temperature"),
         (CHAT, "topk", "top_k"),
         (CHAT, "maxTokens", "max_tokens"),
-        (CHAT, "max_output_tokens", "max_tokens"),
-        (CHAT, "repetition_penalty", "repeat_penalty"),
+        (CHAT, "max_new_tokens", "max_tokens"),
         (CHAT, "extra_boddy", "extra_body"),
         (TEXT, "n_predcit", "n_predict"),
         ("/v1/embeddings", "dimension", "dimensions"),
@@ -97,10 +131,69 @@ def test_a_client_sends_nothing_of_a_misspelt_request() -> None:
         client.chat("hi", max_token=5)
 
 
-@pytest.mark.parametrize("name", ["a_new_field", "do_it_well", "guided_json", "zz"])
+@pytest.mark.parametrize("name", ["a_new_field", "do_it_well", "zz"])
 def test_names_that_are_like_no_other_are_passed_on(name: str) -> None:
     for path, call in ROUTES.items():
         assert call(**{name: 3}).body[name] == 3, path
+
+
+@pytest.mark.parametrize("server", OTHERS)
+def test_what_another_server_has_is_no_mistake_on_any_route(server: str) -> None:
+    for name in OTHERS[server].split():
+        for path in KNOWN:
+            assert read_options(path, {name: 3})[name] == 3, (path, name)
+
+
+def test_foreign_names_are_those_that_would_be_taken_for_slips(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name for names in OTHERS.values() for name in names.split()} >= FOREIGN
+    monkeypatch.setattr("lltm_ray.llamacpp.options._PASSED", frozenset().union(*KNOWN.values()))
+    for name in FOREIGN:
+        assert any(is_refused(path, name) for path in KNOWN), name
+
+
+def is_refused(path: str, name: str) -> bool:
+    try:
+        read_options(path, {name: 3})
+    except ConfigError:
+        return True
+    return False
+
+
+def test_a_name_of_one_route_is_no_mistake_on_another() -> None:
+    assert wire.complete("hi", response_format={"type": "text"}).body["response_format"] == {"type": "text"}
+    for path in KNOWN:
+        for name in UNION - FIXED[path] - {"n", "n_cmpl"}:
+            assert read_options(path, {name: 3}) == {name: 3}, (path, name)
+
+
+@pytest.mark.parametrize("nearness", [0.7, 0.8])
+def test_names_are_near_that_have_two_letters_changed_and_no_further_ones(
+    monkeypatch: pytest.MonkeyPatch, nearness: float
+) -> None:
+    def slip_and_other() -> tuple[bool, bool]:
+        options._slip.cache_clear()
+        return is_refused(CHAT, "sede"), is_refused(CHAT, "length_penalty")
+
+    assert slip_and_other() == (True, False)
+    monkeypatch.setattr(options, "NEARNESS", nearness)
+    assert slip_and_other() == (nearness < NEARNESS,) * 2
+    options._slip.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["timeout", "timeout_s", "time_out", "timeouts"])
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_requests_time_is_told_to_be_its_clients(path: str, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}=3: .* of its client: LlamaClient\(url, timeout_s=\.\.\.\)\. "):
+        ROUTES[path](**{name: 3})
+    assert ROUTES[path](extra_body={name: 3}).body[name] == 3
+
+
+async def test_no_client_sends_a_request_with_a_time_of_its_own() -> None:
+    with LlamaClient("http://127.0.0.1:9") as client, pytest.raises(ConfigError, match="timeout_s=3"):
+        client.chat("hi", timeout_s=3)
+    async with AsyncLlamaClient("http://127.0.0.1:9") as client:
+        with pytest.raises(ConfigError, match="timeout=3"):
+            await client.complete("hi", timeout=3)
 
 
 @pytest.mark.parametrize(
@@ -127,13 +220,30 @@ def test_extra_options_are_checked_for_what_they_would_overrule() -> None:
         wire.chat("hi", extra_body=5)
     with pytest.raises(ConfigError, match=r"^extra_body\['seed'\]=2: is given beside it"):
         wire.chat("hi", seed=1, extra_body={"seed": 2})
-    for name in ("messages", "stream", "stream_options"):
-        with pytest.raises(ConfigError, match=rf"^extra_body\['{name}'\]=0: is set by the call itself"):
-            wire.chat("hi", extra_body={name: 0})
     with pytest.raises(ConfigError, match="n=2: one answer a call"):
         wire.chat("hi", extra_body={"n": 2})
     assert wire.complete("hi", extra_body={"max_tokens": 4}).body["n_predict"] == 4
     assert wire.chat("hi", extra_body=None).body.keys() == {"messages", "stream", "stream_options"}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_what_a_call_sets_itself_cannot_be_given_beside_it(path: str) -> None:
+    assert ROUTES[path]().body.keys() == FIXED[path]
+    for name in FIXED[path]:
+        for read in (ROUTES[path], lambda **given: read_options(path, given), lambda **given: settle(path, given)):
+            with pytest.raises(ConfigError, match=rf"^extra_body\['{name}'\]=0: is set by the call itself"):
+                read(extra_body={name: 0})
+    for name in FIXED[path] - {"stream", "stream_options"}:
+        with pytest.raises(ConfigError, match=rf"^{name}=0: is set by the call itself: leave it out"):
+            settle(path, {name: 0})
+    assert settle(path, {"stream": False}) == {"stream": False}
+
+
+def test_none_is_not_given() -> None:
+    assert wire.rerank("q", ["a"], extra_body={"top_n": 1}).body["top_n"] == 1
+    assert wire.complete("hi", n_predict=None, extra_body={"n_predict": 4}).body["n_predict"] == 4
+    with pytest.raises(ConfigError, match=r"^extra_body\['top_n'\]=1: is set by the call itself"):
+        wire.rerank("q", ["a"], top_n=2, extra_body={"top_n": 1})
 
 
 def test_settled_options_can_be_read_again() -> None:
@@ -162,10 +272,10 @@ class NotTaken(Exception):
     pass
 
 
-@pytest.fixture
-def calls() -> Calls:
+@pytest.fixture(params=[Calls, WatchedCalls])
+def calls(request: pytest.FixtureRequest) -> Calls:
     directory = SimpleNamespace(wake=SimpleNamespace(remote=None))
-    made = Calls(Fleet(config=FleetConfig(name="f"), run_id="r", directory=directory))
+    made: Calls = request.param(Fleet(config=FleetConfig(name="f"), run_id="r", directory=directory))
     made._router = Router()
     return made
 
@@ -174,18 +284,113 @@ async def first(stream: Any) -> Any:
     return await anext(stream)
 
 
-@pytest.mark.parametrize("method", ["chat", "complete", "embed", "rerank", "stream", "batch"])
+METHODS = {
+    "chat": CHAT,
+    "complete": TEXT,
+    "embed": "/v1/embeddings",
+    "rerank": "/v1/rerank",
+    "stream": CHAT,
+    "batch": TEXT,
+}
+
+
+def asker(calls: Calls, method: str) -> Any:
+    return {
+        "stream": lambda **given: first(calls.stream([], timeout_s=5, **given)),
+        "batch": lambda **given: calls.batch(["a", "b"], timeout_s=5, **given),
+    }.get(method, lambda **given: calls.call(method, "hi", timeout_s=5, **given))
+
+
+@pytest.mark.parametrize("method", METHODS)
 async def test_a_drivers_call_with_a_misspelt_option_takes_no_engine(calls: Calls, method: str) -> None:
-    ask = {
-        "stream": lambda **options: first(calls.stream([], timeout_s=5, **options)),
-        "batch": lambda **options: calls.batch(["a", "b"], timeout_s=5, **options),
-    }.get(method, lambda **options: calls.call(method, "hi", timeout_s=5, **options))
+    ask = asker(calls, method)
     with pytest.raises(ConfigError, match=r"^timeout=1: .* did you mean timeout_s\?"):
         await asyncio.wait_for(ask(timeout=1), 5)
     assert calls._router.asked == []
     with pytest.raises(NotTaken):
         await asyncio.wait_for(ask(carrier={}, extra_body={"timeout": 1}), 5)
     assert calls._router.asked
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_what_a_drivers_call_sets_itself_is_refused_before_an_engine_is_taken(calls: Calls, method: str) -> None:
+    ask = asker(calls, method)
+    for name in FIXED[METHODS[method]] | {"timeout_s", "carrier"}:
+        with pytest.raises(ConfigError, match=rf"^extra_body\['{name}'\]=\[\]: is set by the call itself"):
+            await asyncio.wait_for(ask(extra_body={name: []}), 5)
+    assert calls._router.asked == []
+
+
+async def test_an_input_given_twice_takes_no_engine(calls: Calls) -> None:
+    with pytest.raises(ConfigError, match=r"^input='x': is set by the call itself"):
+        await calls.call("embed", "hi", timeout_s=5, input="x")
+    assert calls._router.asked == []
+
+
+async def test_a_mixed_batch_takes_options_of_chats(calls: Calls) -> None:
+    for prompt in ("text", [{"role": "user", "content": "hi"}]):
+        with pytest.raises(NotTaken):
+            await calls.batch([prompt], timeout_s=5, response_format={"type": "text"})
+    assert len(calls._router.asked) == 2
+
+
+@pytest.fixture
+def watched() -> Iterator[list[_watch.Asked]]:
+    asked: list[_watch.Asked] = []
+
+    def observe(call: _watch.Asked) -> _watch.Watch:
+        asked.append(call)
+        return _watch.IDLE
+
+    _watch.set_observer(observe)
+    yield asked
+    _watch.set_observer(None)
+
+
+@pytest.mark.parametrize("calls", [WatchedCalls], indirect=True)
+@pytest.mark.parametrize("method", ["chat", "stream"])
+async def test_who_watches_sees_options_wherever_they_stand(
+    calls: Calls, watched: list[_watch.Asked], method: str
+) -> None:
+    with pytest.raises(NotTaken):
+        await asker(calls, method)(extra_body={"max_tokens": 9, "model": "m", "max_token": 1})
+    with pytest.raises(ConfigError):
+        await asker(calls, method)(max_token=1)
+    (asked,) = watched
+    assert asked.body.items() >= {"max_tokens": 9, "model": "m", "extra_body": {"max_token": 1}}.items()
+
+
+# --- an engine's calls, by handle
+
+
+ENGINE_CALLS = {
+    "chat": lambda engine, **given: EngineActor.chat(engine, "hi", **given),
+    "complete": lambda engine, **given: EngineActor.complete(engine, "hi", **given),
+    "stream": lambda engine, **given: anext(EngineActor.stream(engine, "hi", **given)),
+    "embed": lambda engine, **given: EngineActor.embed(engine, "hi", **given),
+}
+
+
+@pytest.mark.parametrize("method", ENGINE_CALLS)
+async def test_an_engines_call_knows_its_own_arguments_and_takes_no_slot_for_a_slip(method: str) -> None:
+    asked: list[Any] = []
+
+    def call(route: str, timeout_s: float, params: Any, carrier: Any, **how: Any) -> Any:
+        asked.append((timeout_s, params))
+        raise NotTaken
+
+    engine = SimpleNamespace(_trace=SimpleNamespace(call=call))
+    for wrong, said in (
+        ({"timeout": 3}, r"^timeout=3: .* did you mean timeout_s\?"),
+        ({"extra_body": {"timeout_s": 3}}, r"^extra_body\['timeout_s'\]=3: is set by the call itself"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            await ENGINE_CALLS[method](engine, **wrong)
+    assert asked == []
+    with pytest.raises(NotTaken):
+        await ENGINE_CALLS[method](engine, timeout_s=3, extra_body={"model": "m"})
+    ((timeout_s, params),) = asked
+    assert (timeout_s, params["model"]) == (3, "m")
 
 
 async def test_known_options_count_where_an_engine_is_chosen_wherever_they_stand(calls: Calls) -> None:

@@ -109,6 +109,29 @@ def test_a_misspelt_option_is_refused_before_anything_is_asked(loaded, call):
     assert running.asked[0][1].items() >= {"temperature": 0.5, "extra_body": {"temprature": 1}}.items()
 
 
+@pytest.mark.parametrize("name", ["infer", "batch_infer"])
+def test_options_are_those_of_the_route_that_is_asked(loaded, name):
+    engine, running = loaded
+    ask, prompt = getattr(engine, name), "hi" if name == "infer" else ["hi"]
+    with pytest.raises(ConfigError, match=r"^promt=1: /completion has no such option; did you mean prompt\?"):
+        ask(prompt, raw=True, promt=1)
+    with pytest.raises(ConfigError, match=r"^tols=1: /v1/chat/completions has no such option; did you mean tools\?"):
+        ask(prompt, tols=1)
+    assert running.asked == []
+    ask(prompt, promt=1)
+    ask(prompt, raw=True, tols=1)
+    assert [params.keys() & {"promt", "tols"} for _, params in running.asked] == [{"promt"}, {"tols"}]
+
+
+@pytest.mark.parametrize(("raw", "own"), [(False, "messages"), (True, "prompt")])
+def test_what_a_call_sets_itself_is_refused_before_anything_is_asked(loaded, raw, own):
+    engine, running = loaded
+    for name in (own, "stream", "model", "max_tokens"):
+        with pytest.raises(ConfigError, match=rf"^extra_body\['{name}'\]=1: is set by the call itself"):
+            engine.infer("hi", raw=raw, extra_body={name: 1})
+    assert running.asked == []
+
+
 def test_a_wrong_call_is_raised_and_a_failed_request_kept(loaded):
     engine, _ = loaded
     with pytest.raises(ConfigError, match="n=2"):

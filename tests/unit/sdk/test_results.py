@@ -1,7 +1,9 @@
 """Results and figures of the familiar calls, without a fleet."""
 
 import gc
+import logging
 import threading
+import traceback
 
 import pytest
 
@@ -66,14 +68,34 @@ def test_a_result_that_reads_a_failing_stream_keeps_the_error():
     assert (stream.result.received, stream.result.error_message) == ("a", "llama-server answered 400: no")
 
 
-@pytest.mark.parametrize("read", [lambda failed: failed.text, str, "{}".format, InferResult.check])
+FAILED = InferResult(received="The first ha", latency_ms=1, error=UpstreamError(503, "busy"))
+
+
+@pytest.mark.parametrize("read", [lambda result: result.text, InferResult.check])
 def test_a_failed_result_cannot_pass_for_an_answer(read):
-    problem = UpstreamError(503, "busy")
     with pytest.raises(UpstreamError) as caught:
-        read(InferResult(received="The first ha", latency_ms=1, error=problem))
-    assert caught.value is problem
-    assert "The first ha" in repr(InferResult(received="The first ha", latency_ms=1, error=problem))
-    assert read(InferResult(received="all", latency_ms=1)) in ("all", InferResult(received="all", latency_ms=1))
+        read(FAILED)
+    assert caught.value is FAILED.error
+    whole = InferResult(received="all", latency_ms=1)
+    assert read(whole) in ("all", whole)
+
+
+def test_a_failed_result_can_be_logged_and_says_so(caplog):
+    logging.getLogger().warning("got %s", FAILED)
+    assert caplog.messages == ["got <failed: llama-server answered 503: busy>"]
+    assert f"{FAILED}" == str(FAILED) == "<failed: llama-server answered 503: busy>"
+    assert "The first ha" not in str(FAILED)
+    assert "The first ha" in repr(FAILED)
+    assert str(InferResult(received="all", latency_ms=1)) == f"{InferResult(received='all', latency_ms=1)}" == "all"
+
+
+def test_reading_a_failed_result_again_and_again_keeps_its_trace_short():
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(UpstreamError):
+            _ = FAILED.text
+        lengths.append(len(traceback.extract_tb(FAILED.error.__traceback__)))
+    assert lengths == [3, 3, 3]
 
 
 def test_a_stream_that_is_left_closes_its_request_and_is_counted():
