@@ -86,7 +86,8 @@ def tune(
 
     Args:
         candidates: the default first, then the most promising; those for whom no time is left are not measured.
-        measure: figure of a candidate in a round; `LltmRayError` makes it a failed row, `CancelledError` ends it all.
+        measure: figure of a candidate in a round; `LltmRayError` makes it a failed row, a second one in a row where it
+            was measured before; `CancelledError` ends it all.
         seconds: about how long; the first two that start get `LEAST_ROUNDS` rounds in any case.
         higher_is_better: tokens/s; else seconds.
         clock: monotonic seconds.
@@ -109,7 +110,8 @@ class _Run:
     tell: Told
     measured: list[Measured] = field(default_factory=list)
     rows: dict[str, Row] = field(default_factory=dict)
-    errors: list[LltmRayError] = field(default_factory=list)
+    errors: dict[str, LltmRayError] = field(default_factory=dict)
+    """Candidate -> its last failure."""
     prepare_s: float = 0.0
     """What the last first visit took beside."""
     repeat_s: float = 0.0
@@ -157,21 +159,31 @@ class _Run:
         return kept
 
     def _visit(self, candidate: Candidate, number: int) -> None:
-        row, before = self.rows[candidate.name], self.clock()
+        row = self.rows[candidate.name]
         self.tell(f"round {number + 1}: {candidate.name}")
-        try:
-            visit = self.measure(candidate, number)
-        except CancelledError:
-            raise
-        except LltmRayError as error:
-            row.state = f"failed: {error.message}"
-            self.errors.append(error)
+        before = self.clock()
+        visit = self._attempt(candidate, number)
+        if visit is None and row.figures:  # it was fine before: one stall of the machine shall not cost its figures
+            self.tell(f"round {number + 1}: {candidate.name} again: {self.errors[candidate.name].message}")
+            before = self.clock()
+            visit = self._attempt(candidate, number)
+        if visit is None:
+            row.state = f"failed: {self.errors[candidate.name].message}"
             return
         row.state = "measured"
         row.figures.append(visit.figure)
         self.prepare_s = visit.prepare_s if number == 0 else self.prepare_s
         self.repeat_s = max(self.repeat_s, self.clock() - before - visit.prepare_s)
         self.measured.append(Measured(candidate=candidate.name, round=number, score=self.sign * math.log(visit.figure)))
+
+    def _attempt(self, candidate: Candidate, number: int) -> Visit | None:
+        try:
+            return self.measure(candidate, number)
+        except CancelledError:
+            raise
+        except LltmRayError as error:
+            self.errors[candidate.name] = error
+            return None
 
     def _left(self) -> float:
         return self.seconds - (self.clock() - self.began)
@@ -184,7 +196,8 @@ class _Run:
     def _result(self, interrupted: bool) -> Tuned:
         sound = [name for name, row in self.rows.items() if row.figures and not row.state.startswith("failed")]
         if not sound:
-            raise self.errors[0] if self.errors else CancelledError("stopped before anything was measured")
+            reasons = [self.errors[name] for name in self.rows if name in self.errors]
+            raise reasons[0] if reasons else CancelledError("stopped before anything was measured")
         baseline, figures = sound[0], self._of(sound)
         for gain in weigh(figures, baseline):
             self.rows[gain.candidate].gain = gain

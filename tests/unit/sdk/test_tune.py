@@ -82,6 +82,31 @@ def test_a_candidate_that_fails_is_a_row_and_not_the_end():
     assert not found.interrupted
 
 
+def test_one_visit_that_fails_does_not_cost_a_candidate_what_was_measured_of_it():
+    bench, failed = Bench(), []
+
+    def measure(candidate, number):
+        if number == 1 and candidate.name not in failed:
+            failed.append(candidate.name)
+            raise LltmRayError("the machine stood still")
+        return bench.measure(candidate, number)
+
+    found = tune(CANDIDATES, measure, seconds=60.0, clock=lambda: bench.now_s, higher_is_better=True)
+    assert set(failed) >= {"default", "guess"}
+    assert not [state for state in states(found).values() if state.startswith("failed")]
+    assert found.chosen.name in {"guess", "more"}
+
+
+def test_when_all_fail_later_the_defaults_reason_is_told():
+    def measure(candidate, number):
+        if number or candidate.name == "guess":
+            raise LltmRayError(f"{candidate.name} failed")
+        return Visit(figure=FIGURES[candidate.name])
+
+    with pytest.raises(LltmRayError, match="default failed"):
+        tune(CANDIDATES, measure, seconds=60.0, clock=lambda: 0.0, higher_is_better=True)
+
+
 def test_without_the_default_the_next_is_the_measure():
     found = Bench(fails={"default": 0}).run()
     assert found.baseline.name == "guess"
