@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence, Set
-from math import ceil, expm1, inf
-from typing import ClassVar, NamedTuple, TypeVar
+from collections.abc import Collection, Sequence, Set
+from math import ceil, inf
+from typing import ClassVar, TypeVar
 
 from lltm_ray.errors import ConfigError
+from lltm_ray.routing import crowding
 from lltm_ray.routing.choice import NOBODY, Ask, Choice, Matches, Score, choose_row, estimate
 from lltm_ray.routing.rates import Rates
 from lltm_ray.routing.ring import MOST_STEPS, Ring
@@ -26,22 +27,12 @@ _Wait = tuple[str | None, float, float]
 """Engine, seconds gained, seconds to wait."""
 _NO_WAIT: _Wait = None, 0.0, 0.0
 _CONSIDERED = 4
-_LEAST_LOADED = 3
+_LEAST_LOADED = 4
 _MORE_LOADED = 64
+_TEMPLATE_TOKENS = 32
 _WAIT_AFTER = 8
 """Replies that must have been seen before a service time is believed."""
 _LEAST_GAIN_S = 0.05
-
-
-class _Known(NamedTuple):
-    """What a prompt finds in the fleet."""
-
-    best_tokens: int
-    """Most of it that one engine has cached."""
-    shared_tokens: int
-    usual_busy: float
-    """Busy slots of an engine, on average."""
-    output_tokens: float
 
 
 class Policy:
@@ -101,7 +92,8 @@ class Residency(Policy):
 
     A conversation's own content is worth none: an engine that is idle for a moment does not stay so while it computes
     again what another one has, as those come back who are at home there. Without that, busy fleets keep exchanging
-    conversations, for each move seems to gain a little, and all of them wait for what is computed twice.
+    conversations, for each move seems to gain a little, and all of them wait for what is computed twice. For the same
+    reason a new one counts those who rest at an engine between two turns, not only those that run there.
 
     Args:
         sessions: how many sessions' last engines are remembered, the latest ones.
@@ -136,8 +128,9 @@ class Residency(Policy):
         least = _least_loaded(ask, table, avoid)
         if not least:
             return None
-        if not matches and _is_plain(ask, least, rates):
-            return choose_row(ask, min(least, key=_harm), rates, matches, "")
+        if _is_new(ask, matches) and _is_plain(ask, least, rates):
+            calmest = min(least, key=lambda each: crowding.harm(ask, each, rates))
+            return choose_row(ask, calmest, rates, matches, "")
         holders = table.holders(ask.adapter) if ask.adapter else None
         output = rates.output_tokens(ask.max_tokens)
         free: dict[str, tuple[T, int]] = {}
@@ -155,15 +148,8 @@ class Residency(Policy):
             home = None
         for row in least if home is None else (*least, home):
             free.setdefault(row.name, (row, 0))
-        known = _know(ask, table, output, free, full) if matches else None
-        ranked = []
-        for name, (row, cached) in free.items():
-            score = estimate(ask, row, rates, cached, output)
-            cost_s = score.cost_s if known is None else score.cost_s - self._discount_s(known, score, rates)
-            drift_s = 0.0 if known is None else _drift_s(known, score, rates)
-            if row is home:
-                cost_s -= self._bonus_s(ask, rates, score)
-            ranked.append((cost_s + drift_s, row.last_used, name, cost_s, score, row))
+        known = crowding.know(ask, table, rates, output, free, full)
+        ranked = [self._rank(ask, row, cached, rates, known, home) for row, cached in free.values()]
         ranked.sort()
         full.sort(key=_by_cost)
         *_, cost_s, best, row = ranked[0]
@@ -171,6 +157,23 @@ class Residency(Policy):
         shown = [each[4] for each in ranked[: _CONSIDERED - bool(full)]] + [score for score, _ in full[:1]]
         rule = "same session" if row is home and not best.cached_tokens else ""
         return _answer(ask, row, shown, wait, rule)
+
+    def _rank(
+        self, ask: Ask, row: T, cached: int, rates: Rates, known: crowding.Known, home: T | None
+    ) -> tuple[float, int, str, float, Score, T]:
+        """What the least of is taken; the cost in it is that of this request alone, and of a move from its home."""
+        score = estimate(ask, row, rates, cached, known.output_tokens)
+        cost_s = score.cost_s - self._discount_s(known, score, rates)
+        if row is home:
+            cost_s -= self._bonus_s(ask, rates, score)
+        drift_s = crowding.drift_s(known, score, rates)
+        if cached <= ask.shared_tokens:
+            later_s = crowding.later_s(ask, row, rates, known.output_tokens)
+            if known.home_s:
+                cost_s += max(later_s - known.home_s, 0.0)
+            else:
+                drift_s += later_s
+        return cost_s + drift_s, row.last_used, row.name, cost_s, score, row
 
     def placed(self, ask: Ask, engine: str) -> None:
         """The session's next request had better go there, too."""
@@ -204,7 +207,7 @@ class Residency(Policy):
         hoped = 0.0 if score.cached_tokens else self._affinity_ratio * ask.prompt_tokens
         return speed.prefill_overhead_s + hoped * speed.prefill_token_s
 
-    def _discount_s(self, known: _Known, score: Score, rates: Rates) -> float:
+    def _discount_s(self, known: crowding.Known, score: Score, rates: Rates) -> float:
         """What does not count of the time to compute shared content once more."""
         tokens = max(0, known.shared_tokens - score.cached_tokens)
         return (1.0 - self._copy_ratio) * tokens * rates.speed(score.engine).prefill_token_s
@@ -343,6 +346,11 @@ def _least_loaded(ask: Ask, table: Table[T], avoid: frozenset[str]) -> list[T]:
     return least
 
 
+def _is_new(ask: Ask, matches: Matches) -> bool:
+    """Whether nothing is cached of a prompt but what begins every other one, as a chat template does."""
+    return not matches or matches[0][1] <= min(ask.shared_tokens, max(_TEMPLATE_TOKENS, ask.prompt_tokens >> 3))
+
+
 def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
     """Nothing tells the least loaded engines apart but their load: equal in speed, no prompt of note pending."""
     if ask.affinity or ask.adapter or ask.only or ask.prompt_tokens >= LONG_PREFILL_TOKENS:
@@ -351,39 +359,6 @@ def _is_plain(ask: Ask, least: Sequence[EngineView], rates: Rates) -> bool:
         if row.prefilling_tokens >= LONG_PREFILL_TOKENS or row.adapters or row.name in rates.odd:
             return False
     return True
-
-
-def _harm(row: EngineView) -> tuple[int, int]:
-    """One more busy slot is less than a conversation driven out; further ones are not."""
-    return max(row.busy, 1) + (row.spare_tokens > 0), row.spare_tokens
-
-
-def _know(
-    ask: Ask, table: Table[T], output: float, free: Mapping[str, tuple[T, int]], full: Sequence[tuple[Score, T]]
-) -> _Known:
-    most = max([cached for _, cached in free.values()] + [score.cached_tokens for score, _ in full])
-    return _Known(most, ask.shared_tokens, table.busy_total / len(table), output)
-
-
-def _drift_s(known: _Known, score: Score, rates: Rates) -> float:
-    """What a conversation's cost changes by as others come and go while it runs, in seconds.
-
-    An engine's busy slots return to the fleet's mean at the rate at which requests end (as in an M/M/inf queue). Those
-    who come to an idle one wait for what it computes although another engine has it, and all decode side by side.
-    """
-    service_s, more = rates.service_s(), known.usual_busy - score.busy
-    if known.best_tokens <= known.shared_tokens or service_s <= 0:
-        return 0.0
-    speed = rates.speed(score.engine)
-    again_s = max(0, known.best_tokens - max(score.cached_tokens, known.shared_tokens)) * speed.prefill_token_s
-    beside_s = 2 * known.output_tokens * speed.decode_step_s
-    stopped = max(0.0, more) * _drifted(again_s / service_s)
-    return stopped * again_s + more * _drifted(score.expected_s / service_s) * beside_s
-
-
-def _drifted(span: float) -> float:
-    """How much of the way to the mean is gone on average over a span, in mean times of a request."""
-    return 1.0 + expm1(-span) / span if span > 0 else 0.0
 
 
 def _by_cost(each: tuple[Score, EngineView]) -> tuple[float, str]:

@@ -18,6 +18,7 @@ from math import inf, log, sqrt
 from typing import Any
 
 from lltm_ray.records import Timings
+from lltm_ray.routing.returns import Returns
 
 __all__ = ["Rates", "Speed"]
 
@@ -227,6 +228,7 @@ class Rates:
     """
 
     def __init__(self, prior: Speed = _PRIOR, output_tokens: float = 256.0) -> None:
+        self.returns = Returns()
         self._prior = prior
         self._model = _Learner(prior, _MODEL_TRUST)
         self._engines: OrderedDict[str, _Learner] = OrderedDict()
@@ -267,6 +269,7 @@ class Rates:
         self._output.learn(timings.predicted_n, is_first=not self.requests)
         self._tokens = self._tokens * _KEEP + timings.prompt_n + timings.predicted_n
         self._held_s = self._held_s * _KEEP + held_s
+        self.returns.answered(timings.prompt_n)
         self.requests += 1
         own.last = self.requests
         self._forget_one()
@@ -322,6 +325,11 @@ class Rates:
     def service_s(self, deviations: float = 0.0) -> float:
         """How long a request holds its slot: the mean, and so many mean deviations on top to be on the safe side."""
         return self._service.mean + deviations * self._service.deviation
+
+    @property
+    def fade_s(self) -> float:
+        """See `Returns.fade_s`; before a pause was seen it counts as long as a request."""
+        return self.returns.fade_s(self._service.mean)
 
     def output_tokens(self, max_tokens: int | None = None, deviations: float = 0.0) -> float:
         """How many tokens a reply will have, at most `max_tokens`; llama.cpp's -1 is no limit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import exp
 from typing import Any
 
 from lltm_ray.records import EngineInfo, EngineState, Timings
@@ -56,6 +57,25 @@ class Row(EngineView):
     def is_usable(self) -> bool:
         """Whether it can take requests at all."""
         return self.listed and not self.closed and self.info.state is EngineState.READY and self.slots_total > 0
+
+    def rested_s(self, slot: int, now_s: float) -> float:
+        """Seconds since something became known of a slot."""
+        return max(now_s - self.touched_s.get(slot, now_s), 0.0)
+
+    def wake(self, slot: int, now_s: float, fade_s: float) -> None:
+        """A claim takes a slot, and what rested there: to go on with it, or to drive it out."""
+        rested = exp(-self.rested_s(slot, now_s) / fade_s) if slot in self.touched_s else 0.0
+        self.warm, self.warm_s = max(self.resting(now_s, fade_s) - rested, 0.0), now_s
+
+    def rest(self, now_s: float, fade_s: float) -> None:
+        """A claim has ended, and its conversation rests."""
+        self.warm, self.warm_s = self.resting(now_s, fade_s) + 1.0, now_s
+
+    def touch(self, slot: int, now_s: float) -> None:
+        """Something is known of a slot from now on."""
+        self.touched_s[slot] = now_s
+        self.taken.discard(slot)
+        self.tasks.pop(slot, None)
 
     def relapse(self) -> float:
         """Seconds to skip it for one more failed connection; failures at the same time count once."""

@@ -26,8 +26,6 @@ LEAST_GAIN_TOKENS = 64
 """What another router knows of a prompt must be so much more than what this one knows to be looked up."""
 KNOWN_REQUESTS = 8
 """Replies after which a model's pace counts as known; nobody is refused on a guess."""
-
-
 LEARN_ALL, LEARN_EVERY = 256, 4
 """Every one of a model's first replies teaches its rates, later every so many: they change slowly."""
 
@@ -243,6 +241,7 @@ class ServedModel:
         free = row.free - row.taken if row.taken else row.free
         can_pin = self._pins and ask.can_pin and not row.unpinned and bool(free)
         spot = self.residency.choose_slot(row.name, match, free or row.free, can_pin=can_pin, lent=row.lent - row.taken)
+        self.rates.returns.claimed(match, spot, row.rested_s(spot.slot, now_s))
         uncached = max(0, ask.prompt_tokens - spot.cached_tokens)
         lease = self._take(row, spot.slot, ask, now_s, uncached)
         lease.choice, lease.cached_tokens = choice, spot.cached_tokens
@@ -263,6 +262,7 @@ class ServedModel:
         if slot >= 0:
             row.free.discard(slot)
             row.pinned.add(slot)
+            row.wake(slot, now_s, self.rates.fade_s)
             self._touch(row, slot, now_s)
         else:
             row.unpinned += 1
@@ -270,10 +270,8 @@ class ServedModel:
         return Lease(row.info, self.name, row, ask, now_s, slot, uncached_tokens=uncached, busy=row.busy)
 
     def _touch(self, row: Row, slot: int, now_s: float) -> None:
-        row.touched_s[slot] = now_s
+        row.touch(slot, now_s)
         self.untold[row.name, slot] = None
-        row.taken.discard(slot)
-        row.tasks.pop(slot, None)
         self.hearsay.drop(row.name, slot)
 
     def began(self, lease: Lease) -> None:
@@ -294,6 +292,7 @@ class ServedModel:
         self.table.release(row, uncached_tokens=0 if lease.began else lease.uncached_tokens, is_decoding=lease.began)
         if lease.slot >= 0:
             row.pinned.discard(lease.slot)
+            row.rest(now_s, self.rates.fade_s)
             self._touch(row, lease.slot, now_s)
             if lease.slot in row.owned:
                 row.free.add(lease.slot)

@@ -11,6 +11,7 @@ import heapq
 from bisect import bisect_left, insort
 from collections.abc import Collection, Iterable, Iterator, Set
 from dataclasses import dataclass, field
+from math import exp
 from typing import Generic, TypeVar
 
 from lltm_ray.routing.adapters import Lora
@@ -46,6 +47,9 @@ class EngineView:
     """Requests that the router lets wait for a slot of just this engine."""
     spare_tokens: int = 0
     """Cached tokens that a new conversation would drive out of its slots."""
+    warm: float = 0.0
+    """Conversations that rest in its slots, as of `warm_s`; one whose pause is long counts for less."""
+    warm_s: float = 0.0
     adapters: frozenset[str] = frozenset()
     """LoRA adapters it has loaded."""
     running: dict[Lora | None, int] = field(default_factory=dict)
@@ -63,6 +67,10 @@ class EngineView:
     def has_room(self) -> bool:
         """Whether a slot is free."""
         return self.busy < self.slots_total
+
+    def resting(self, now_s: float, fade_s: float) -> float:
+        """Conversations of its idle slots that are still expected to go on."""
+        return self.warm * exp(-max(now_s - self.warm_s, 0.0) / fade_s) if self.warm else 0.0
 
     def is_taken(self, lora: Lora | None) -> bool:
         """Whether requests with other adapters than these are there."""
