@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
-from lltm_ray.analytics.busiest import Stretch, Stretches
-from lltm_ray.analytics.erlang import expected_wait, knee, slots_for
+from lltm_ray.analytics.erlang import expected_wait, knee
+from lltm_ray.analytics.headroom import Came, Peaks, at_its_densest, read_peaks, while_it_lasts
 from lltm_ray.analytics.occupancy import (
     EDGE,
     EDGE_S,
@@ -28,21 +28,12 @@ from lltm_ray.analytics.occupancy import (
     within,
 )
 from lltm_ray.analytics.readings import sums
-from lltm_ray.analytics.trace import Trace, nanos
+from lltm_ray.analytics.saturation import LEAST_REQUESTS, saturations
+from lltm_ray.analytics.trace import Trace
 from lltm_ray.analytics.turned_away import REFUSED, models_of
-from lltm_ray.analytics.units import clock, count, digits, percent, seconds
+from lltm_ray.analytics.units import digits, percent
 
 NAME = "queueing"
-TARGET_HEADROOM = 0.3
-"""What is advised: 30 % more may come before requests wait for each other, or about one engine of four may fail."""
-
-LEAST_REQUESTS = 100
-_FAILED = 400
-"""HTTP status from which a request was not served."""
-WAIT_RATIO, LONG_WAIT_RATIO = 0.1, 0.5
-"""Mean wait over the service time, and its 95th percentile, from which people notice it."""
-LEAST_WAIT_S, LEAST_LOST_S = 0.1, 5.0
-"""Of the 95th percentile, and of all waits; less, nobody does."""
 LITTLE_ERROR = 0.1
 """Above it are requests that take no sampling and no delay to explain."""
 LEAST_LOST = 0.25
@@ -57,9 +48,12 @@ _ENGINES = (
 )
 _MODELS = (
     *("model", "engines", "slots", "arrivals_per_s", "service_s", "capacity_per_s", "utilization", "knee_per_s"),
-    *("headroom_ratio", "wait_s", "expected_wait_s", "wait_p95_s", "waiting", "requests", "rejected", "waited"),
-    *("busiest_per_s", "busiest_unix_nano", "busiest_s", "busiest_wait_s", "busiest_wait_p95_s", "served_per_s"),
-    "evidence",
+    *("headroom_ratio", "headroom_low_ratio", "headroom_high_ratio", "wait_s", "expected_wait_s", "wait_p95_s"),
+    *("waiting", "requests", "rejected", "waited", "served_per_s"),
+    *("busiest_per_s", "busiest_low_per_s", "busiest_high_per_s", "busiest_unix_nano", "busiest_s"),
+    *("busiest_wait_s", "busiest_wait_p95_s"),
+    *("lasting_per_s", "lasting_unix_nano", "lasting_s", "lasting_wait_s", "lasting_wait_p95_s"),
+    *("lasting_slots", "lasting_capacity_per_s", "lasting_knee_per_s", "evidence"),
 )
 
 
@@ -71,13 +65,15 @@ def analyze(trace: Trace) -> Answer:
     (J. D. C. Little, 1961) of the attempts that telemetry knows over the same time, `little_error` (in_system -
     little_in_system) over the larger; `missing_ratio`: see `least_missing`. `expected_wait_s`: see `expected_wait`.
 
-    Models: `busiest_*` are of the stretch in which most requests came. `served_per_s` is the most that was ever served
-    in one that lasts; `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; both at
-    the slots of the busiest stretch, and no less than what was served, for the knee with waits below a service time.
-    `headroom_ratio` is knee_per_s / busiest_per_s - 1. It and all `busiest_*` are not told (NaN) of a model with too
-    few requests for a stretch, unless even their mean over the window is past the knee. `waiting` requests on average;
-    `requests` are all that came, `rejected` those that were refused, as rows or gateways tell, `waited` the others in
-    the rows; waits are from a request's arrival to its slots.
+    Models: `busiest_*` are of the stretch in which requests came the densest (see `densest`), `lasting_*` of the
+    fullest that lasts (see `Stretches`). `served_per_s` is the most that was ever served in one that lasts;
+    `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; both at the slots of the
+    stretch, and no less than what was served, for the knee with waits below a service time. `headroom_ratio` is
+    knee_per_s / busiest_per_s - 1, its `low` and `high` what chance in arrivals and service times leaves open. They and
+    all `busiest_*` are not told (NaN) where that is too wide to act on (see `headroom`). Nor are `lasting_*` of a model
+    with too few requests for such a stretch, unless even their mean over the window is past the knee. `waiting`
+    requests on average; `requests` are all that came, `rejected` those that were refused, as rows or gateways tell,
+    `waited` the others in the rows; waits are from a request's arrival to its slots.
     """
     held, engines = read_held(trace), read_engines(trace)
     return Answer(
@@ -163,65 +159,54 @@ def _unnamed(row: Any, queue: _Queue) -> float:
 
 def _flow(trace: Trace, row: Any, queue: _Queue, engines: Engines, model: int) -> dict[str, Any]:
     """What comes to a model against what its slots can take."""
-    length_s = trace.length_s
-    mean = _ratio(row.held_s, row.one)
-    busiest, waits, served = _busiest(trace, model, mean)
-    slots = engines.slots_within(model, busiest.from_s, busiest.until_s)
+    length_s, mean, unnamed = trace.length_s, _ratio(row.held_s, row.one), _unnamed(row, queue)
+    arrivals = _ratio(row.arrived + unnamed + max(queue.in_hand - row.still, 0.0), length_s)
+    peaks = read_peaks(trace, model, mean)
+    here, lasting = (
+        _room(row, mean, engines.slots_within(model, each.from_s, each.until_s), peaks)
+        for each in (peaks.burst, peaks.lasting)
+    )
+    came = Came(arrivals, int(row.requests + unnamed))
+    varied = math.sqrt(max(_ratio(row.held2_s, row.one) - mean**2, 0.0))
+    return {
+        "slots": here.slots,
+        "arrivals_per_s": arrivals,
+        "service_s": here.service_s,
+        "capacity_per_s": here.capacity_per_s,
+        "utilization": _ratio(row.busy_s, engines.slots_within(model, 0.0, length_s) * length_s),
+        "knee_per_s": here.knee_per_s,
+        "expected_wait_s": expected_wait(_ratio(row.one, length_s), mean, here.slots),
+        "served_per_s": peaks.served_per_s,
+        "lasting_slots": lasting.slots,
+        "lasting_capacity_per_s": lasting.capacity_per_s,
+        "lasting_knee_per_s": lasting.knee_per_s,
+        **at_its_densest(trace, peaks, came, here.knee_per_s, _ratio(varied, mean * math.sqrt(row.one))),
+        **while_it_lasts(trace, peaks, came, lasting.knee_per_s),
+    }
+
+
+class _Room(NamedTuple):
+    """What slots can take."""
+
+    slots: int
+    service_s: float
+    capacity_per_s: float
+    knee_per_s: float
+
+
+def _room(row: Any, mean: float, slots: float, peaks: Peaks) -> _Room:
     servers = max(round(slots), 1) if slots > 0 else 0
     slower = min(max(_ratio(row.full_s, row.now_s), 1.0), servers) if row.now_s else 1.0
     service = mean * slower * max(_ratio(row.one, row.served), 1.0)
-    arrivals = _ratio(row.arrived + _unnamed(row, queue) + max(queue.in_hand - row.still, 0.0), length_s)
-    most = max(busiest.per_s, arrivals)
-    bend = max(knee(service, servers), served[1]) if slots > 0 else math.nan
-    is_past = most >= bend and row.requests + _unnamed(row, queue) >= LEAST_REQUESTS
-    then = {
-        "headroom_ratio": _ratio(bend, most) - 1,
-        "busiest_per_s": most,
-        "busiest_unix_nano": nanos(trace, busiest.from_s),
-        "busiest_s": busiest.until_s - busiest.from_s,
-        "busiest_wait_s": waits[0],
-        "busiest_wait_p95_s": waits[1],
-    }
-    return {
-        "slots": servers,
-        "arrivals_per_s": arrivals,
-        "service_s": service,
-        "capacity_per_s": max(_ratio(slots, service), served[0]),
-        "utilization": _ratio(row.busy_s, engines.slots_within(model, 0.0, length_s) * length_s),
-        "knee_per_s": bend,
-        "expected_wait_s": expected_wait(_ratio(row.one, length_s), mean, servers),
-        "served_per_s": served[0],
-        **(then if busiest.is_told or is_past else dict.fromkeys(then, math.nan)),
-    }
-
-
-def _busiest(trace: Trace, model: int, service_s: float) -> tuple[Stretch, tuple[float, float], tuple[float, float]]:
-    """When most requests of a model came.
-
-    Returns:
-        That stretch; the mean wait of those who came then, and its 95th percentile; the most requests a second that
-        were served in any stretch, and in one in which they waited for less than their service.
-    """
-    xp, service_s = trace.engine.xp, 0.0 if math.isnan(service_s) else service_s
-    mine = trace.requests.assign(model=models_of(trace))
-    mine = mine[mine["model"] == model]
-    names = ("arrived_s", "ended_s", "queue_s", "status", "engine")
-    arrived, ended, wait, status, engine = (trace.engine.array(mine[name]) for name in names)
-    wait, is_served = xp.nan_to_num(wait), (engine >= 0) & (status < _FAILED)
-    busiest = Stretches(xp, xp.sort(arrived), trace.length_s, service_s).fullest()
-    then = wait[(arrived >= busiest.from_s) & (arrived <= busiest.until_s) & (status != REFUSED)]
-    waits = (float(then.mean()), float(xp.percentile(then, 95))) if len(then) else (math.nan, math.nan)
-    order = xp.argsort(ended[is_served])
-    done = Stretches(xp, ended[is_served][order], trace.length_s, service_s, is_lasting=True)
-    freely = done.fullest(wait[is_served][order], service_s)
-    return busiest, waits, (done.fullest().per_s, freely.per_s)
+    bend = max(knee(service, servers), peaks.freely_per_s) if slots > 0 else math.nan
+    return _Room(servers, service, max(_ratio(slots, service), peaks.served_per_s), bend)
 
 
 def _load(trace: Trace, held: Held, engines: Engines, queues: Mapping[int, _Queue]) -> Any:
     """Host table, a row a model: attempts, requests, and seconds of slots."""
     xp, length, found = trace.engine.xp, trace.length_s, len(trace.names.model)
     took = held.ended - held.slot
-    of_attempts = {"one": took * 0.0 + 1.0, "held_s": took}
+    of_attempts = {"one": took * 0.0 + 1.0, "held_s": took, "held2_s": took**2}
     of_attempts["now_s"], of_attempts["full_s"] = at_full_load(trace, held, engines)
     of_attempts["busy_s"] = within(xp, held.slot, held.ended, length)
     requests = trace.requests.assign(model=models_of(trace))
@@ -297,58 +282,8 @@ def _queues(trace: Trace) -> Mapping[int, _Queue]:
 
 def judge(answer: Answer) -> list[Finding]:
     """`saturation`: models past their knee whose requests wait; `little`: engines that have more than is told."""
-    full = [_saturation(row) for row in rows(answer.tables["models"]) if _is_full(row)]
-    return full + [_little(row) for row in rows(answer.tables["engines"]) if _is_apart(row)]
-
-
-def _is_full(row: Any) -> bool:
-    is_long = row.busiest_wait_p95_s >= max(LONG_WAIT_RATIO * row.service_s, LEAST_WAIT_S)
-    is_waiting = is_long and row.busiest_wait_s >= WAIT_RATIO * row.service_s and _lost_s(row) >= LEAST_LOST_S
-    return bool(row.headroom_ratio < 0 and row.requests >= LEAST_REQUESTS and (is_waiting or row.rejected > 0))
-
-
-def _needed(row: Any) -> int:
-    """Slots."""
-    return slots_for(row.busiest_per_s, row.service_s, TARGET_HEADROOM)
-
-
-def _lost_s(row: Any) -> float:
-    """Waits, less what they would be with the slots that are needed."""
-    would = expected_wait(row.busiest_per_s, row.service_s, max(_needed(row), row.slots))
-    return float(max((row.wait_s - would) * row.waited, 0.0))
-
-
-def _saturation(row: Any) -> Finding:
-    needed = _needed(row)
-    each = max(row.slots / max(row.engines, 1), 1.0)
-    wanted = max(math.ceil(needed / each), row.engines + 1)
-    refused = f"; {count(row.rejected)} were refused" if row.rejected else ""
-    return Finding(
-        kind="saturation",
-        subject=row.model,
-        text=(
-            f"{row.model} gets {digits(row.busiest_per_s)} requests a second in its busiest {seconds(row.busiest_s)}, "
-            f"from {clock(row.busiest_unix_nano)} on; its {row.slots} slots serve {digits(row.capacity_per_s)} at "
-            f"most, and from {digits(row.knee_per_s)} on they wait for each other. Then they waited "
-            f"{seconds(row.busiest_wait_s)} on average, one in twenty {seconds(row.busiest_wait_p95_s)} or more"
-            f"{refused}."
-        ),
-        advice=(
-            f"For {TARGET_HEADROOM * 100:.0f} % of headroom it needs {needed} slots: run {wanted} engines instead of "
-            f"{row.engines} (`--engines {wanted}`, or `max_engines` where they come and go). More slots an engine "
-            "(`n_parallel`) help only while its GPU has time left."
-        ),
-        impact_s=_lost_s(row),
-        figures={
-            **{name: float(getattr(row, name)) for name in ("arrivals_per_s", "busiest_per_s", "served_per_s")},
-            **{name: float(getattr(row, name)) for name in ("capacity_per_s", "knee_per_s", "headroom_ratio")},
-            **{name: float(getattr(row, name)) for name in ("wait_s", "wait_p95_s", "rejected")},
-            "slots_needed": float(needed),
-            "engines_needed": float(wanted),
-        },
-        explains=(("waiting", "slots"), ("rejections", row.model), ("deadlines", row.model)),
-        evidence=tuple(row.evidence),
-    )
+    apart = [_little(row) for row in rows(answer.tables["engines"]) if _is_apart(row)]
+    return saturations(answer.tables["models"]) + apart
 
 
 def _is_apart(row: Any) -> bool:

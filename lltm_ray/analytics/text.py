@@ -13,10 +13,13 @@ from lltm_ray.analytics import units
 from lltm_ray.analytics.answer import Answer, Finding, causes_of, rows
 from lltm_ray.analytics.compare import Comparison
 from lltm_ray.analytics.report import Report, Result
+from lltm_ray.analytics.saturation import LONG_WAIT_RATIO
 from lltm_ray.analytics.units import plain
 
 _WIDTH = 100
 _INDENT = " " * 4
+_HEADROOM, _MOST, _ALL = "Queueing headroom", 10, 0.999
+"""A headroom of 1,000 % is told as more than that; a stretch of nearly all of the window is all of it."""
 
 
 def request_ids(report: Report) -> dict[str, str]:
@@ -95,9 +98,17 @@ def _figures(report: Report) -> Iterator[tuple[str, list[str]]]:
             (row.phase, units.percent(row.share), units.seconds(row.p50_s), units.seconds(row.p95_s)) for row in phases
         ]
         yield "Latency on the critical path", _aligned([("phase", "share", "p50", "p95"), *shown])
-    told = [(each.name, each.value, each.note) for each in highlights(report)]
-    if told:
-        yield "Figures", _aligned(told)
+    if told := highlights(report):
+        yield "Figures", _aligned(_noted(told))
+
+
+def _noted(told: list[Highlight]) -> Iterator[tuple[str, str, str]]:
+    """Rows of a table whose notes go on below themselves."""
+    taken = max(len(each.name) for each in told) + max(len(each.value) for each in told) + 2 * len("  ")
+    for each in told:
+        lines = textwrap.wrap(plain(each.note), max(_WIDTH - len(_INDENT) - taken, 1), break_long_words=False)
+        yield each.name, each.value, lines[0] if lines else ""
+        yield from (("", "", line) for line in lines[1:])
 
 
 def _aligned(table: Iterable[tuple[str, ...]]) -> list[str]:
@@ -132,7 +143,7 @@ def highlights(report: Report) -> list[Highlight]:
     figures = _figures_of(report, "failures")
     if units.is_known(figures.get("error_ratio")):
         found.append(Highlight("Errors", units.percent(figures["error_ratio"]), "of requests failed"))
-    found += _headroom(table_of(report, "queueing", "models"))
+    found += _headroom(report)
     gpus = [
         row for row in table_of(report, "GPU and energy", "gpus") if units.is_known(row.joules) and row.generated > 0
     ]
@@ -143,22 +154,52 @@ def highlights(report: Report) -> list[Highlight]:
     return found
 
 
-def _headroom(models: list[Any]) -> list[Highlight]:
+def _headroom(report: Report) -> list[Highlight]:
     """Of the model that has least; of those with few requests it is withheld, and of the most asked for said why."""
+    models = table_of(report, "queueing", "models")
     told = [row for row in models if units.is_known(row.headroom_ratio)]
     if told:
         least = min(told, key=lambda row: row.headroom_ratio)
-        rate, knee = units.digits(least.busiest_per_s), units.digits(least.knee_per_s)
+        is_all = least.busiest_s * 1e9 >= _ALL * (report.end_unix_nano - report.start_unix_nano)
+        when = "all through the window" if is_all else f"in its busiest {units.seconds(least.busiest_s)}"
         note = (
-            f"{plain(least.model)}: {rate} requests/s in its busiest {units.seconds(least.busiest_s)}, knee at {knee}"
+            f"{plain(least.model)}: {units.digits(least.busiest_per_s)} requests/s {when}, knee at "
+            f"{units.digits(least.knee_per_s)} (the load from which waits grow fast). {_meaning(least)}"
         )
-        return [Highlight("Queueing headroom", units.percent(least.headroom_ratio), note, least.headroom_ratio <= 0)]
+        return [Highlight(_HEADROOM, headroom(least.headroom_ratio), note, least.headroom_high_ratio <= 0)]
     few = [row for row in models if row.requests and not units.is_known(row.busiest_per_s)]
     if not few:
         return []
     most = max(few, key=lambda row: row.requests)
-    note = f"{plain(most.model)}: too few requests came in the window to tell its busiest time"
-    return [Highlight("Queueing headroom", units.NOTHING, note)]
+    note = f"{plain(most.model)}: too few requests came to tell how busy it got, and how near to its knee"
+    return [Highlight(_HEADROOM, units.NOTHING, note)]
+
+
+def _meaning(model: Any) -> str:
+    """What a headroom says of the load, how far chance may have made it, and whether requests waited."""
+    low, ratio, high = model.headroom_low_ratio, model.headroom_ratio, model.headroom_high_ratio
+    if ratio > 0:
+        times = f"{units.digits(1 + ratio)} times as much" if ratio <= _MOST else f"Over {_MOST} times as much"
+        more, none = times if ratio > 1 else f"{headroom(ratio)} more", ", or none" if low <= 0 else ""
+        said = f"{more} could come before they do{none}"
+    else:
+        said = "More came than that" if high < 0 else "More came than that, or nearly"
+    wait = f"{units.seconds(model.busiest_wait_s)} on average"
+    if ratio <= 0 and model.busiest_wait_s < LONG_WAIT_RATIO * model.service_s:
+        return f"{said}{_by_chance(low, high)}, yet they waited only {wait}: they came evenly, or not for long."
+    return f"{said}{_by_chance(low, high)}; then they waited {wait}."
+
+
+def _by_chance(low: float, high: float) -> str:
+    if not (units.is_known(low) and units.is_known(high)) or low > _MOST:
+        return ""
+    most = f"{high * 100:,.0f} %" if high <= _MOST else headroom(high)
+    return f" ({low * 100:,.0f} to {most} by chance)"
+
+
+def headroom(ratio: Any) -> str:
+    """In percent; where it is far from mattering, that it is."""
+    return f"over {units.count(_MOST * 100)} %" if units.is_known(ratio) and ratio > _MOST else units.percent(ratio)
 
 
 def table_of(report: Report, analysis: str, table: str) -> list[Any]:

@@ -14,6 +14,7 @@ import warnings
 import numpy as np
 import pytest
 
+from lltm_ray.analytics.busiest import Stretches, densest
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.report import MODULES, make_report, run
@@ -192,6 +193,22 @@ def test_reductions_of_columns_do_the_same(engine, pandas):
         found.append(([float(figure) for figure in figures], sorted(each.host(counts).to_numpy().tolist())))
     assert found[0][0] == pytest.approx(found[1][0], rel=RELATIVE)
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_busiest_stretches_are_the_same(engine, pandas, seed):
+    dice = np.random.default_rng(seed)
+    burst = dice.uniform(0, 300) + dice.random(40 * seed) * 5.0
+    at = np.sort(np.concatenate([dice.random(dice.integers(0, 3000)) * 310 - 5, burst]))
+    cost = dice.random(len(at))
+    found = []
+    for each in (engine, pandas):
+        xp, moments = each.xp, each.xp.asarray(at)
+        lasting = [Stretches(xp, moments, 300.0, 0.2, is_lasting=is_lasting) for is_lasting in (False, True)]
+        told = [densest(xp, moments, 300.0, service_s) for service_s in (0.2, 4.0)]
+        found.append([*told, *(one.fullest() for one in lasting), lasting[0].fullest(xp.asarray(cost), 0.5)])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-12)
 
 
 @pytest.mark.parametrize("plan", PLANS)

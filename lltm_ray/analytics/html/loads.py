@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lltm_ray.analytics import units
+from lltm_ray.analytics import text, units
 from lltm_ray.analytics.answer import Answer, rows
 from lltm_ray.analytics.html.bars import BAR_PX, LEGEND, MOST_BARS, Bar, bar_chart, mark, or_zero
 from lltm_ray.analytics.html.figures import (
@@ -84,7 +84,7 @@ def utilization(answer: Answer, about: About) -> Figure:
 def headroom(answer: Answer, about: About) -> Figure:
     """Arrivals of each model at its busiest, against its knee and what it can carry at most.
 
-    On average where it got too few requests to tell its busiest time.
+    On average where its busiest time is not told.
     """
     models = sorted(rows(answer.tables["models"]), key=_room)[:MOST_BARS]
     drawn = [
@@ -98,7 +98,8 @@ def headroom(answer: Answer, about: About) -> Figure:
                 arrivals=f"{units.digits(each.arrivals_per_s)} a second",
                 knee=f"{units.digits(each.knee_per_s)} a second",
                 capacity=f"{units.digits(each.capacity_per_s)} a second",
-                headroom=units.percent(each.headroom_ratio),
+                headroom=text.headroom(each.headroom_ratio),
+                by_chance=f"{text.headroom(each.headroom_low_ratio)} to {text.headroom(each.headroom_high_ratio)}",
                 wait_p95=units.seconds(each.wait_p95_s),
                 rejected=units.count(each.rejected),
                 slots=units.count(each.slots),
@@ -126,8 +127,9 @@ def _pace(model: Any) -> str:
 
 def _at_its_busiest(model: Any) -> str:
     if units.is_known(model.busiest_per_s):
-        return f"{units.digits(model.busiest_per_s)} a second for {units.seconds(model.busiest_s)}"
-    return "too few requests in the window to tell"
+        likely = f"{units.digits(model.busiest_low_per_s)} to {units.digits(model.busiest_high_per_s)} by chance"
+        return f"{units.digits(model.busiest_per_s)} a second ({likely}) for {units.seconds(model.busiest_s)}"
+    return "too few requests to tell"
 
 
 def classes(answer: Answer, about: About) -> Figure:

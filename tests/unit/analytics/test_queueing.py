@@ -14,7 +14,6 @@ import pytest
 
 from lltm_ray.analytics import queueing
 from lltm_ray.analytics.answer import Answer
-from lltm_ray.analytics.busiest import Stretches
 from lltm_ray.analytics.erlang import KNEE_UTILIZATION, expected_wait, knee, slots_for, waiting_probability
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
@@ -284,7 +283,7 @@ def evenly(number, until_s, took_s=0.1, from_s=0.0):
     return [(from_s + i * step, from_s + i * step, from_s + i * step + took_s) for i in range(number)]
 
 
-@pytest.mark.parametrize("number", [1, 30, 100])
+@pytest.mark.parametrize("number", [1, 12, 30])
 def test_of_few_requests_no_busiest_time_and_no_headroom_is_told(number):
     burst = evenly(number, 1812.0, took_s=2.0, from_s=1800.0)
     answer = queueing.analyze(window(burst, slots=1, samples=[(0.0, 0)], seconds=3600.0))
@@ -292,18 +291,68 @@ def test_of_few_requests_no_busiest_time_and_no_headroom_is_told(number):
     assert row["requests"] == number
     assert row["arrivals_per_s"] == pytest.approx(number / 3600)
     assert row["knee_per_s"] > number / 3600
-    untold = [name for name in row if name.startswith("busiest_")]
-    assert len(untold) == 5
-    assert all(math.isnan(row[name]) for name in ("headroom_ratio", *untold))
+    of_slots = ("lasting_slots", "lasting_capacity_per_s", "lasting_knee_per_s")
+    untold = [name for name in row if name.startswith(("busiest_", "headroom_", "lasting_")) and name not in of_slots]
+    assert len(untold) == 15
+    assert all(math.isnan(row[name]) for name in untold)
     assert queueing.judge(answer) == []
 
 
-def test_one_request_more_is_enough_to_tell_them():
-    burst = evenly(101, 1811.0, from_s=1800.0)
-    row = row_of(queueing.analyze(window(burst, slots=1, samples=[(0.0, 0)], seconds=3600.0)), "models")
-    assert row["busiest_per_s"] == pytest.approx(101 / 11, rel=0.03)
-    assert row["busiest_s"] == pytest.approx(11, rel=0.03)
-    assert math.isfinite(row["headroom_ratio"])
+def test_a_burst_is_not_diluted_by_the_silence_around_it():
+    dice = random.Random(5)
+    at = sorted([dice.uniform(0.0, 53.0) for _ in range(30)] + [dice.uniform(20.0, 21.3) for _ in range(75)])
+    waits = [0.05 * (20.0 <= t <= 21.3) for t in at]
+    courses = [(t, t + wait, t + wait + 0.17) for t, wait in zip(at, waits, strict=True)]
+    answer = queueing.analyze(window(courses, slots=8, samples=[(0.0, 0)], seconds=60.0))
+    row = row_of(answer, "models")
+    assert row["busiest_wait_s"] == pytest.approx(0.05, rel=1e-6)
+    assert row["lasting_wait_s"] < 0.04
+    assert row["busiest_per_s"] == pytest.approx(75 / 1.3, rel=0.15)
+    assert 1.0 <= row["busiest_s"] <= 1.4
+    assert 20.0 <= (row["busiest_unix_nano"] - START_UNIX_NANO) / 1e9 <= 20.4
+    assert row["busiest_low_per_s"] < 75 / 1.3 < row["busiest_high_per_s"] < 2 * row["busiest_low_per_s"]
+    assert row["headroom_ratio"] == pytest.approx(row["knee_per_s"] / row["busiest_per_s"] - 1)
+    ends = [row["knee_per_s"] / row[f"busiest_{end}_per_s"] - 1 for end in ("high", "low")]
+    assert [row["headroom_low_ratio"], row["headroom_high_ratio"]] == pytest.approx(ends)  # all took the same time
+    assert row["lasting_per_s"] < 3
+    assert queueing.judge(answer) == []
+
+
+def test_no_engine_is_advised_for_a_burst_of_a_second_however_long_it_waits():
+    burst = [tuple(30.0 + at for at in each) for each in mmc(250.0, 0.1, 4, 200, seed=3)]
+    answer = queueing.analyze(window(sorted(evenly(60, 60.0) + burst), slots=4, samples=[(0.0, 0)], seconds=60.0))
+    row = row_of(answer, "models")
+    assert row["headroom_high_ratio"] < -0.7
+    assert row["wait_s"] * row["waited"] > 200
+    assert row["lasting_per_s"] < row["lasting_knee_per_s"] == row["knee_per_s"]
+    assert queueing.judge(answer) == []
+
+
+def test_a_headroom_s_range_is_wider_where_service_times_differ():
+    even, uneven = [], []
+    for number, (at, _, _) in enumerate(evenly(400, 200.0)):
+        even.append((at, at, at + 1.0))
+        uneven.append((at, at, at + (3.7 if number % 4 == 0 else 0.1)))
+    ranges = []
+    for courses in (even, uneven):
+        row = row_of(queueing.analyze(window(courses, slots=8, samples=[(0.0, 0)])), "models")
+        ranges.append(((1 + row["headroom_high_ratio"]) / (1 + row["headroom_low_ratio"])) ** 0.5 - 1)
+    arrivals = math.log1p(ranges[0])
+    spread = 1.96 * 2.7 * math.sqrt(1 / 4 * 3 / 4) * 3.6 / 2.7 / 20  # of a mean of 400, relative to it
+    assert arrivals == pytest.approx(1.96 / 20, rel=0.05)
+    assert math.log1p(ranges[1]) == pytest.approx(math.hypot(arrivals, spread), rel=0.05)
+
+
+@pytest.mark.parametrize(("slots", "is_told"), [(4, True), (40, False), (2000, True)])
+def test_a_clump_whose_rate_is_not_sure_is_told_where_it_is_clear_which_side_of_the_knee_it_is_on(slots, is_told):
+    courses = sorted(
+        evenly(200, 3600.0, took_s=1.0) + [(1800.0 + i / 100, 1800.0 + i / 100, 1801.0 + i / 100) for i in range(30)]
+    )
+    row = row_of(queueing.analyze(window(courses, slots=slots, samples=[(0.0, 0)], seconds=3600.0)), "models")
+    assert math.isfinite(row["headroom_ratio"]) == math.isfinite(row["busiest_per_s"]) == is_told
+    if is_told:
+        assert row["busiest_high_per_s"] > 2.5 * row["busiest_low_per_s"]
+        assert row["headroom_low_ratio"] > 0 or row["headroom_high_ratio"] < 0
 
 
 def test_few_rows_of_a_model_that_refuses_many_are_past_the_knee_for_certain():
@@ -330,25 +379,12 @@ def test_few_rows_of_a_model_that_refuses_many_are_past_the_knee_for_certain():
 def test_a_burst_that_the_window_ends_in_is_found(busy_s):
     idle, burst = evenly(60, 3590.0), evenly(300, 3600.0, took_s=0.001, from_s=3600.0 - busy_s)
     row = row_of(queueing.analyze(window(sorted(idle + burst), slots=4, samples=[(0.0, 0)], seconds=3600.0)), "models")
-    assert row["busiest_per_s"] == pytest.approx(30, rel=0.02)
-    assert row["busiest_s"] == pytest.approx(10)
-    assert row["busiest_unix_nano"] == START_UNIX_NANO + 3590 * 10**9
-
-
-def test_the_busiest_stretch_is_never_slower_than_the_mean_and_has_its_events():
-    dice = random.Random(5)
-    for _ in range(200):
-        length_s, number = dice.uniform(1, 400), dice.randrange(0, 1500)
-        at = np.sort([length_s * dice.random() ** dice.choice([0.2, 1, 5]) for _ in range(number)])
-        for is_lasting in (False, True):
-            found = Stretches(np, at, length_s, 0.1, is_lasting=is_lasting).fullest()
-            inside = ((at >= found.from_s) & (at <= found.until_s)).sum()
-            assert found.is_told == (number > 100)
-            assert 0 <= found.from_s < found.until_s <= length_s
-            assert found.per_s * length_s >= number * 0.999
-            assert found.per_s * (found.until_s - found.from_s) == pytest.approx(inside, abs=1.5)
-            is_part = (found.from_s, found.until_s) != (0.0, length_s)
-            assert not is_part or (inside > 100 and found.until_s - found.from_s > 9.999)
+    assert row["busiest_per_s"] == pytest.approx(300 / busy_s, rel=0.02)
+    assert busy_s / 1.2 <= row["busiest_s"] <= busy_s
+    assert 0 <= row["busiest_unix_nano"] / 1e9 - START_UNIX_NANO / 1e9 - (3600 - busy_s) <= busy_s / 5
+    assert row["lasting_per_s"] == pytest.approx(30, rel=0.02)
+    assert row["lasting_s"] == pytest.approx(10)
+    assert row["lasting_unix_nano"] == START_UNIX_NANO + 3590 * 10**9
 
 
 # --- findings
@@ -373,7 +409,7 @@ def test_a_fleet_past_its_knee_is_told_how_many_engines_it_needs(overload):
     assert (finding.kind, finding.subject) == ("saturation", "tiny")
     assert row["headroom_ratio"] < 0
     slots = finding.figures["slots_needed"]
-    assert knee(row["service_s"], int(slots)) >= 1.3 * row["busiest_per_s"] * (1 - 1e-6)
+    assert knee(row["service_s"], int(slots)) >= 1.3 * row["lasting_per_s"] * (1 - 1e-6)
     assert f"--engines {math.ceil(slots / 4)}`" in finding.advice
     assert finding.impact_s == pytest.approx(row["wait_s"] * (row["requests"] - row["rejected"]), rel=0.05)
     assert 1 <= len(finding.evidence) <= 5
@@ -388,6 +424,14 @@ def test_refused_requests_of_unknown_model_count_as_the_only_ones_and_never_as_w
     (row,), (same,) = (answer.tables["models"].to_dict("records") for answer in (want, found))
     assert row == same
     assert row["requests"] == requests.num_rows == row["waited"] + row["rejected"]
+
+
+def test_saturation_is_judged_by_what_lasts():
+    answer = queueing.analyze(window(mmc(23.0, 0.2, 4, 600, seed=7), slots=4, samples=[(0.0, 0)]))
+    models = answer.tables["models"]
+    untold = dict.fromkeys([name for name in models if name.startswith(("busiest_", "headroom_"))], math.nan)
+    bare = Answer(answer.tables | {"models": models.assign(**untold)})
+    assert queueing.judge(bare) == queueing.judge(answer) != []
 
 
 def test_what_saturation_costs_is_never_less_than_nothing():
@@ -474,5 +518,8 @@ def test_requests_that_never_got_an_engine_belong_to_their_model_alone():
     tables["attempts"] = tables["attempts"].set_column(names.index("engine"), "engine", nowhere)
     answer = queueing.analyze(build_trace(tables, ENGINE))
     assert set(answer.tables["engines"]["attempts"]) == {0}
-    assert row_of(answer, "models")["requests"] == tables["requests"].num_rows
+    row = row_of(answer, "models")
+    assert row["requests"] == tables["requests"].num_rows
+    assert math.isfinite(row["busiest_per_s"])
+    assert math.isnan(row["headroom_ratio"])
     assert queueing.judge(answer) == []

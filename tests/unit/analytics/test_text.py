@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -14,7 +15,7 @@ from lltm_ray.analytics.html import to_html
 from lltm_ray.analytics.html.figures import About
 from lltm_ray.analytics.html.loads import headroom
 from lltm_ray.analytics.text import to_json, to_text
-from tests.unit.analytics.made_report import HOSTILE, START, empty_report, made_report
+from tests.unit.analytics.made_report import HOSTILE, LENGTH_S, START, empty_report, made_report
 
 
 def test_the_worst_finding_comes_first_with_what_to_do_and_where_to_look():
@@ -85,15 +86,28 @@ def with_models(**columns):
     return replace(made, results={**made.results, "queueing": replace(result, answer=Answer(tables))})
 
 
+WITHHELD = "qwen-32b: too few requests came to tell how busy it got, and how near to its knee"
+
+
+def headroom_of(report):
+    """The text's lines of it as one, and what is said instead of a note in other lines."""
+    lines = to_text(report).splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    (place,) = [place for place, line in enumerate(lines) if "Queueing headroom" in line]
+    column = lines[place].index(": ") - len("llama-8b")
+    more = itertools.takewhile(lambda line: not line[:column].strip(), lines[place + 1 :])
+    value = lines[place].removeprefix("    Queueing headroom").split("  ")
+    return " ".join([*(each.strip() for each in value if each), *(line.strip() for line in more if line)])
+
+
 def test_headroom_of_few_requests_is_withheld_and_said_why():
-    nothing = {"headroom_ratio": math.nan, "busiest_per_s": math.nan, "busiest_s": math.nan}
-    few = with_models(requests=[12, 30], arrivals_per_s=[0.004, 0.01], **nothing)
-    (line,) = [line for line in to_text(few).splitlines() if "Queueing headroom" in line]
-    assert line.split(maxsplit=3)[2:] == ["–", "qwen-32b: too few requests came in the window to tell its busiest time"]
+    names = ("headroom_ratio", "headroom_low_ratio", "headroom_high_ratio", "busiest_per_s", "busiest_s")
+    few = with_models(requests=[12, 30], arrivals_per_s=[0.004, 0.01], **dict.fromkeys(names, math.nan))
+    assert headroom_of(few) == f"– {WITHHELD}"
     page = to_html(few)
-    assert "qwen-32b: too few requests came in the window to tell its busiest time" in page
+    assert WITHHELD in page
     assert "0.01 a second on average" in page
-    assert "too few requests in the window to tell" in page
+    assert "too few requests to tell" in page
     (models,) = [
         each["tables"]["models"] for each in json.loads(to_json(few))["analyses"] if each["analysis"] == "queueing"
     ]
@@ -104,9 +118,50 @@ def test_headroom_of_few_requests_is_withheld_and_said_why():
 
 def test_headroom_is_that_of_the_model_that_has_least_of_those_that_are_known():
     some = with_models(headroom_ratio=[math.nan, 1.25], busiest_per_s=[math.nan, 0.4])
-    assert "qwen-32b: 0.40 requests/s in its busiest 4 min 10 s, knee at 0.90" in to_text(some)
+    assert "qwen-32b: 0.40 requests/s in its busiest 4 min 10 s, knee at 0.90" in headroom_of(some)
     none = with_models(headroom_ratio=math.nan, knee_per_s=math.nan)
     assert "Queueing headroom" not in to_text(none)
+
+
+KNEE = "knee at 8.50 (the load from which waits grow fast). "
+WAITED = "; then they waited 120 ms on average."
+
+
+@pytest.mark.parametrize(
+    ("low", "ratio", "high", "value", "said"),
+    [
+        (0.04, 0.21, 0.44, "21.0 %", "21.0 % more could come before they do (4 to 44 % by chance)"),
+        (-0.1, 0.21, 0.44, "21.0 %", "21.0 % more could come before they do, or none (-10 to 44 % by chance)"),
+        (0.7, 1.25, 1.9, "125 %", "2.25 times as much could come before they do (70 to 190 % by chance)"),
+        (7.0, 9.5, 12.0, "950 %", "10.5 times as much could come before they do (700 to over 1,000 % by chance)"),
+        (9.0, 18.8, 25.0, "over 1,000 %", "Over 10 times as much could come before they do (900 to over 1,000 % by"),
+        (12.0, 18.8, 25.0, "over 1,000 %", "Over 10 times as much could come before they do; then they"),
+        (-0.4, -0.2, -0.1, "-20.0 %", "More came than that (-40 to -10 % by chance)"),
+        (-0.4, -0.2, 0.1, "-20.0 %", "More came than that, or nearly (-40 to 10 % by chance)"),
+    ],
+)
+def test_a_headroom_is_told_with_its_range_and_in_words(low, ratio, high, value, said):
+    made = with_models(
+        headroom_ratio=[ratio, math.nan], headroom_low_ratio=[low, math.nan], headroom_high_ratio=[high, math.nan]
+    )
+    told = headroom_of(made)
+    assert told.startswith(f"{value} llama-8b: 7.03 requests/s in its busiest 14.2 s, {KNEE}{said}")
+    assert told.endswith(WAITED)
+    tile = to_html(made).partition("<h2>Queueing headroom</h2>")[2].partition("</article>")[0]
+    assert ("problem" in tile) == (high < 0)
+    assert f"<b>{value}</b>" in tile
+
+
+def test_requests_that_hardly_waited_past_the_knee_are_told_as_such():
+    past = {"headroom_low_ratio": -0.4, "headroom_ratio": -0.2, "headroom_high_ratio": -0.1}
+    said = "More came than that (-40 to -10 % by chance), yet they waited only 99 ms on average: they came evenly, or"
+    assert f"{said} not for long." in headroom_of(with_models(**past, busiest_wait_s=0.099))
+    assert "only" not in headroom_of(with_models(busiest_wait_s=0.099))
+
+
+def test_a_load_that_no_part_of_the_window_exceeds_is_told_as_that_of_all_of_it():
+    whole = with_models(busiest_s=LENGTH_S)
+    assert f"21.0 % llama-8b: 7.03 requests/s all through the window, {KNEE}" in headroom_of(whole)
 
 
 def test_reuse_beyond_what_hashes_show_is_not_called_possible():
