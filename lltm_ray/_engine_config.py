@@ -184,8 +184,9 @@ class EngineConfig:
 
     def _check_adapters(self) -> None:
         names = [adapter.label for adapter in self.lora]
-        for name in names:
-            _check(names.count(name) == 1, "lora.name", name, "two adapters have it: give one another name")
+        for place, name in enumerate(names):
+            is_new = name not in names[:place]
+            _check(is_new, f"lora[{place}].name", name, "two adapters have it: give one another name")
         _check(
             not (self.lora and self.cache_ram_mib),
             "cache_ram_mib",

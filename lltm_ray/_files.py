@@ -1,10 +1,12 @@
-"""Files that nobody else may read, written whole or not at all."""
+"""Files that nobody else should read: written whole or not at all, and those of API keys."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from pathlib import Path
+
+from lltm_ray.errors import ConfigError
 
 
 def write_private(path: str | os.PathLike[str], text: str) -> None:
@@ -24,3 +26,23 @@ def write_private(path: str | os.PathLike[str], text: str) -> None:
     except BaseException:
         Path(name).unlink()
         raise
+
+
+def read_keys(path: str | os.PathLike[str]) -> list[str]:
+    """`KEY [TENANT]` lines of the gateway's key file, without blank ones and those that start with `#`.
+
+    Raises:
+        ConfigError: the file cannot be read or holds no key.
+    """
+    field, remedy = "gateway.api_key_file", "write one API key a line into it"
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")  # Windows editors put a byte order mark first
+    except OSError as error:
+        raise ConfigError(field, str(path), f"cannot be read: {error.strerror}; {remedy}") from error
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(field, str(path), f"line {line} is no UTF-8 text; {remedy}") from error
+    keys = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
+    if not keys:
+        raise ConfigError(field, str(path), "holds no key; write one a line")
+    return keys

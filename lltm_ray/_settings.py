@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
+from numbers import Real
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lltm_ray.errors import ConfigError
@@ -25,7 +27,8 @@ def check_range(settings: Any, **limits: tuple[float, float]) -> None:
     """Refuse fields outside their (lowest, highest); None is always allowed."""
     for name, (low, high) in limits.items():
         value = getattr(settings, name)
-        check(value is None or low <= value <= high, name, value, f"must be from {low} to {high}")
+        kind = "" if isinstance(value, Real) else "a number "
+        check(value is None or (not kind and low <= value <= high), name, value, f"must be {kind}from {low} to {high}")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,13 +51,14 @@ def has(settings: Any, field: str) -> bool:
     return True
 
 
-def build(cls: type[Any], raw: Mapping[str, Any], where: str = "") -> Any:
+def build(cls: type[Any], raw: Mapping[str, Any], where: str = "", root: type[Any] | None = None) -> Any:
     """Make a settings dataclass from plain data.
 
     Args:
         cls: the dataclass.
         raw: its fields; those that are dataclasses themselves as tables.
         where: what stands before its fields' names, `section.`.
+        root: the dataclass in which it is a table; None: it is none.
 
     Raises:
         ConfigError: a field that is unknown, missing, of a wrong type or refused, by its whole name.
@@ -63,32 +67,51 @@ def build(cls: type[Any], raw: Mapping[str, Any], where: str = "") -> Any:
     known = {item.name for item in fields(cls)}
     values = {}
     for name, value in raw.items():
-        near = " or ".join(difflib.get_close_matches(name, known, n=2))
-        guess = f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}"
-        check(name in known, where + name, value, f"unknown setting; {guess}")
-        values[name] = _convert(hints[name], value, where + name)
+        if name not in known:
+            raise ConfigError(where + name, value, _unknown(name, known, root or cls))
+        values[name] = _convert(hints[name], value, where + name, root or cls)
     for item in fields(cls):
-        has_default = item.default is not MISSING or item.default_factory is not MISSING
-        check(has_default or item.name in values, where + item.name, None, "is missing, and has no default")
+        check(not _is_needed(item) or item.name in values, where + item.name, None, "is missing, and has no default")
     try:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(where + error.field, error.value, error.why) from error.__cause__
 
 
-def _convert(hint: Any, value: Any, name: str) -> Any:
+def _is_needed(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _unknown(name: str, known: set[str], root: type[Any]) -> str:
+    """What is said of a setting that its table has not; perhaps it only stands below a wrong header."""
+    hints = get_type_hints(root)
+    tables = [(table, part) for table, hint in hints.items() for part in (hint, *get_args(hint)) if is_dataclass(part)]
+    homes = [table for table, part in [("the top level", root), *tables] if name in get_type_hints(part)]
+    home = f"{homes[0]} has one of this name; " if homes else ""
+    near = " or ".join(difflib.get_close_matches(name, known, n=2))
+    return f"unknown setting; {home}" + (f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}")
+
+
+def _convert(hint: Any, value: Any, name: str, root: type[Any]) -> Any:
     if get_origin(hint) is tuple:
         form = f": a table [[{name}]] for each" if is_dataclass(get_args(hint)[0]) else ""
         check(isinstance(value, list | tuple), name, value, f"must be a list{form}")
-        return tuple(_convert(get_args(hint)[0], item, f"{name}[{place}]") for place, item in enumerate(value))
+        return tuple(_convert(get_args(hint)[0], item, f"{name}[{place}]", root) for place, item in enumerate(value))
     choices = [choice for choice in (get_args(hint) or (hint,)) if choice is not type(None)]
     if value is None and type(None) in get_args(hint):
         return None
     if is_dataclass(choices[0]) and isinstance(value, Mapping):
-        return build(choices[0], value, f"{name}.")  # type: ignore[arg-type]
+        return build(choices[0], value, f"{name}.", root)  # type: ignore[arg-type]
     if float in choices and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     right = type(value) in choices
-    kinds = (f"a table [{name}]" if is_dataclass(choice) else choice.__name__ for choice in choices)
+    kinds = (_table(choice, name) if is_dataclass(choice) else choice.__name__ for choice in choices)
     check(right, name, value, f"must be {' or '.join(kinds)}")
     return value
+
+
+def _table(cls: Any, name: str) -> str:
+    """What a table is in TOML, such as `a table [[models]], with its model`."""
+    plain, needed = re.sub(r"\[\d+\]", "", name), [item.name for item in fields(cls) if _is_needed(item)]
+    form = f"[[{plain}]]" if name.endswith("]") else f"[{plain}]"
+    return f"a table {form}" + (f", with its {' and '.join(needed)}" if needed else "")

@@ -15,9 +15,11 @@ def as_messages(given: str | Sequence[Mapping[str, Any]]) -> Messages:
     """A text as one message of the user; messages as they are.
 
     Raises:
-        ConfigError: it is neither, or one of the messages is none.
+        ConfigError: it is neither, or blank, or one of the messages is none.
     """
     if isinstance(given, str):
+        if not given.strip():
+            raise ConfigError("messages", given, f"is blank: {_REMEDY}")
         return [{"role": "user", "content": given}]
     if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise ConfigError("messages", given, f"is of type {type(given).__name__}: {_REMEDY}")

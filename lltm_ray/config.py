@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,12 +26,13 @@ from lltm_ray._engine_config import (
     EngineConfig,
     LoraAdapter,
 )
-from lltm_ray._settings import build, has, merge
+from lltm_ray._files import read_keys
+from lltm_ray._settings import build, merge
 from lltm_ray._settings import check as _check
 from lltm_ray._settings import check_choice as _check_choice
 from lltm_ray._settings import check_range as _check_range
 from lltm_ray._telemetry_config import TelemetryConfig
-from lltm_ray.errors import ConfigError
+from lltm_ray._toml import anchored, read_toml
 
 __all__ = [
     "ANALYTICS_ENGINES",
@@ -54,13 +54,6 @@ __all__ = [
     "read_environment",
 ]
 ROUTING_POLICIES = ("residency", "least-loaded", "round-robin", "consistent-hash", "prefix-hash")
-_PATHS = frozenset(
-    {
-        *("api_key_file", "llama_server", "log_dir", "mmproj", "model", "model_draft", "path", "segment_dir"),
-        *("slot_save_path", "trace"),
-    }
-)
-"""Settings that hold paths, in whichever table they stand."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 _FILE = re.compile(r"(?:.*[/:])?(?P<stem>[^/:]+?)(?:-\d{5}-of-\d{5})?\.gguf(?:@.*)?\Z", re.DOTALL)
 
@@ -277,8 +270,9 @@ class FleetConfig:
             value, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             _check(value == default, name, value, "belongs into each entry of models, since there are several")
         names = [model.name for model in self.models]
-        for name in names:
-            _check(names.count(name) == 1, "models.served_name", name, "two models have it: give one another name")
+        for place, name in enumerate(names):
+            is_new = name not in names[:place]
+            _check(is_new, f"models[{place}].served_name", name, "two models have it: give one another name")
 
     def served(self) -> tuple[ModelConfig, ...]:
         """Every model with the fleet's settings where it has none of its own; one, where `models` is empty."""
@@ -308,7 +302,7 @@ class FleetConfig:
 
     def with_absolute_paths(self) -> Self:
         """The same settings, with every relative path as it is meant in this process's folder."""
-        config: Self = build(type(self), _anchored(asdict(self), Path.cwd()))
+        config: Self = build(type(self), anchored(asdict(self), Path.cwd()))
         return config
 
     @classmethod
@@ -322,52 +316,17 @@ class FleetConfig:
             overrides: fields that win over the file; nested ones as dictionaries.
 
         Raises:
-            ConfigError: unreadable, not TOML, an unknown field, or a wrong value; names the file, and the field with
-                its table: `fleet.toml: gateway.port=99999: must be from 0 to 65535`.
+            ConfigError: unreadable, not TOML, an unknown field, a wrong value, or a key file of no use; names the file,
+                and the field with its table: `fleet.toml: gateway.port=99999: must be from 0 to 65535`.
         """
-        try:
-            raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError("config", str(path), f"cannot be read: {error}") from error
-        try:
-            config: Self = build(cls, merge(_anchored(raw, Path(path).absolute().parent), overrides))
-        except ConfigError as error:
-            if not has(overrides, error.field):
-                over = " (with what is given over it)" if overrides and _builds(cls, raw) else ""
-                raise ConfigError(f"{path}: {error.field}", error.value, error.why + over) from error.__cause__
-            raise ConfigError(error.field, error.value, f"{error.why} (over {path})") from error.__cause__
+        return read_toml(cls._build, path, overrides)
+
+    @classmethod
+    def _build(cls, settings: Mapping[str, Any]) -> Self:
+        config: Self = build(cls, settings)
+        if config.gateway and config.gateway.api_key_file:
+            read_keys(config.gateway.api_key_file)
         return config
-
-
-def _builds(cls: type[Any], raw: Mapping[str, Any]) -> bool:
-    try:
-        build(cls, raw)
-    except ConfigError:
-        return False
-    return True
-
-
-def _anchored(settings: Any, folder: Path) -> Any:
-    """Plain settings with every relative path made absolute from `folder`: actors run in another one."""
-    if isinstance(settings, Mapping):
-        return {
-            name: _absolute(name, value, folder)
-            if name in _PATHS and isinstance(value, str)
-            else _anchored(value, folder)
-            for name, value in settings.items()
-        }
-    return [_anchored(each, folder) for each in settings] if isinstance(settings, list | tuple) else settings
-
-
-def _absolute(name: str, value: str, folder: Path) -> str:
-    """`value`, unless it is a name and no path: of a model that is no file here, or of the embedded engine."""
-    path = folder / Path(value).expanduser()
-    if name == "llama_server":
-        is_path = value != "embedded"
-    else:
-        is_file = path.is_file() or (value.endswith(".gguf") and ":" not in value)
-        is_path = is_file or name not in {"model", "model_draft"}
-    return str(path) if is_path else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

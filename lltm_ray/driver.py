@@ -12,9 +12,7 @@ on one background event loop, so that a `Cluster` may be used from any thread.
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -23,25 +21,25 @@ import ray
 
 from lltm_ray._loop import Loop
 from lltm_ray._turns import as_messages
-from lltm_ray.actors import names
 from lltm_ray.actors.adapters import AdapterInfo, FleetAdapters
 from lltm_ray.actors.calls import Messages
 from lltm_ray.actors.engine import CALL_TIMEOUT_S
 from lltm_ray.actors.fleet import Fleet, OnProgress, find_fleet, start_fleet
+from lltm_ray.actors.join import join_ray, leave_ray
 from lltm_ray.actors.observe import FleetAnalytics, FleetTelemetry, WatchedCalls
 from lltm_ray.actors.precheck import check_here
 from lltm_ray.actors.remote import take_auth_mode
 from lltm_ray.actors.runstate import RunState
 from lltm_ray.actors.sessions import Sessions, sessions_of
 from lltm_ray.config import FleetConfig, build, read_environment
-from lltm_ray.errors import ConfigError, LltmRayError
+from lltm_ray.errors import ConfigError
 from lltm_ray.records import Completion, Embeddings, FleetStatus, RerankHit, StreamEvent
 
 if TYPE_CHECKING:
     from lltm_ray.analytics.compare import Comparison
     from lltm_ray.analytics.report import Report
 
-log = logging.getLogger(__name__)
+__all__ = ["Cluster", "join_ray", "leave_ray"]
 
 
 class Cluster:
@@ -100,16 +98,17 @@ class Cluster:
         Args:
             name: the fleet's.
             address: Ray cluster. None: `RAY_ADDRESS`, else where `lltm-ray up` started that fleet on this machine, else
-                the Ray that was started last here.
+                the Ray of this machine where it runs.
 
         Raises:
-            FleetError: no such fleet, or no Ray cluster.
+            FleetError: no such fleet.
+            ConfigError: no Ray cluster, or none that answers within 30 s.
         """
-        state = None if address or read_environment().ray_address else RunState.load(name)
+        state, origin = None if address or read_environment().ray_address else RunState.load(name), "the caller"
         if state is not None:
-            address = state.ray_address
+            address, origin = state.ray_address, f"fleet {name!r} (lltm-ray down --name {name} forgets it)"
             take_auth_mode(state.ray_auth_mode)
-        owns_ray = join_ray(address, existing_only=True)
+        owns_ray = join_ray(address, fleet=name, origin=origin)
         try:
             fleet = find_fleet(name)
         except BaseException:
@@ -342,47 +341,6 @@ class Cluster:
             self.stop()
         else:
             self.close()
-
-
-def join_ray(address: str | None = None, *, existing_only: bool = False) -> bool:
-    """Use the Ray this process is in, else join one, else start a local one; true when this call connected.
-
-    Raises:
-        FleetError: `existing_only`, and there is none.
-    """
-    if ray.is_initialized():
-        return False
-    address = address or read_environment().ray_address or ("auto" if existing_only else "local")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a fleet of ours does not report to anyone by itself
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's 15, servers get what all else on the machine leaves
-    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
-    try:
-        _knock(address)
-        ray.init(address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False, **options)
-    except OSError as error:
-        raise _no_ray(address, error) from error
-    return True
-
-
-def leave_ray() -> None:
-    """Undo a `join_ray` that connected."""
-    ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Ray itself tries for 20 s, loudly; an address where nobody listens is told at once."""
-    host, _, port = address.rpartition(":")
-    if "://" not in address and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5.0).close()
-
-
-def _no_ray(address: str | None, error: Exception) -> LltmRayError:
-    why = (
-        f"no Ray cluster answers there ({error}); start one (lltm-ray up, or ray start --head), correct RAY_ADDRESS, "
-        "or set RAY_AUTH_MODE=token if it asks for a token"
-    )
-    return ConfigError("address", address, why)
 
 
 async def _next(events: AsyncIterator[StreamEvent]) -> StreamEvent | None:

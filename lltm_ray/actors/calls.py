@@ -18,7 +18,7 @@ from lltm_ray.actors.fleet import Fleet, get_engine, newest
 from lltm_ray.actors.remote import find
 from lltm_ray.actors.watch import keep_going, watch_fleet
 from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
-from lltm_ray.llamacpp.options import settle
+from lltm_ray.llamacpp.options import TIMEOUT, check_value, settle
 from lltm_ray.records import Completion, FleetStatus, StreamEvent, Timings
 from lltm_ray.routing.adapters import choose
 from lltm_ray.routing.policy import Ask
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
 """Tries of one call, as in the gateway."""
+GRACE_S = 5.0
+"""An engine's own deadline, which is for callers that are gone, comes so much after ours: an error that it raised while
+we cancel would reach nobody, and Ray prints those."""
 Messages = list[dict[str, Any]]
 ROUTES = {
     "chat": "/v1/chat/completions",
@@ -87,6 +90,7 @@ class Calls:
 
     async def ask_any(self, method: str, *args: Any, model: str, timeout_s: float) -> Any:
         """One method of any ready engine's actor, for what takes no slot."""
+        check_value(TIMEOUT, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 tries = Tries(self._router, MAX_ATTEMPTS)
@@ -122,7 +126,8 @@ class Calls:
             try:
                 handle = self._handle(lease.engine.name)
                 params |= _adapters(lease)
-                source = handle.stream.options(num_returns="streaming").remote(messages, timeout_s=timeout_s, **params)
+                stream = handle.stream.options(num_returns="streaming")
+                source = stream.remote(messages, timeout_s=timeout_s + GRACE_S, **params)
                 while (event := await _next_event(source, deadline, timeout_s, lease.engine.name)) is not None:
                     delivered = True
                     self._router.began(lease)
@@ -142,6 +147,7 @@ class Calls:
     async def _call(self, method: str, *args: Any, **params: Any) -> Any:
         params = settle(ROUTES[method], params, own=OWN)
         ask = self._ask(method, *args, **params)
+        params["timeout_s"] += GRACE_S
         tries = Tries(self._router, MAX_ATTEMPTS, ask=ask)
         while True:
             lease, served = await self._router.acquire(ask, exclude=tries.avoid), None

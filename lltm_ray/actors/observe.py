@@ -17,7 +17,7 @@ from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.engine import OWN
 from lltm_ray.actors.fleet import Fleet
 from lltm_ray.errors import FleetError
-from lltm_ray.llamacpp.options import settle
+from lltm_ray.llamacpp.options import TIMEOUT, check_value, settle
 from lltm_ray.records import StreamEvent
 
 if TYPE_CHECKING:  # who asks nothing of telemetry does without pyarrow
@@ -191,6 +191,7 @@ class WatchedCalls(Calls):
 
     async def call(self, method: str, *args: Any, timeout_s: float, **params: Any) -> Any:
         """As `Calls.call`; of one that is refused before it is sent nobody is told."""
+        check_value(TIMEOUT, timeout_s)
         params = settle(ROUTES[method], params, own=OWN)
         with watch("", ROUTES[method], _body(method, args, params)) as seen:
             answer = await super().call(method, *args, timeout_s=timeout_s, **params, **_carrier(seen))
@@ -199,6 +200,7 @@ class WatchedCalls(Calls):
 
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
         """As `Calls.stream`, watched as `call` is."""
+        check_value(TIMEOUT, timeout_s)
         params = settle(ROUTES["chat"], params, own=OWN)
         with watch("", ROUTES["chat"], _body("chat", (messages,), params), is_stream=True) as seen:
             source: Any = super().stream(messages, timeout_s=timeout_s, **params, **_carrier(seen))

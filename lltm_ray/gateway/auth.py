@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from lltm_ray.errors import AuthenticationError, ConfigError
+from lltm_ray._files import read_keys
+from lltm_ray.errors import AuthenticationError
 
 _log = logging.getLogger(__name__)
 
@@ -33,17 +34,9 @@ class ApiKeys:
         Raises:
             ConfigError: the file cannot be read or holds no key.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors put a byte order mark first
-            mode = Path(path).stat().st_mode
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError("api_key_file", str(path), f"cannot be read: {error}") from error
-        if mode & (stat.S_IRGRP | stat.S_IROTH):
+        keys = read_keys(path)
+        if Path(path).stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
             _log.warning("api_key_file %s can be read by others; chmod 600 it", path)
-        lines = (line.strip() for line in text.splitlines())
-        keys = [line for line in lines if line and not line.startswith("#")]
-        if not keys:
-            raise ConfigError("api_key_file", str(path), "holds no key; write one a line")
         return cls(keys)
 
     def __bool__(self) -> bool:

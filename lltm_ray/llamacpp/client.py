@@ -19,18 +19,20 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from http.client import RemoteDisconnected
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
-from urllib.parse import urlsplit
 
 import aiohttp
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.exceptions import NewConnectionError, ReadTimeoutError
 
+from lltm_ray._settings import check
 from lltm_ray._watch import watch
 from lltm_ray.errors import ConfigError, DeadlineError, EngineExitedError, EngineNotReadyError, LltmRayError
 from lltm_ray.llamacpp import wire
+from lltm_ray.llamacpp.base_url import base_url
 from lltm_ray.llamacpp.pools import POOLS, connects
 from lltm_ray.llamacpp.replies import Reply
 from lltm_ray.llamacpp.sse import StreamReader, collect
@@ -124,7 +126,7 @@ class _Face:
     model_unload = _sent(wire.model_unload)
 
     url: str
-    """The server's base URL, such as `http://127.0.0.1:8080`."""
+    """The server's base URL, such as `http://127.0.0.1:8080`; the `/v1` of OpenAI's clients is left out."""
     _: KW_ONLY
     api_key: str = field(default="", repr=False)
     """Sent as a bearer token; empty sends none."""
@@ -137,15 +139,13 @@ class _Face:
     """Connections kept; the async face never opens more and lets requests wait."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError("url", self.url, "must be the base URL of a llama-server, such as http://127.0.0.1:8080")
+        self.url = base_url(self.url)
         for name in ("timeout_s", "connect_timeout_s", "max_connections"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(name, getattr(self, name), "must be above 0")
-        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            value = getattr(self, name)
+            is_limit = isinstance(value, Real) and 0 < float(value) <= 10**7
+            check(is_limit, name, value, "must be a number above 0, at most 10000000")
+        if not (isinstance(self.api_key, str) and self.api_key.isascii() and self.api_key.isprintable()):
             raise ConfigError("api_key", "...", "must be printable ASCII, without line ends")
-        self.url = self.url.rstrip("/")
         # compressed events would wait in the compressor
         self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
         if self.api_key:

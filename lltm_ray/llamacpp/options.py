@@ -1,8 +1,9 @@
-"""Options of requests by name: what each route of llama-server knows; a misspelt name is refused before it is sent.
+"""Options of requests: what each route of llama-server knows by name, and what may stand there; slips are not sent.
 
 llama-server ignores what it does not know, and every release knows more. So a name that is nowhere near a known one is
 passed on as it is, and so are those of another route or of another server, and whatever stands in `extra_body`, as with
-OpenAI's client.
+OpenAI's client. It also moves many a value that means nothing to the nearest that does, or passes it over: those of
+calls through Ray are refused instead.
 """
 
 from __future__ import annotations
@@ -114,6 +115,34 @@ FIXED: Final[Mapping[str, frozenset[str]]] = {
     "/v1/rerank": frozenset({"query", "documents"}),
 }
 """Fields that each call sets itself, as `wire` does: `extra_body` cannot have them."""
+_INT: Final = 2**31 - 1
+_FLOAT: Final = 3.4e38
+"""The largest that llama.cpp's samplers can hold, as `_INT`."""
+VALUES: Final[Mapping[str, tuple[tuple[type, ...], float, float]]] = {
+    name: values
+    for values, names in (
+        (((int,), -1, _INT), "max_tokens max_completion_tokens n_predict n_keep t_max_predict_ms id_slot top_k"),
+        (((int,), -1, _INT), "repeat_last_n dry_penalty_last_n"),
+        (((int,), 0, _INT), "n_indent n_discard n_cache_reuse n_probs top_logprobs min_keep dry_allowed_length"),
+        (((int,), 1, _INT), "n n_cmpl"),
+        (((int,), 0, 2), "mirostat"),
+        (((int,), -(2**63), 2**63 - 1), "seed"),
+        (((bool, int), 0, _INT), "logprobs"),
+        (((float,), 0, 1), "top_p min_p xtc_probability xtc_threshold"),
+        (((float,), 0, _FLOAT), "temperature repeat_penalty"),
+        (((float,), -_FLOAT, _FLOAT), "frequency_penalty presence_penalty typical_p top_n_sigma dynatemp_range"),
+        (((float,), -_FLOAT, _FLOAT), "dynatemp_exponent dry_multiplier dry_base mirostat_tau mirostat_eta"),
+        (((float,), 0.001, 10**7), TIMEOUT),
+        (((bool,), 0, 1), "ignore_eos cache_prompt stream echo return_tokens timings_per_token post_sampling_probs"),
+        (((str,), 0, 0), "model grammar"),
+        (((str, list, tuple), 0, 0), "stop samplers"),
+        (((dict, list, tuple), 0, 0), "logit_bias"),
+    )
+    for name in names.split()
+}
+"""Well-known options -> their types, the lowest number and the highest: what llama.cpp takes as it is (its
+`server-schema.cpp` and `sampling.cpp`, b11434) or OpenAI's reference has, and -1 where other builds have a use for it.
+"""
 _STREAMING: Final = frozenset({"stream", "stream_options"})
 _PASSED: Final = FOREIGN.union(*KNOWN.values())
 
@@ -148,13 +177,37 @@ def read_options(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -
 def settle(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -> dict[str, Any]:
     """The same options for another `read_options`, where `extra_body` holds nothing but unknown names.
 
-    Args and errors are those of `read_options`; and what the call sets itself cannot be given by name either.
+    Args and errors are those of `read_options`; and what the call sets itself cannot be given by name either, nor what
+    `check_value` refuses, by name or in `extra_body`.
     """
     for name in sorted(given.keys() & (FIXED[path] - _STREAMING)):
         raise ConfigError(name, given[name], "is set by the call itself: leave it out")
     options = read_options(path, given, own)
+    for name, value in options.items():
+        check_value(name, value)
     unknown = {name: options.pop(name) for name in given.get(EXTRA) or () if name not in KNOWN[path]}
     return options | ({EXTRA: unknown} if unknown else {})
+
+
+def check_value(name: str, value: Any) -> None:
+    """Refuse what has no meaning as the value of an option in `VALUES`; those of other names pass.
+
+    Raises:
+        ConfigError: it is of a wrong type, or outside of the limits.
+    """
+    types, low, high = VALUES.get(name, ((object,), 0, 0))
+    if not any(_is(value, each) for each in types):
+        raise ConfigError(name, value, f"must be {' or '.join(each.__name__ for each in types)}")
+    if {int, float}.intersection(types) and not low <= value <= high:
+        raise ConfigError(name, value, f"must be from {low} to {high}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """As llama.cpp reads JSON: 1 is a float, too, and 1.0 an int; True is none of them."""
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and (kind is float or value == value // 1)
 
 
 @lru_cache(maxsize=1024)

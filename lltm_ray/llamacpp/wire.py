@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +26,8 @@ Prompt = str | Mapping[str, Any] | Sequence[int | str]
 """Text, `{"prompt_string", "multimodal_data"}`, or token ids that may be mixed with text."""
 Chat = str | Sequence[Mapping[str, Any]]
 """Messages, mappings with `role` in OpenAI's form; or a text, which is one message of the user."""
+_TOO_LONG = "exceed_context_size_error"
+"""llama-server's own type of that error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +69,7 @@ class Call(Generic[T]):
 def check_status(reply: Reply, accept: frozenset[int] = frozenset()) -> None:
     """Raise `UpstreamError` with the body unchanged, unless the status is 2xx or accepted."""
     if not 200 <= reply.status < 300 and reply.status not in accept:
-        raise UpstreamError(reply.status, reply.text)
+        raise refusal(reply)
 
 
 def is_stream(status: int, content_type: str | None) -> bool:
@@ -75,8 +78,15 @@ def is_stream(status: int, content_type: str | None) -> bool:
 
 
 def refusal(reply: Reply) -> UpstreamError:
-    """The error for an answer that should have been a stream; its body is unchanged."""
-    return UpstreamError(reply.status, reply.text)
+    """The error for an answer that is none, its body unchanged; of a prompt that is too long it says what to do."""
+    error = UpstreamError(reply.status, reply.text)
+    if _TOO_LONG in reply.text:
+        with suppress(ValueError, KeyError, TypeError):  # older servers tell no numbers
+            told = reply.json()["error"]
+            why = f"the prompt's {told['n_prompt_tokens']:,} tokens do not fit a slot's context of {told['n_ctx']:,}"
+            remedy = "shorten it, raise n_ctx, or lower n_parallel"
+            error.args = (f"llama-server answered {reply.status} ({_TOO_LONG}): {why}: {remedy}",)
+    return error
 
 
 def encode(body: Any) -> bytes | None:

@@ -12,7 +12,8 @@ from lltm_ray._files import write_private
 from lltm_ray._turns import last_turns, with_system
 from lltm_ray.actors.calls import Messages
 from lltm_ray.errors import ConfigError
-from lltm_ray.sdk.engine import InferenceEngine
+from lltm_ray.llamacpp.options import check_value
+from lltm_ray.sdk.engine import InferenceEngine, check_text
 from lltm_ray.sdk.result import InferResult, InferStream
 
 _ROLES = ("user", "assistant", "tool")
@@ -41,7 +42,8 @@ class Conversation:
         """The answer to one more message; `params` as in `InferenceEngine.infer`.
 
         Raises:
-            ConfigError: the system prompt, this message and `max_tokens` alone are longer than the limit.
+            ConfigError: the system prompt, this message and `max_tokens` alone are longer than the limit; an empty
+                message, or a misspelt or wrong parameter.
             FleetError: no model is loaded.
         """
         request = self._request(text, max_tokens)
@@ -77,6 +79,8 @@ class Conversation:
 
     def _request(self, text: str, max_tokens: int) -> Messages:
         """As many of the last turns as fit, all while no limit is known."""
+        check_text("text", text)
+        check_value("max_tokens", max_tokens)
         messages: Messages = [*self.messages, {"role": "user", "content": text}]
         limit = self._limit_tokens or self.engine.slot_tokens
         if not limit:  # no engine is ready: what becomes of the request is not ours to say

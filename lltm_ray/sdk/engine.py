@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
 from lltm_ray._turns import Messages
 from lltm_ray.actors.calls import ROUTES
-from lltm_ray.config import ModelConfig
+from lltm_ray.actors.placement import read_nodes
+from lltm_ray.config import FleetConfig, build, read_environment
 from lltm_ray.driver import Cluster
-from lltm_ray.errors import ConfigError, FleetError, LltmRayError
-from lltm_ray.llamacpp.options import read_options
+from lltm_ray.errors import ConfigError, FleetError, LltmRayError, ModelNotFoundError
+from lltm_ray.llamacpp.options import settle
 from lltm_ray.records import Embeddings
 from lltm_ray.sdk.figures import Figures
+from lltm_ray.sdk.presence import check_models
 from lltm_ray.sdk.result import InferResult, InferStream, of_completion
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,22 @@ log = logging.getLogger(__name__)
 Prompt = str | Messages
 _OWN = ("model", "max_tokens", "raw", "timeout_s")
 """Options that have arguments of their own here, or are no llama-server's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wish(FleetConfig):
+    """What `load_model` takes by name."""
+
+    gpu_layers: int | None = None
+    ctx_size: int | None = None
+    n_parallel: int | None = None
+
+    def fleet(self) -> FleetConfig:
+        """The same as a fleet's settings."""
+        given = {each.name: getattr(self, each.name) for each in fields(FleetConfig)}
+        own = {"n_gpu_layers": self.gpu_layers, "n_ctx": self.ctx_size, "n_parallel": self.n_parallel}
+        changes: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        return FleetConfig(**given | {"engine": replace(self.engine, **changes)}).with_absolute_paths()
 
 
 class InferenceEngine:
@@ -63,8 +83,8 @@ class InferenceEngine:
     ) -> bool:
         """Serve a model and return once it can answer; another one that this object loaded is unloaded first.
 
-        A fleet of this name that runs already is joined as it is: its own settings stay, and a warning names those
-        that were given here.
+        Wrong settings, names and files are told while that one still serves. A fleet of this name that runs already is
+        joined as it is: its own settings stay, and a warning names those that were given here.
 
         Args:
             model: `tiny`, a catalogue name, a path, or `repo:file[@revision]`.
@@ -77,21 +97,43 @@ class InferenceEngine:
             True; whatever kept it from loading is raised.
 
         Raises:
-            ConfigError: the fleet that runs under this name serves something else.
+            ConfigError: an unknown or wrong setting, or the fleet that runs under this name serves something else.
             LltmRayError: see `Cluster.start`.
         """
+        own = {"gpu_layers": gpu_layers, "ctx_size": ctx_size, "n_parallel": n_parallel}
+        settings |= {name: value for name, value in own.items() if value is not None}
+        config = self._settle(model, settings)
+        served = config.served()[0].name
+        self._check_change(config, served)
         self.unload_model()
-        own = {"n_gpu_layers": gpu_layers, "n_ctx": ctx_size, "n_parallel": n_parallel}
-        if own := {name: value for name, value in own.items() if value is not None}:
-            settings["engine"] = {**settings.get("engine", {}), **own}
-        served = ModelConfig(model=model, served_name=settings.get("served_name")).name
         cluster = self._join(served, settings)
-        joined = cluster is not None
-        if cluster is None:
-            settings = {"gateway": {"port": 0}} | settings
-            cluster = Cluster.start(address=self._address, name=self.fleet, model=model, **settings)
-        self._cluster, self._joined, self._served = cluster, joined, served
+        self._joined = cluster is not None
+        self._cluster = cluster or self._start(config)
+        self._served = served
         return True
+
+    def _settle(self, model: str, settings: dict[str, Any]) -> FleetConfig:
+        if "name" in settings:
+            raise ConfigError("name", settings["name"], "is this object's: InferenceEngine(name)")
+        wish: _Wish = build(_Wish, {"gateway": {"port": 0}, "name": self.fleet, "model": model} | settings)
+        return wish.fleet()
+
+    def _check_change(self, config: FleetConfig, served: str) -> None:
+        """Refuse what would leave us with nothing, where something is loaded."""
+        if self._cluster is None:
+            return
+        if self._joined:
+            with suppress(FleetError):  # it has ended
+                self._check_served(self._cluster, served)
+        else:
+            is_elsewhere = self._address or read_environment().ray_address or len(read_nodes()) > 1
+            check_models(config, is_here=not is_elsewhere)
+
+    def _check_served(self, cluster: Cluster, model: str) -> None:
+        names = [each.name for each in cluster.status().models]
+        if model not in names:
+            why = f"fleet {self.fleet!r} serves {', '.join(names)}; load that, or InferenceEngine(another name)"
+            raise ConfigError("model", model, why)
 
     def _join(self, model: str, settings: dict[str, Any]) -> Cluster | None:
         """The fleet that runs under our name, if one does; with its own settings."""
@@ -100,16 +142,17 @@ class InferenceEngine:
         except (FleetError, ConfigError):
             return None
         try:
-            served = [each.name for each in cluster.status().models]
-            if model not in served:
-                why = f"fleet {self.fleet!r} serves {', '.join(served)}; load that, or InferenceEngine(another name)"
-                raise ConfigError("model", model, why)
+            self._check_served(cluster, model)
         except BaseException:
             cluster.close()
             raise
         if ignored := sorted(settings.keys() - {"served_name"}):
             log.warning("fleet %r runs already with its own settings; not used: %s", self.fleet, ", ".join(ignored))
         return cluster
+
+    def _start(self, config: FleetConfig) -> Cluster:
+        check_models(config, is_here=False)
+        return Cluster.start(config, address=self._address)
 
     def unload_model(self) -> None:
         """Stop the fleet, or let go of it if it ran before; without one nothing happens."""
@@ -137,30 +180,31 @@ class InferenceEngine:
     # asking -----------------------------------------------------------------------------------------------------
 
     def infer(self, prompt: Prompt, *, max_tokens: int = 128, raw: bool = False, **params: Any) -> InferResult:
-        """One answer. A wrong call is raised; a request that fails is a result, whose `text` raises its `error`.
-
-        Where `text` is not read, `success` tells, and `check` raises.
+        """One answer. A wrong call is raised; a request that fails is a false result, whose `text` raises its `error`.
 
         Args:
             prompt: a text, or a list of chat messages.
             max_tokens: longest answer.
             raw: give the text to the model as it is, without its chat template.
             params: as in /v1/chat/completions, with `raw` in /completion: temperature, top_p, top_k, seed, stop, ...;
-                and `timeout_s`. A misspelt one is refused; `extra_body={...}` sends any name.
+                `timeout_s`; and `model`, another one that the fleet serves, or `model:adapter`. A misspelt one is
+                refused, and so is a value that means nothing; `extra_body={...}` sends any name.
 
         Raises:
-            ConfigError: `raw` with messages, no messages, or a misspelt or wrong parameter.
+            ConfigError: `raw` with messages, an empty prompt, or a misspelt or wrong parameter.
+            ModelNotFoundError: the fleet serves no such model.
             FleetError: no model is loaded.
         """
-        _check_options(params, raw=raw)
+        params = self._read(params | {"max_tokens": max_tokens}, raw)
         if raw and not isinstance(prompt, str):
             raise ConfigError("raw", raw, "takes a text; messages need the chat template")
+        if isinstance(prompt, str):
+            check_text("prompt", prompt)
         cluster, began_s = self.cluster, time.perf_counter()
-        params |= {"model": self._served, "max_tokens": max_tokens}
         try:
             done = cluster.complete(str(prompt), **params) if raw else cluster.chat(prompt, **params)
             result = of_completion(done, time.perf_counter() - began_s)
-        except ConfigError:
+        except (ConfigError, ModelNotFoundError):
             raise
         except LltmRayError as error:
             result = InferResult(latency_ms=(time.perf_counter() - began_s) * 1e3, error=error)
@@ -194,13 +238,15 @@ class InferenceEngine:
             params: as in `infer`.
 
         Raises:
-            ConfigError: `raw`, which only `infer` can do, or a misspelt parameter.
+            ConfigError: `raw`, which only `infer` can do, an empty prompt, or a misspelt or wrong parameter.
             FleetError: no model is loaded.
         """
-        _check_options(params)
+        params = self._read(params | {"max_tokens": max_tokens}, raw)
         if raw:
             raise ConfigError("raw", raw, "streams go through the chat template; use infer(raw=True)")
-        events = self.cluster.stream(prompt, model=self._served, max_tokens=max_tokens, **params)
+        if isinstance(prompt, str):
+            check_text("prompt", prompt)
+        events = self.cluster.stream(prompt, **params)
         return InferStream(events, callback, self._figures.add)
 
     def batch_infer(self, prompts: Sequence[Prompt], **params: Any) -> list[InferResult]:
@@ -209,14 +255,26 @@ class InferenceEngine:
         A prompt that fails, or is none, is a failed result in its place; the others are answered.
 
         Raises:
-            ConfigError: one text, not a list of them; or a misspelt parameter.
+            ConfigError: one text, not a list of them; or a misspelt or wrong parameter.
+            ModelNotFoundError: the fleet serves no such model.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
             raise ConfigError("prompts", prompts, "must be a list of prompts; for one take infer")
-        _check_options(params, raw=params.get("raw", False))
+        self._read(params, params.get("raw", False))
         slots = sum(each.slots_total for each in self.cluster.status().engines if each.model == self._served)
         with ThreadPoolExecutor(max(1, slots)) as pool:
             return list(pool.map(lambda prompt: self._infer_one(prompt, params), prompts))
+
+    def _read(self, params: Mapping[str, Any], raw: Any) -> dict[str, Any]:
+        """The parameters of one call, refused before anything is asked of the fleet; with our model if they name none.
+
+        Raises:
+            ConfigError: a misspelt or wrong one.
+        """
+        if not isinstance(raw, bool):
+            raise ConfigError("raw", raw, "must be bool")
+        options = settle(ROUTES["complete" if raw else "chat"], params, own=_OWN)
+        return options | {"model": options.get("model") or self._served}
 
     def _infer_one(self, prompt: Prompt, params: dict[str, Any]) -> InferResult:
         try:
@@ -264,6 +322,11 @@ class InferenceEngine:
         self.unload_model()
 
 
-def _check_options(params: Mapping[str, Any], *, raw: bool = False) -> None:
-    """Before anything is asked of the fleet."""
-    read_options(ROUTES["complete" if raw else "chat"], params, own=_OWN)
+def check_text(name: str, text: Any) -> None:
+    """Refuse what says nothing: a model answers that, too.
+
+    Raises:
+        ConfigError: it is no text, or blank.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(name, text, "must be a text that is not blank")

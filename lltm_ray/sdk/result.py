@@ -16,8 +16,8 @@ from lltm_ray.records import Completion, StreamEvent, Timings, Usage
 class InferResult:
     """An answer with its figures, or the error that kept it from coming; `str()` is the text.
 
-    A failed one cannot pass for an answer: `text` raises its `error`, `str()` is `<failed: ...>` with its words and can
-    be logged.
+    A failed one cannot pass for an answer: it is false, `text` raises its `error`, `str()` is `<failed: ...>` with its
+    words and can be logged.
     """
 
     received: str = ""
@@ -77,6 +77,9 @@ class InferResult:
             raise self.error.with_traceback(None)  # else each read would add its frames to the same object
         return self
 
+    def __bool__(self) -> bool:
+        return self.success
+
     def __str__(self) -> str:
         return self.received if self.error is None else f"<failed: {self.error_message}>"
 
@@ -135,8 +138,9 @@ class InferStream:
         with suppress(LltmRayError):  # the result has it
             for _ in self._pieces:
                 pass
-        never = LltmRayError("the stream was closed and never read")
-        return self._reading.result or InferResult(latency_ms=0.0, error=never)
+        if self._reading.result is None:
+            return InferResult(latency_ms=0.0, error=LltmRayError("the stream was closed and never read"))
+        return self._reading.result
 
     def when_done(self, tell: Callable[[InferResult], None]) -> None:
         """Call `tell` with the result as soon as the stream has ended or was left."""

@@ -22,6 +22,7 @@ from lltm_ray.llamacpp.client import LlamaClient
 from lltm_ray.llamacpp.process import ServerProcess, ServerSnapshot
 from lltm_ray.llamacpp.replies import HealthStatus
 from lltm_ray.records import EngineState
+from lltm_ray.sdk.presence import check_models
 
 
 class ServerManager:
@@ -47,7 +48,7 @@ class ServerManager:
         ctx_size: int | None = None,
         **engine: Any,
     ) -> ServerSnapshot:
-        """Start it and return once it can answer; one that runs is ended first.
+        """Start it and return once it can answer; one that runs is ended first, once settings and files were checked.
 
         Args:
             model: `tiny`, a catalogue name, a path, or `repo:file[@revision]`.
@@ -58,9 +59,10 @@ class ServerManager:
         Raises:
             ConfigError, ModelError, ServerBinaryError, EngineStartError: why it does not run; nothing is left behind.
         """
-        self.stop_server()
         own = {"n_gpu_layers": gpu_layers, "n_ctx": ctx_size} | engine
         spec = self._spec(model, {name: value for name, value in own.items() if value is not None})
+        check_models(spec.fleet)
+        self.stop_server()
         self._launch = plan_launch(spec, host="127.0.0.1")
         self._loop = Loop("ServerManager", "start_server again")
         try:

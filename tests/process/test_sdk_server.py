@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lltm_ray.errors import EngineNotReadyError, EngineStartError, ModelNotFoundError
+from lltm_ray.errors import EngineNotReadyError, EngineStartError, LltmRayError, ModelNotFoundError
 from lltm_ray.sdk.server import ServerManager
 
 
@@ -44,6 +44,20 @@ def test_another_model_ends_the_server_that_runs(manager):
     assert len(manager.client.slots()) == 3
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)
+
+
+def test_a_start_that_is_refused_leaves_the_server_that_runs(manager, tmp_path):
+    pid = manager.start_server("tiny", n_parallel=2).pid
+    for model, settings, words in (
+        ("tiny", {"n_paralel": 4}, r"n_paralel=4: .*did you mean n_parallel\?"),
+        ("tiny", {"gpu_layers": 4}, r"gpu_layers=4: .*gpus=1"),
+        (str(tmp_path / "absent.gguf"), {}, "no such file"),
+        ("tinny", {}, "did you mean tiny"),
+    ):
+        with pytest.raises(LltmRayError, match=words):
+            manager.start_server(model, **settings)
+    assert manager.get_server_info()["pid"] == pid
+    assert manager.client.complete("hi", n_predict=2, ignore_eos=True).usage.output_tokens == 2
 
 
 def test_a_restart_keeps_the_settings(manager):

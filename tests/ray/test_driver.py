@@ -1,6 +1,9 @@
 """The driver API on real engines: handles, routing, streams, errors."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import urllib.request
 
@@ -161,6 +164,24 @@ def test_another_driver_finds_the_fleet_and_leaves_it_running(cluster):
         assert other.endpoint == cluster.endpoint
         assert other.chat(HI, **GREEDY).text == cluster.chat(HI, **GREEDY).text
     assert {engine.state for engine in cluster.status().engines} == {EngineState.READY}
+
+
+def test_another_process_finds_it_by_its_name_alone_and_joins_no_ray_for_one_that_is_not_there(cluster):
+    script = """
+import sys, lltm_ray, ray
+for name in sys.argv[1:]:
+    try:
+        with lltm_ray.Cluster.connect(name) as found:
+            print(found.endpoint)
+    except lltm_ray.LltmRayError as error:
+        print(type(error).__name__, ray.is_initialized(), error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", script, "nowhere", cluster.name]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True, env=environment)
+    missing, found = done.stdout.splitlines()
+    assert missing.startswith("FleetError False no fleet 'nowhere' runs on a Ray of this machine: start it")
+    assert found == cluster.endpoint
 
 
 def test_closing_frees_the_slots_of_calls_in_flight_and_tells_their_threads(cluster, until_cut_off):

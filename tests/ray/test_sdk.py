@@ -6,7 +6,7 @@ import pytest
 import ray
 
 import lltm_ray
-from lltm_ray.errors import ConfigError, FleetError, UpstreamError
+from lltm_ray.errors import ConfigError, FleetError, LltmRayError, ModelNotFoundError, UpstreamError
 from lltm_ray.llamacpp.client import LlamaClient
 from lltm_ray.sdk.conversation import Conversation
 from lltm_ray.sdk.embeddings import EmbeddingEngine, SemanticSearch
@@ -99,6 +99,47 @@ def test_a_misspelt_option_never_leaves_the_program(engine):
     assert engine.get_metrics()["throughput"] == before
     sent = engine.cluster.chat("hi", max_tokens=3, temperature=0, extra_body={"max_token": 50, "ignore_eos": True})
     assert sent.usage.output_tokens == 3
+
+
+def test_a_value_that_means_nothing_never_leaves_the_program(engine):
+    before = engine.get_metrics()["throughput"]
+    for ask in (engine.infer, engine.cluster.chat, engine.cluster.complete):
+        for name, value in (("max_tokens", "5"), ("top_p", 7), ("temperature", -1), ("n", 0)):
+            with pytest.raises(ConfigError, match=f"^{name}={value!r}: must be "):
+                ask("hi", **{name: value})
+    with pytest.raises(ConfigError, match="top_p=7: must be from 0 to 1"):
+        ray.get(engine.cluster.engines[0].chat.remote("hi", top_p=7))
+    assert engine.get_metrics()["throughput"] == before
+
+
+def test_another_model_than_those_that_are_served_is_refused_with_their_names(engine):
+    for ask in (lambda: engine.infer("hi", model="nope"), lambda: list(engine.infer_stream("hi", model="nope"))):
+        with pytest.raises(ModelNotFoundError, match="model 'nope' not found: this fleet serves random"):
+            ask()
+    assert engine.infer("hi", model="random", max_tokens=2).success
+
+
+def test_a_prompt_that_is_too_long_is_told_with_the_slots_context_and_the_remedy(engine):
+    told = rf"tokens do not fit a slot's context of {engine.slot_tokens:,}: .*raise n_ctx, or lower n_parallel$"
+    text = "word " * engine.slot_tokens
+    for raw in (False, True):
+        with pytest.raises(UpstreamError, match=told):
+            engine.infer(text, raw=raw).check()
+    with pytest.raises(UpstreamError, match=told):
+        next(engine.infer_stream(text))
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_one_that_is(engine):
+    before = engine.cluster
+    for model, settings, words in (
+        ("random", {"n_paralel": 2}, r"did you mean n_parallel\?"),
+        ("randm", {}, "did you mean random"),
+        ("/none/m.gguf", {}, "no such file"),
+    ):
+        with pytest.raises(LltmRayError, match=words):
+            engine.load_model(model, **settings)
+    assert engine.cluster is before
+    assert engine.infer("hi", max_tokens=2).success
 
 
 def test_metrics_count_every_request_until_they_are_reset(engine):

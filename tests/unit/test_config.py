@@ -33,11 +33,13 @@ model = "owner/name:file.gguf@main"
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """The TOML file's folder and, elsewhere, the process's; both hold a `here.gguf`."""
+    """The TOML file's folder and, elsewhere, the process's; both hold a `here.gguf` and keys."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("etc", "cwd"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "here.gguf").touch()
+        for keys in ("keys", "other"):
+            (tmp_path / name / keys).write_text("alpha\n")
     (tmp_path / "etc" / "fleet.toml").write_text(TOML)
     monkeypatch.chdir(tmp_path / "cwd")
     return tmp_path / "etc", tmp_path / "cwd"
@@ -99,8 +101,22 @@ WRONG = [
     ("[[models]]\nengines = 2", "models[0].model=None: is missing"),
     ("[[models]]\nmodel = 'a'\n[[models]]\nmodel = 'b'\nengines = 0", "models[1].engines=0: needs max_engines"),
     ("[[models]]\nmodel = 'a'\nengine = { n_parallel = 0 }", "models[0].engine.n_parallel=0: must be from 1"),
-    ("[[models]]\nmodel = 'a'\n[[models]]\nmodel = 'a'", "models.served_name='a': two models have it"),
+    ("[[models]]\nmodel = 'a'\n[[models]]\nmodel = 'a'", "models[1].served_name='a': two models have it"),
+    ("[engine]\nlora = [{ path = 'a' }, { path = 'a' }]", "engine.lora[1].name='a': two adapters have it"),
     ("[models]\nmodel = 'a'", "models={'model': 'a'}: must be a list: a table [[models]] for each"),
+    ("models = ['tiny', 3]", "models[0]='tiny': must be a table [[models]], with its model"),
+    ("models = [{ model = 'tiny' }, 3]", "models[1]=3: must be a table [[models]], with its model"),
+    ("[engine]\nlora = ['a.gguf']", "engine.lora[0]='a.gguf': must be a table [[engine.lora]], with its path"),
+    ("[[models]]\nmodel = 'a'\nengine = 1", "models[0].engine=1: must be a table [models.engine]"),
+    ("queue_limit = 1", "queue_limit=1: unknown setting; gateway has one of this name; known are"),
+    (
+        "[gateway]\nport = 1\nengines = 2",
+        "gateway.engines=2: unknown setting; the top level has one of this name",
+    ),
+    (
+        "[[models]]\nmodel = 'a'\nn_ctx = 8",
+        "models[0].n_ctx=8: unknown setting; engine has one of this name",
+    ),
 ]
 
 
@@ -114,14 +130,54 @@ def test_what_is_wrong_in_a_file_is_told_with_its_file_and_table(tmp_path, text,
     assert caught.value.field == f"{path}: {said.partition('=')[0]}"
 
 
-@pytest.mark.parametrize("text", ["engines = ", "a = 1\na = 2", "\udc80"])
-def test_a_file_that_is_no_toml_is_named(tmp_path, text):
+NO_TOML = [
+    ("engines = ", "line 1='engines =': is no TOML: Invalid value (at end of document); "),
+    ("model = tiny\nengines = 2\n", "line 1='model = tiny': is no TOML: Invalid value (at line 1, column 9); "),
+    ("[gateway]\nport = 1\n\n  host = 0.0.0.0\n", "line 4='host = 0.0.0.0': is no TOML in gateway: "),
+    ("[gateway]\n[engine]\n[ gateway ] # again", "line 3='[ gateway ] # again': is no TOML in gateway: Cannot declare"),
+    ("[[models]]\nmodel = 'a'\n[[models]]\nmodel = 'a", 'line 4="model = \'a": is no TOML in models[1]: '),
+    ("[[models]]\n[models.engine]\nn_ctx = 1\nn_ctx = 2\n#", "line 4='n_ctx = 2': is no TOML in models.engine: "),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), NO_TOML, ids=[said.partition(":")[0] for _, said in NO_TOML])
+def test_a_file_that_is_no_toml_is_told_with_the_line_and_its_table(tmp_path, text, said):
     path = tmp_path / "fleet.toml"
-    path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ConfigError, match=r"^config='.*fleet\.toml': cannot be read: "):
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
         FleetConfig.from_toml(path)
-    with pytest.raises(ConfigError, match=r"^config='.*none\.toml': cannot be read: .*No such file"):
-        FleetConfig.from_toml(tmp_path / "none.toml")
+    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).endswith("; texts stand in quotes, each name once in its table")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_bytes(b"\x80")
+    for name, why in ((path, "'utf-8' codec"), (tmp_path / "none.toml", ".*No such file"), (tmp_path, ".*directory")):
+        with pytest.raises(ConfigError, match=rf"^config='{name}': cannot be read: {why}"):
+            FleetConfig.from_toml(name)
+
+
+KEYS = [
+    (None, "cannot be read: No such file or directory; write one API key a line into it"),
+    (b"", "holds no key; write one a line"),
+    (b"# none\n\n", "holds no key; write one a line"),
+    (b"alpha\nb\xffta\n", "line 2 is no UTF-8 text; write one API key a line into it"),
+]
+
+
+@pytest.mark.parametrize(("keys", "said"), KEYS, ids=["missing", "empty", "a comment", "a wrong line"])
+def test_a_key_file_that_is_of_no_use_is_told_with_who_names_it(tmp_path, keys, said):
+    path, other = tmp_path / "fleet.toml", tmp_path / "keys"
+    path.write_text("[gateway]\napi_key_file = 'keys'")
+    if keys is not None:
+        other.write_bytes(keys)
+    with pytest.raises(ConfigError) as caught:
+        FleetConfig.from_toml(path)
+    assert str(caught.value) == f"{path}: gateway.api_key_file='{other}': {said}"
+    with pytest.raises(ConfigError) as caught:
+        FleetConfig.from_toml(path, gateway={"api_key_file": str(other)})
+    assert str(caught.value) == f"gateway.api_key_file='{other}': {said} (over {path})"
 
 
 def test_what_is_given_over_a_file_is_not_said_to_be_in_it(tmp_path):
@@ -155,3 +211,10 @@ def test_settings_given_by_name_are_told_with_their_table():
         build(FleetConfig, {"engine": {"n_parallel": 0}})
     with pytest.raises(ConfigError, match=r"^port=-1: must be from 0"):
         GatewayConfig(port=-1)
+
+
+def test_a_number_that_is_none_is_told_by_its_name():
+    with pytest.raises(ConfigError, match=r"^port='80': must be a number from 0 to 65535"):
+        GatewayConfig(port="80")
+    with pytest.raises(ConfigError, match=r"^queue_timeout_s=nan: must be from 0 to 1000000"):
+        GatewayConfig(queue_timeout_s=float("nan"))

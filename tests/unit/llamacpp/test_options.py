@@ -22,7 +22,17 @@ from lltm_ray.errors import ConfigError
 from lltm_ray.gateway.continuable import LIMITS
 from lltm_ray.llamacpp import options, wire
 from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
-from lltm_ray.llamacpp.options import FIXED, FOREIGN, KNOWN, NEARNESS, read_options, settle
+from lltm_ray.llamacpp.options import (
+    FIXED,
+    FOREIGN,
+    KNOWN,
+    NEARNESS,
+    TIMEOUT,
+    VALUES,
+    check_value,
+    read_options,
+    settle,
+)
 from lltm_ray.telemetry.parameters import FIELDS
 
 CHAT, TEXT = "/v1/chat/completions", "/completion"
@@ -254,6 +264,46 @@ def test_settled_options_can_be_read_again() -> None:
     assert again == {"model": "m", "timeout_s": 3, "lora": [], "max_token": 5}
 
 
+# --- values
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("max_tokens", (-1, 0, 16, 16.0), (-2, "5", 1.5, True, float("nan"), float("inf"), [5])),
+        ("top_k", (-1, 0, 40), (-2, "40")),
+        ("top_p", (0, 0.5, 1), (7, -0.1, "0.5", True, float("nan"))),
+        ("temperature", (0, 0.7, 5), (-1, "hot", float("inf"))),
+        ("n", (1, 2), (0, "1")),
+        ("seed", (-1, 0, 2**63 - 1), ("x", 2**63, 1.5)),
+        ("mirostat", (0, 2), (3, -1)),
+        ("presence_penalty", (-2, 2.0), ("a", True)),
+        ("logprobs", (True, False, 0, 5), (-1, "yes")),
+        ("ignore_eos", (True, False), (1, "yes")),
+        ("stop", ("a", ["a", "b"], ()), (5, {"a": 1})),
+        ("logit_bias", ({"5": -100}, [[5, False]]), ("5", 5)),
+        ("model", ("tiny",), (5, ["tiny"])),
+        (TIMEOUT, (0.001, 5, 3600.0), (0, -1, "5", True, None)),
+    ],
+)
+def test_what_means_nothing_as_a_value_is_refused_and_no_more(name: str, good: Any, bad: Any) -> None:
+    for value in good:
+        check_value(name, value)
+        assert settle(CHAT, {name: value}, (TIMEOUT,)) == {name: value}
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"^{name}=.*: must be "):
+            check_value(name, value)
+
+
+def test_values_are_checked_wherever_they_stand_and_those_of_other_names_pass() -> None:
+    with pytest.raises(ConfigError, match=r"^top_p=7: must be from 0 to 1$"):
+        settle(CHAT, {"extra_body": {"top_p": 7}})
+    assert settle(TEXT, {"a_new_field": object, "top_p": None, "extra_body": {"top_pp": 7}})["extra_body"] == {
+        "top_pp": 7
+    }
+    assert VALUES.keys() - {TIMEOUT} <= KNOWN[CHAT]
+
+
 # --- a driver's calls
 
 
@@ -310,6 +360,33 @@ async def test_a_drivers_call_with_a_misspelt_option_takes_no_engine(calls: Call
     with pytest.raises(NotTaken):
         await asyncio.wait_for(ask(carrier={}, extra_body={"timeout": 1}), 5)
     assert calls._router.asked
+
+
+@pytest.mark.parametrize("method", ["chat", "complete", "stream", "batch"])
+@pytest.mark.parametrize(("name", "value"), [("max_tokens", "5"), ("top_p", 7), ("temperature", -1), ("n", 0)])
+async def test_a_drivers_call_with_a_value_that_means_nothing_takes_no_engine(
+    calls: Calls, method: str, name: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}={value!r}: must be "):
+        await asyncio.wait_for(asker(calls, method)(**{name: value}), 5)
+    assert calls._router.asked == []
+
+
+@pytest.mark.parametrize("calls", [WatchedCalls], indirect=True)
+@pytest.mark.parametrize("timeout_s", [-1, 0, "5", None])
+async def test_a_time_that_is_none_takes_no_engine_and_nobody_is_told(
+    calls: Calls, watched: list[_watch.Asked], timeout_s: Any
+) -> None:
+    given = {"timeout_s": timeout_s}
+    for ask in (
+        calls.call("chat", [], **given),
+        first(calls.stream([], **given)),
+        calls.batch(["a"], **given),
+        calls.ask_any("count_tokens", [], model="", **given),
+    ):
+        with pytest.raises(ConfigError, match=rf"^timeout_s={timeout_s!r}: must be "):
+            await asyncio.wait_for(ask, 5)
+    assert (calls._router.asked, watched) == ([], [])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -4,6 +4,7 @@ import base64
 import inspect
 import json
 import math
+import pickle
 import struct
 from typing import Any
 
@@ -73,6 +74,13 @@ def test_a_text_is_one_message_of_the_user(route: Any) -> None:
     assert route("hi").body["messages"] == [{"role": "user", "content": "hi"}]
 
 
+@pytest.mark.parametrize("route", [wire.chat, wire.messages, wire.apply_template])
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_text_is_no_message(route: Any, blank: str) -> None:
+    with pytest.raises(ConfigError, match=r"^messages='.*': is blank: give a text"):
+        route(blank)
+
+
 def test_what_are_no_messages_is_refused_with_its_type_and_the_remedy() -> None:
     with pytest.raises(ConfigError, match="messages=7: is of type int: give a text, or a list of at least one message"):
         wire.chat(7)  # type: ignore[arg-type]
@@ -123,6 +131,26 @@ def test_an_error_status_keeps_its_body() -> None:
     with pytest.raises(UpstreamError) as caught:
         wire.props().read(Reply(400, body.encode()))
     assert (caught.value.http_status, caught.value.body) == (400, body)
+
+
+def test_a_prompt_that_is_too_long_is_told_with_its_tokens_the_slots_and_the_remedy() -> None:
+    numbers = {"n_prompt_tokens": 20024, "n_ctx": 2048}
+    told = {"code": 400, "message": "request (20024 tokens) ...", "type": "exceed_context_size_error"}
+    reply = Reply(400, json.dumps({"error": told | numbers}).encode())
+    for error in (wire.refusal(reply), pickle.loads(pickle.dumps(wire.refusal(reply)))):
+        assert str(error) == (
+            "llama-server answered 400 (exceed_context_size_error): the prompt's 20,024 tokens do not fit a slot's "
+            "context of 2,048: shorten it, raise n_ctx, or lower n_parallel"
+        )
+        assert (error.http_status, error.body) == (400, reply.text)
+    with pytest.raises(UpstreamError, match="a slot's context of 2,048"):
+        wire.props().read(reply)
+
+
+@pytest.mark.parametrize("error", ["exceed_context_size_error", {"type": "exceed_context_size_error", "n_ctx": 5}])
+def test_an_error_that_tells_no_numbers_is_told_as_it_came(error: Any) -> None:
+    reply = Reply(400, json.dumps({"error": error}).encode())
+    assert str(wire.refusal(reply)) == f"llama-server answered 400: {reply.text}"
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[]", b'{"x": 1}', b'{"data": 5}', b"<html>"])

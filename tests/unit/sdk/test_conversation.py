@@ -56,6 +56,19 @@ def test_a_request_that_fails_leaves_no_trace():
     assert chat.messages == []
 
 
+@pytest.mark.parametrize(
+    ("text", "params", "field"),
+    [("", {}, "text"), (" ", {}, "text"), (5, {}, "text"), ("hi", {"max_tokens": "5"}, "max_tokens")],
+)
+def test_what_says_nothing_is_refused_and_leaves_no_trace(text, params, field):
+    engine = Echo()
+    chat = Conversation(engine)
+    for ask in (chat.ask, chat.ask_stream):
+        with pytest.raises(ConfigError, match=f"^{field}="):
+            ask(text, **params)
+    assert (chat.messages, engine.asked) == ([], [])
+
+
 def test_a_stream_is_kept_when_it_was_read_and_as_far_as_it_was_read():
     chat = Conversation(Echo())
     assert chat.ask_stream("whole").result.text == "one two"

@@ -80,6 +80,11 @@ def test_a_failed_result_cannot_pass_for_an_answer(read):
     assert read(whole) in ("all", whole)
 
 
+def test_a_failed_result_is_false():
+    assert not FAILED
+    assert InferResult(latency_ms=1), "an empty answer is one"
+
+
 def test_a_failed_result_can_be_logged_and_says_so(caplog):
     logging.getLogger().warning("got %s", FAILED)
     assert caplog.messages == ["got <failed: llama-server answered 503: busy>"]
