@@ -20,7 +20,7 @@ _PATHS = frozenset(
     }
 )
 """Settings that hold paths, in whichever table they stand."""
-_HEADER = re.compile(r"\s*(\[\[?)\s*([\w.-]+)\s*\]")
+_HEADER = re.compile(r"\s*(\[\[?)\s*([A-Za-z_][\w.-]*)\s*\]\]?\s*(?:#.*)?$")
 _AT_LINE = re.compile(r"at line (\d+)")
 
 

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +27,6 @@ from lltm_ray._engine_config import (
     EngineConfig,
     LoraAdapter,
 )
-from lltm_ray._files import read_keys
 from lltm_ray._settings import build, merge
 from lltm_ray._settings import check as _check
 from lltm_ray._settings import check_choice as _check_choice
@@ -316,16 +316,10 @@ class FleetConfig:
             overrides: fields that win over the file; nested ones as dictionaries.
 
         Raises:
-            ConfigError: unreadable, not TOML, an unknown field, a wrong value, or a key file of no use; names the file,
-                and the field with its table: `fleet.toml: gateway.port=99999: must be from 0 to 65535`.
+            ConfigError: unreadable, not TOML, an unknown field, or a wrong value; names the file, and the field with
+                its table: `fleet.toml: gateway.port=99999: must be from 0 to 65535`.
         """
-        return read_toml(cls._build, path, overrides)
-
-    @classmethod
-    def _build(cls, settings: Mapping[str, Any]) -> Self:
-        config: Self = build(cls, settings)
-        if config.gateway and config.gateway.api_key_file:
-            read_keys(config.gateway.api_key_file)
+        config: Self = read_toml(partial(build, cls), path, overrides)
         return config
 
 

@@ -83,7 +83,7 @@ def _found() -> dict[str, str]:
     )
     if not (find_last and find_all):
         return {"auto": "Ray"}
-    find_all.cache_clear()
+    getattr(find_all, "cache_clear", lambda: None)()
     last = find_last(None)
     found = {last: "the last `ray start` (ray_current_cluster)"} if last else {}
     found |= {address: "a raylet of this machine" for address in find_all() if address != last}
@@ -122,8 +122,8 @@ def _part(module: str, name: str) -> Any:
 def _await_node(client: Any) -> None:
     """Return once a node of this machine has registered: one that starts will soon, one that ends is gone for good."""
     find_nodes, deadline = _part("_private.services", "find_node_ids"), time.monotonic() + _STEP_S
-    while find_nodes:
-        if any(client.check_alive([ray.NodeID.from_hex(node) for node in find_nodes()], timeout=_STEP_S)):
+    while find_nodes and (nodes := find_nodes()):  # none are seen from a container with processes of its own
+        if any(client.check_alive([ray.NodeID.from_hex(node) for node in nodes], timeout=_STEP_S)):
             return
         if time.monotonic() > deadline:
             raise ConnectionError("none of its nodes is this machine")
@@ -152,7 +152,7 @@ def _one_try(address: str) -> Iterator[None]:
         yield
     finally:
         if mine:
-            del os.environ[_TRIES]
+            os.environ.pop(_TRIES, None)
 
 
 def _no_ray(address: str, namer: str, error: Exception) -> ConfigError:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from math import inf
 from typing import Any, Final
 
 from lltm_ray.errors import ConfigError
@@ -132,7 +133,7 @@ VALUES: Final[Mapping[str, tuple[tuple[type, ...], float, float]]] = {
         (((float,), 0, _FLOAT), "temperature repeat_penalty"),
         (((float,), -_FLOAT, _FLOAT), "frequency_penalty presence_penalty typical_p top_n_sigma dynatemp_range"),
         (((float,), -_FLOAT, _FLOAT), "dynatemp_exponent dry_multiplier dry_base mirostat_tau mirostat_eta"),
-        (((float,), 0.001, 10**7), TIMEOUT),
+        (((float,), 0.001, inf), TIMEOUT),
         (((bool,), 0, 1), "ignore_eos cache_prompt stream echo return_tokens timings_per_token post_sampling_probs"),
         (((str,), 0, 0), "model grammar"),
         (((str, list, tuple), 0, 0), "stop samplers"),
@@ -184,7 +185,8 @@ def settle(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -> dict
         raise ConfigError(name, given[name], "is set by the call itself: leave it out")
     options = read_options(path, given, own)
     for name, value in options.items():
-        check_value(name, value)
+        if value is not None:
+            check_value(name, value)
     unknown = {name: options.pop(name) for name in given.get(EXTRA) or () if name not in KNOWN[path]}
     return options | ({EXTRA: unknown} if unknown else {})
 

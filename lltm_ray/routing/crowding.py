@@ -16,6 +16,34 @@ _MOST_TURNS = 4.0
 """Later turns that count: what is further away will be decided by what happens until then."""
 
 
+class Outlook(NamedTuple):
+    """How the conversations of a model go on, as far as it is the same for all engines."""
+
+    goes_on: float
+    """How probably there is a next turn."""
+    turns: float
+    """How many more are expected, at most `_MOST_TURNS`."""
+    beside: float
+    """Of a conversation that goes on, the share of its time for which it has a slot busy."""
+    fade_s: float
+    """See `Returns.fade_s`."""
+    computed_tokens: float
+    """Of a turn's prompt."""
+
+    def others(self, ask: Ask, row: EngineView, own: int = 0) -> float:
+        """Busy slots beside one of an engine in the next turns, on average."""
+        return self.goes_on * self.beside * max(row.busy + row.resting(ask.arrived_s, self.fade_s) - own, 0.0)
+
+
+def look_ahead(rates: Rates) -> Outlook:
+    """By what replies and claims have taught."""
+    returns, service_s = rates.returns, rates.service_s()
+    goes_on, whole_s = returns.ratio, service_s + returns.pause_s(service_s)
+    beside = service_s / whole_s if whole_s > 0 else 0.5
+    turns = min(goes_on / (1.0 - goes_on), _MOST_TURNS)
+    return Outlook(goes_on, turns, beside, rates.fade_s, returns.computed_tokens)
+
+
 class Known(NamedTuple):
     """What a prompt finds in the fleet."""
 
@@ -27,6 +55,7 @@ class Known(NamedTuple):
     output_tokens: float
     home_s: float
     """`later_s` of the engine that has content of its own of this conversation; 0: none has."""
+    outlook: Outlook
 
 
 def know(
@@ -38,24 +67,25 @@ def know(
     full: Sequence[tuple[Score, T]],
 ) -> Known:
     """Of engines that are considered, those with a free slot and those without."""
-    holders = [*free.values(), *((row, score.cached_tokens) for score, row in full)]
+    outlook, holders = look_ahead(rates), [*free.values(), *((row, score.cached_tokens) for score, row in full)]
     most = max([cached for _, cached in holders])
-    own = (later_s(ask, row, rates, output, own=1) for row, cached in holders if cached > ask.shared_tokens)
-    return Known(most, ask.shared_tokens, table.busy_total / len(table), output, max(own, default=0.0))
+    own = [later_s(ask, row, rates, outlook, output, own=1) for row, cached in holders if cached > ask.shared_tokens]
+    return Known(most, ask.shared_tokens, table.busy_total / len(table), output, max(own, default=0.0), outlook)
 
 
-def harm(ask: Ask, row: EngineView, rates: Rates) -> tuple[float, int]:
-    """What a new conversation does at an engine, in requests beside it: those of now, then those of its later turns.
+def harm(ask: Ask, row: EngineView, outlook: Outlook) -> tuple[float, int]:
+    """What a new conversation does at an engine: requests beside it now, and in each of its later turns.
 
     One more busy slot is less than a conversation driven out that goes on; further ones are not.
     """
-    goes_on, resting = rates.returns.ratio, row.resting(ask.arrived_s, rates.fade_s)
-    driven_out = goes_on * min(resting / max(row.slots_total - row.busy, 1), 1.0) if row.spare_tokens else 0.0
-    later = _duty(rates) * goes_on * (row.busy + resting)
-    return (1.0 - goes_on) * max(row.busy, 1) + goes_on * later + driven_out, row.spare_tokens
+    driven_out = 0.0
+    if row.spare_tokens:
+        idle = max(row.slots_total - row.busy, 1)
+        driven_out = outlook.goes_on * min(row.resting(ask.arrived_s, outlook.fade_s) / idle, 1.0)
+    return max(row.busy, 1) + outlook.turns * outlook.others(ask, row) + driven_out, row.spare_tokens
 
 
-def later_s(ask: Ask, row: EngineView, rates: Rates, output: float, own: int = 0) -> float:
+def later_s(ask: Ask, row: EngineView, rates: Rates, outlook: Outlook, output: float, own: int = 0) -> float:
     """What a conversation's later turns will take there, and what they and the others at home there cost each other.
 
     Without that, conversations gather where it was quiet for a moment, and stay there: their caches hold them.
@@ -64,18 +94,18 @@ def later_s(ask: Ask, row: EngineView, rates: Rates, output: float, own: int = 0
         ask: one of its requests.
         row: where it would stay.
         rates: of the model.
+        outlook: of the model.
         output: tokens of an answer.
         own: of those who rest there, how many are this one.
 
     Returns:
         Seconds.
     """
-    goes_on, speed = rates.returns.ratio, rates.speed(row.name)
-    others = max(row.busy + row.resting(ask.arrived_s, rates.fade_s) - own, 0.0)
-    prefill_s = rates.returns.computed_tokens * speed.prefill_token_s
+    speed = rates.speed(row.name)
+    prefill_s = outlook.computed_tokens * speed.prefill_token_s
     beside_s = 2 * (output * speed.decode_step_s + prefill_s)
     turn_s = speed.prefill_overhead_s + prefill_s + output * speed.decode_s(1)
-    return min(goes_on / (1.0 - goes_on), _MOST_TURNS) * (turn_s + goes_on * others * _duty(rates) * beside_s)
+    return outlook.turns * (turn_s + outlook.others(ask, row, own) * beside_s)
 
 
 def drift_s(known: Known, score: Score, rates: Rates) -> float:
@@ -97,10 +127,3 @@ def drift_s(known: Known, score: Score, rates: Rates) -> float:
 def _drifted(span: float) -> float:
     """How much of the way to the mean is gone on average over a span, in mean times of a request."""
     return 1.0 + expm1(-span) / span if span > 0 else 0.0
-
-
-def _duty(rates: Rates) -> float:
-    """Share of its time that a conversation has a slot busy."""
-    service_s = rates.service_s()
-    whole_s = service_s + rates.returns.pause_s(service_s)
-    return service_s / whole_s if whole_s > 0 else 0.5

@@ -129,7 +129,8 @@ class Residency(Policy):
         if not least:
             return None
         if _is_new(ask, matches) and _is_plain(ask, least, rates):
-            calmest = min(least, key=lambda each: crowding.harm(ask, each, rates))
+            outlook = crowding.look_ahead(rates)
+            calmest = min(least, key=lambda each: crowding.harm(ask, each, outlook))
             return choose_row(ask, calmest, rates, matches, "")
         holders = table.holders(ask.adapter) if ask.adapter else None
         output = rates.output_tokens(ask.max_tokens)
@@ -168,7 +169,8 @@ class Residency(Policy):
             cost_s -= self._bonus_s(ask, rates, score)
         drift_s = crowding.drift_s(known, score, rates)
         if cached <= ask.shared_tokens:
-            later_s = crowding.later_s(ask, row, rates, known.output_tokens)
+            own = int(row is home)
+            later_s = crowding.later_s(ask, row, rates, known.outlook, known.output_tokens, own)
             if known.home_s:
                 cost_s += max(later_s - known.home_s, 0.0)
             else:

@@ -22,18 +22,18 @@ class Returns:
         self._claims, self._returned = _FIRST, _FIRST * _FIRST_RATIO
         self._pauses = self._pause_s = self._works = self._tokens = 0.0
 
-    def claimed(self, match: Match, spot: SlotChoice, pause_s: float) -> None:
+    def claimed(self, match: Match, spot: SlotChoice, pause_s: float | None) -> None:
         """A slot was claimed.
 
         Args:
             match: of the prompt; a conversation goes on where an engine has more of it than other prompts share.
             spot: where it runs.
-            pause_s: since what that slot holds was answered.
+            pause_s: since the last answer of the conversation in that slot; None: not known.
         """
         is_return = bool(match.engines) and match.engines[0][1] > match.shared_tokens
         self._claims = _KEEP * self._claims + 1.0
         self._returned = _KEEP * self._returned + is_return
-        if is_return and spot.slot >= 0 and spot.cached_tokens > match.shared_tokens:
+        if is_return and pause_s is not None and spot.cached_tokens > match.shared_tokens:
             self._pauses = _KEEP * self._pauses + 1.0
             self._pause_s = _KEEP * self._pause_s + pause_s
 

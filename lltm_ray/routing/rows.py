@@ -37,6 +37,8 @@ class Row(EngineView):
     """Ids of slots that somebody else uses, ours among them."""
     touched_s: dict[int, float] = field(default_factory=dict)
     """Slot -> since when something is known of it, by this router's clock: the last claim's begin or end, or word."""
+    rests: dict[int, float] = field(default_factory=dict)
+    """Slot -> since when a conversation of ours rests there, by this router's clock."""
     tasks: dict[int, int] = field(default_factory=dict)
     """Slot -> llama-server's number of the task that left what is known to be there."""
     unpinned: int = 0
@@ -58,18 +60,22 @@ class Row(EngineView):
         """Whether it can take requests at all."""
         return self.listed and not self.closed and self.info.state is EngineState.READY and self.slots_total > 0
 
-    def rested_s(self, slot: int, now_s: float) -> float:
-        """Seconds since something became known of a slot."""
-        return max(now_s - self.touched_s.get(slot, now_s), 0.0)
+    def rested_s(self, slot: int, now_s: float) -> float | None:
+        """For how long a conversation has rested in a slot; None where none does."""
+        return max(now_s - self.rests[slot], 0.0) if slot in self.rests else None
 
     def wake(self, slot: int, now_s: float, fade_s: float) -> None:
-        """A claim takes a slot, and what rested there: to go on with it, or to drive it out."""
-        rested = exp(-self.rested_s(slot, now_s) / fade_s) if slot in self.touched_s else 0.0
-        self.warm, self.warm_s = max(self.resting(now_s, fade_s) - rested, 0.0), now_s
+        """What rested in a slot is gone from there: it goes on, or is driven out, moved or erased."""
+        rested_s = self.rested_s(slot, now_s)
+        if rested_s is not None:
+            del self.rests[slot]
+            left = self.resting(now_s, fade_s) - exp(-rested_s / fade_s)
+            self.warm, self.warm_s = max(left, 0.0) if self.rests else 0.0, now_s
 
-    def rest(self, now_s: float, fade_s: float) -> None:
-        """A claim has ended, and its conversation rests."""
+    def rest(self, slot: int, now_s: float, fade_s: float) -> None:
+        """A conversation rests in a slot from now on."""
         self.warm, self.warm_s = self.resting(now_s, fade_s) + 1.0, now_s
+        self.rests[slot] = now_s
 
     def touch(self, slot: int, now_s: float) -> None:
         """Something is known of a slot from now on."""

@@ -132,7 +132,7 @@ class ServedModel:
 
     def forget_caches(self, row: Row) -> None:
         """What its server has cached is not worth anything any more."""
-        info = row.info
+        info, row.rests, row.warm = row.info, {}, 0.0
         if info.url:
             self.residency.set_engine(
                 row.name,
@@ -292,7 +292,8 @@ class ServedModel:
         self.table.release(row, uncached_tokens=0 if lease.began else lease.uncached_tokens, is_decoding=lease.began)
         if lease.slot >= 0:
             row.pinned.discard(lease.slot)
-            row.rest(now_s, self.rates.fade_s)
+            if served is not None and not lease.moves:
+                row.rest(lease.slot, now_s, self.rates.fade_s)
             self._touch(row, lease.slot, now_s)
             if lease.slot in row.owned:
                 row.free.add(lease.slot)

@@ -139,7 +139,11 @@ class InferenceEngine:
         """The fleet that runs under our name, if one does; with its own settings."""
         try:
             cluster = Cluster.connect(self.fleet, address=self._address)
-        except (FleetError, ConfigError):
+        except FleetError:
+            return None
+        except ConfigError:
+            if self._address or read_environment().ray_address:  # a start would join the same
+                raise
             return None
         try:
             self._check_served(cluster, model)
@@ -260,8 +264,8 @@ class InferenceEngine:
         """
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
             raise ConfigError("prompts", prompts, "must be a list of prompts; for one take infer")
-        self._read(params, params.get("raw", False))
-        slots = sum(each.slots_total for each in self.cluster.status().engines if each.model == self._served)
+        name = str(self._read(params, params.get("raw", False))["model"]).partition(":")[0]
+        slots = sum(each.slots_total for each in self.cluster.status().engines if each.model == name)
         with ThreadPoolExecutor(max(1, slots)) as pool:
             return list(pool.map(lambda prompt: self._infer_one(prompt, params), prompts))
 

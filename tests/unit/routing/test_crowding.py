@@ -59,6 +59,23 @@ def test_a_new_conversation_goes_where_fewer_are_at_home_if_they_come_back(back,
     assert make_policy("residency").choose(at, table, rates).engine == taken
 
 
+@pytest.mark.parametrize("prompt_tokens", [100, 1000])
+@pytest.mark.parametrize(("busy", "slots", "resting"), [(3, 4, 2), (3, 4, 1), (7, 8, 4)])
+def test_a_nearly_full_engine_is_not_taken_before_an_idle_one_with_some_at_home(prompt_tokens, busy, slots, resting):
+    at = Ask(model="m", prompt_tokens=prompt_tokens, arrived_s=10.0)
+    idle = view("b", 0, slots, warm=float(resting), warm_s=10.0, spare_tokens=1)
+    table, rates = fleet(view("a", busy, slots, spare_tokens=1), idle, back=True)
+    assert make_policy("residency").choose(at, table, rates).engine == "b"
+
+
+def test_a_session_without_a_match_goes_home_though_it_rests_there_itself():
+    at = Ask(model="m", prompt_tokens=200, affinity="s", arrived_s=10.0)
+    table, rates = fleet(view("a"), view("b", warm=1.0, warm_s=10.0), back=True)
+    policy = make_policy("residency")
+    policy.placed(at, "b")
+    assert policy.choose(at, table, rates).engine == "b"
+
+
 def test_those_who_have_rested_for_long_do_not_count():
     at = Ask(model="m", prompt_tokens=100, arrived_s=10.0 + 20 * PAUSE_S)
     table, rates = fleet(view("a", 1, warm=3.0, warm_s=10.0, spare_tokens=1), view("b", 2), back=True)
@@ -97,3 +114,18 @@ async def test_a_router_knows_who_rests_where():
     assert resting() == pytest.approx(4.0, rel=0.1), "the others were driven out of its four slots"
     now[0] += 60
     assert resting() < 0.01
+
+
+async def test_what_was_cut_off_or_moved_away_does_not_rest():
+    router = Router(8, 5.0)
+    router.update([engine()])
+    (row,) = router._models["m"].table
+    for first in ("the sea " * 20, "mountains " * 20):
+        router.release(await router.acquire(Ask(model="m", key=chat(first))))
+    assert row.resting(0.0, 1.0) == 0
+    lease = await serve(router, chat("a river " * 20))
+    assert row.warm == 1
+    held = router.hold_slot("a", lease.slot)
+    assert row.warm == 0
+    router.release(held)
+    assert row.warm == 0
