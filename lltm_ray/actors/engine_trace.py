@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lltm_ray._prefix import BlockSampler, hash_prefixes
-from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError
+from lltm_ray.errors import ConfigError, DeadlineError, LltmRayError, UpstreamError
 from lltm_ray.llamacpp.client import AsyncLlamaClient
 from lltm_ray.records import Adapter, Completion, Embeddings, StreamEvent, Timings, Usage
 from lltm_ray.routing.adapters import Lora, by_ids
@@ -28,7 +28,7 @@ from lltm_ray.telemetry.context import (
 )
 from lltm_ray.telemetry.logs import at_work
 from lltm_ray.telemetry.rows import NEVER, AttemptRow, RequestRow, SpanRow
-from lltm_ray.telemetry.telling import cut_error, tell_error, tell_parameters
+from lltm_ray.telemetry.telling import cut_error, known_type, tell_error, tell_parameters
 
 if TYPE_CHECKING:
     from lltm_ray.actors.engine import Engine
@@ -180,9 +180,20 @@ def _ending(caught: BaseException) -> _Ending:
         return _Ending(0, "client_gone", "client gone", Outcome.CLIENT_GONE)
     error = cut_error(tell_error(caught))
     if isinstance(caught, LltmRayError):
-        outcome = Outcome.DEADLINE if isinstance(caught, DeadlineError) else Outcome.FAILED  # the caller's, not its own
-        return _Ending(caught.http_status, caught.code, error, outcome)
+        status, is_deadline = caught.http_status, isinstance(caught, DeadlineError)
+        is_answered = 400 <= status < 500 and status != 429  # refused for what it asks, as a gateway relays it
+        outcome = Outcome.DEADLINE if is_deadline else Outcome.OK if is_answered else Outcome.FAILED
+        return _Ending(status, _type(caught) if isinstance(caught, UpstreamError) else caught.code, error, outcome)
     return _Ending(500, type(caught).__name__, error, Outcome.FAILED)
+
+
+def _type(caught: UpstreamError) -> str:
+    """Of an error of llama-server's, as a gateway tells it: its own name for it, or else the status."""
+    try:
+        told = json.loads(caught.body)["error"]["type"]
+    except (ValueError, KeyError, TypeError):
+        told = ""
+    return known_type(told) or str(caught.http_status)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,9 @@ async def test_no_row_of_a_call_by_handle_has_a_word_of_prompt_or_answer(handle:
     rows = [row for kind, row in handle.told if kind == "requests"]
     assert len(text) > 8
     assert [row.status for row in rows] == [200, 400, 400, 400, 400, 400, 200]
+    assert {row.error_type for row in rows if row.status == 400} == {"invalid_request_error"}
+    attempts = [row for kind, row in handle.told if kind == "attempts"]
+    assert {row.outcome for row in attempts} == {"ok"}, "no engine is to blame for what it is asked"
     assert rows[1].error.startswith("messages: is of type dict")
     assert rows[4].error == rows[5].error == "llama-server answered 400"
     assert not {said for said in (SAID, text) if said in repr(handle.told)}
