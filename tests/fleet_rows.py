@@ -22,8 +22,8 @@ import numpy as np
 import pyarrow as pa
 
 from lltm_ray._prefix import HASH_BYTES, SIZE_BITS, hash_blocks, hash_prefixes
-from lltm_ray.telemetry.batch import KINDS, SCHEMAS, pack
-from lltm_ray.telemetry.rows import AttemptRow, GpuRow, QueueRow, RequestRow, ServerRow, SpanRow
+from lltm_ray.telemetry.batch import SCHEMAS, pack
+from lltm_ray.telemetry.rows import KINDS, AttemptRow, GpuRow, QueueRow, RequestRow, ServerRow, SpanRow
 
 START_UNIX_NANO = 1_790_000_000_000_000_000
 DECODE_S, PREFILL_S = 0.010, 0.0004

@@ -364,11 +364,13 @@ class CollectiveGroup:
 
 def tell(fleet: str, record: CollectiveRecord, error: Exception | None = None) -> None:
     """The fleet's telemetry, if it runs; nobody waits for it."""
-    from lltm_ray.telemetry.batch import pack, seal
+    from lltm_ray.telemetry.outbox import Outbox
 
     actor = find(names.telemetry(fleet))
     if actor is not None:
-        actor.put.remote("collectives", seal({"spans": pack("spans", [span_of(record, error)])}), {})
+        outbox = Outbox()
+        outbox.add("spans", span_of(record, error))
+        actor.put.remote("collectives", outbox.take(), {})
 
 
 def to_tensor(value: Any, device: Any) -> tuple[Any, Any]:

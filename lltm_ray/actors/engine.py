@@ -394,7 +394,5 @@ def _make_sender(spec: EngineSpec) -> Sender | None:
     if spec.fleet.telemetry is None or not spec.fleet.telemetry.enabled:
         return None
     from lltm_ray.actors.sender import Sender  # with telemetry off a process does without pyarrow
-    from lltm_ray.telemetry.batch import forgo_pandas
 
-    forgo_pandas()
     return Sender(spec.fleet.name, spec.name)

@@ -37,10 +37,6 @@ class GatewayActor:
         context = ray.get_runtime_context()
         self._name, self._fleet, self._config, self._directory = name, fleet, config, get_directory(fleet)
         self._telemetry = telemetry
-        if telemetry is not None and telemetry.enabled:
-            from lltm_ray.telemetry.batch import forgo_pandas  # with telemetry off a process does without pyarrow
-
-            forgo_pandas()
         self._node_id, self._is_revived = context.get_node_id(), is_revived()
         self._info = GatewayInfo(name=name, url="", state="starting", node_id=self._node_id, pid=os.getpid())
         self._up: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -93,7 +93,5 @@ class NodeActor:
 
 def _make_sender(fleet: str, name: str) -> Sender:
     from lltm_ray.actors.sender import Sender  # with telemetry off a process does without pyarrow
-    from lltm_ray.telemetry.batch import forgo_pandas
 
-    forgo_pandas()
     return Sender(fleet, name)

@@ -26,7 +26,7 @@ from lltm_ray.telemetry.logs import LogHandler
 from lltm_ray.telemetry.spans import Place
 
 if TYPE_CHECKING:  # who only starts or asks the actor does without pyarrow and OpenTelemetry's SDK
-    from lltm_ray.telemetry.batch import Sealed
+    from lltm_ray.telemetry.batch import Parcel
     from lltm_ray.telemetry.store import Page
 
 log = logging.getLogger(__name__)
@@ -74,11 +74,15 @@ class TelemetryActor:
         if self._refusal is not None:
             raise self._refusal
 
-    async def put(self, sender: str, sealed: Sealed, dropped: Mapping[str, int]) -> None:
-        """Rows of one process, by `batch.seal`; see `TelemetryService.put`."""
+    async def put(self, sender: str, parcel: Parcel, dropped: Mapping[str, int]) -> None:
+        """Rows of one process, by `Outbox.take`; see `TelemetryService.put`."""
+        await self._do(self._put, sender, parcel, dropped)
+
+    def _put(self, sender: str, parcel: Parcel, dropped: Mapping[str, int]) -> None:
         from lltm_ray.telemetry.batch import unseal
 
-        await self._do(lambda: self._service.put(sender, unseal(sealed), dropped))
+        batch, unsound = unseal(parcel)
+        self._service.put(sender, batch, dropped, unsound)
 
     async def look(self) -> dict[str, Any]:
         """The fleet now."""
@@ -128,8 +132,8 @@ class TelemetryActor:
         with LogHandler(outbox.add, "telemetry").installed():
             while True:
                 await asyncio.sleep(_OWN_LOG_EVERY_S)
-                if batch := outbox.take():
-                    await self._do(self._service.put, "telemetry", batch, dict(outbox.dropped))
+                if parcel := outbox.take():
+                    await self._do(self._put, "telemetry", parcel, dict(outbox.dropped))
 
     async def _do(self, work: Callable[..., _T], *given: Any) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)

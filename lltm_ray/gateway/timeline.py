@@ -62,8 +62,7 @@ class RequestTrace:
 
     def attempt(self, asked_at: float) -> AttemptTrace:
         """A further attempt begins."""
-        is_first = self.first_id and not self.attempts
-        begun = AttemptTrace(self.first_id if is_first else new_span_id(), asked_at)
+        begun = AttemptTrace(self.first_id if self.first_id and not self.attempts else new_span_id(), asked_at)
         self.attempts.append(begun)
         return begun
 
@@ -85,8 +84,9 @@ class RequestTrace:
 
     def end(self) -> None:
         """The attempt under way is over, unless that was noted."""
-        if self.running.is_open:
-            self.running.ended_at = self.clock()
+        running = self.attempts[-1]
+        if isnan(running.ended_at):
+            running.ended_at = self.clock()
 
     def refuse(self, error: LltmRayError) -> None:
         """The gateway itself says no. A wrong field's value is left out: it may be the prompt."""

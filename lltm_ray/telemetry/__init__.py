@@ -1,7 +1,7 @@
 """What the fleet did, told in OpenTelemetry's words.
 
-Flow: processes that do the work append plain rows (`rows`) and ship them as Arrow batches; the telemetry actor keeps
-them (`store`), makes spans of them (`spans`), records metrics (`instruments`) and hands both to `exporters`.
+Flow: processes that do the work append plain rows (`rows`) and ship them in parcels (`outbox`); the telemetry actor
+keeps them (`store`), makes spans of them (`spans`), records metrics (`instruments`) and hands both to `exporters`.
 For programs: `instrument` and `trace` tell of their own calls, `summarize` reads rows; loaded on first use.
 No Ray here; `opentelemetry.sdk` nowhere else. May import `config`, `records`, `_optional`, `_watch`, `errors`.
 """

@@ -34,7 +34,7 @@ class Health:
         self.rows: Counter[str] = Counter()
         """Rows that came, by kind."""
         self.lost: Counter[tuple[str, str]] = Counter()
-        """Rows that senders lost, by sender's name and kind."""
+        """Rows that senders lost, or that could not be read, by sender's name and kind."""
         self.requests: Counter[str] = Counter()
         """Requests by what was decided on them: `Sampler.decide`'s words, `no` for none."""
         self.faults = 0
@@ -58,6 +58,11 @@ class Health:
             if lost > before:
                 self.lost[name, kind] += lost - before
                 self._told[sender, kind] = lost
+
+    def leave_out(self, sender: str, counts: Mapping[str, int]) -> None:
+        """Note rows of a batch, by kind, that were not of their kind's types."""
+        for kind, lost in counts.items():
+            self.lost[sender.partition("/")[0], kind] += lost
 
     def forget(self, senders: Collection[str]) -> None:
         """Let go of what these have lost; by their names."""

@@ -20,13 +20,13 @@ import pyarrow as pa
 from opentelemetry.sdk.metrics.export import MetricReader
 
 from lltm_ray.config import TelemetryConfig
-from lltm_ray.telemetry.batch import KINDS, SCHEMAS, Batch, unpack
+from lltm_ray.telemetry.batch import SCHEMAS, Batch, unpack
 from lltm_ray.telemetry.exporters import Exporters
 from lltm_ray.telemetry.health import Health, Meter, tell
 from lltm_ray.telemetry.instruments import Instruments
 from lltm_ray.telemetry.profiles import read_profile
 from lltm_ray.telemetry.resource import make_resource
-from lltm_ray.telemetry.rows import AttemptRow, RequestRow, SpanRow
+from lltm_ray.telemetry.rows import KINDS, AttemptRow, RequestRow, SpanRow
 from lltm_ray.telemetry.sampling import Sampler, Share, read_share
 from lltm_ray.telemetry.spans import Place, Span, Spans
 from lltm_ray.telemetry.store import Page, Store
@@ -87,18 +87,26 @@ class Hub:
         self._is_closed = False
         tell(self.health, exporters.counts, store.counts, instruments)
 
-    def put(self, sender: str, batch: Batch, dropped: Mapping[str, int] | None = None) -> Receipt:
+    def put(
+        self,
+        sender: str,
+        batch: Batch,
+        dropped: Mapping[str, int] | None = None,
+        unsound: Mapping[str, int] | None = None,
+    ) -> Receipt:
         """Take a batch in. Rows that cannot be understood are counted and cost only themselves.
 
         Args:
             sender: process that made it.
             batch: its rows.
             dropped: rows that it has lost since it started, by kind.
+            unsound: rows of this batch that had to be left out, by kind.
         """
         with self._lock:
             rows = self._store.add(batch)
             sound = {kind: columns for kind, columns in batch.items() if _is_sound(kind, columns)}
             self.health.take(sender, {kind: len(columns) for kind, columns in sound.items()}, dropped or {})
+            self.health.leave_out(sender, unsound or {})
             if sound:
                 self.health.lag_s = self._guard(_lag_s, sound) or 0.0
             self._hand_on({kind: list(unpack(kind, columns)) for kind, columns in sound.items()})

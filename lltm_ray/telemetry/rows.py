@@ -7,7 +7,7 @@ request's row and its attempts' rows hold all that its spans and metrics are mad
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 NEVER = math.nan
 """An offset of something that did not happen."""
@@ -238,3 +238,17 @@ class LogRow(NamedTuple):
     message: str
     attributes: str
     """JSON object."""
+
+
+KINDS: dict[str, Any] = {
+    "requests": RequestRow,
+    "attempts": AttemptRow,
+    "spans": SpanRow,
+    "gpus": GpuRow,
+    "nodes": NodeRow,
+    "servers": ServerRow,
+    "slots": SlotRow,
+    "queues": QueueRow,
+    "logs": LogRow,
+}
+"""What a batch may hold: name -> row type."""

@@ -79,9 +79,11 @@ class TelemetryService:
         self._hub.on_rows["slots"].append(self._energy.add_slots)
         self._hub.on_rows["gpus"].append(self._energy.add_gpus)
 
-    def put(self, sender: str, batch: Batch, dropped: Mapping[str, int]) -> Receipt:
+    def put(
+        self, sender: str, batch: Batch, dropped: Mapping[str, int], unsound: Mapping[str, int] | None = None
+    ) -> Receipt:
         """As `Hub.put`."""
-        receipt = self._hub.put(sender, batch, dropped)
+        receipt = self._hub.put(sender, batch, dropped, unsound)
         if not 0 <= self._clock() - self._tidied_s < _TIDY_S:
             self._tidy()
         return receipt

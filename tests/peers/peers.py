@@ -200,6 +200,11 @@ def _ours(policy: str = "residency", similarity: float = SIMILARITY_RATIO) -> Bu
     return build
 
 
+def _told(site: Site, _programs: Path) -> Argv:
+    """The gateway alone with telemetry, for which it starts a Ray of its own."""
+    return [sys.executable, "-m", "tests.peers.telemetry_cost", "--serve", "on", str(site.port), *site.engines]
+
+
 def _variant(name: str, policy: str, similarity: float) -> Peer:
     note = f"the gateway alone, policy {policy}"
     return Peer(name, _ours(policy, similarity), note=note, similarity=similarity, by_default=False)
@@ -239,6 +244,15 @@ ALL = (
     ),
     Peer(
         "lltm_ray", _ours(), note="before real engines the whole fleet, else the gateway", similarity=SIMILARITY_RATIO
+    ),
+    Peer(
+        "lltm_ray/telemetry",
+        _told,
+        env=_RAY,
+        start_s=60,
+        only=f"{sys.executable} -m tests.peers.telemetry_cost",
+        note="the gateway alone, its telemetry on; CPU of the gateway alone",
+        similarity=SIMILARITY_RATIO,
     ),
     _variant("lltm_ray/gateway", "residency", SIMILARITY_RATIO),
     _variant("lltm_ray/least-loaded", "least-loaded", LLAMA_CPP_SIMILARITY_RATIO),

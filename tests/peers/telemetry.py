@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lltm_ray.config import TelemetryConfig
-from lltm_ray.telemetry.batch import Batch, pack
+from lltm_ray.telemetry.batch import Parcel, unseal
 from lltm_ray.telemetry.context import new_span_id, new_trace_id
 from lltm_ray.telemetry.exporters import Exporters
 from lltm_ray.telemetry.hub import Hub, build_hub
 from lltm_ray.telemetry.instruments import Instruments
+from lltm_ray.telemetry.outbox import Outbox
 from lltm_ray.telemetry.profiles import read_profile
 from lltm_ray.telemetry.resource import make_resource
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow
@@ -56,15 +57,20 @@ def pair(draw: random.Random) -> tuple[RequestRow, AttemptRow]:
     return request, attempt
 
 
-def batches(requests: int) -> list[Batch]:
+def parcels(requests: int) -> list[Parcel]:
     """So many requests, as they travel."""
     draw = random.Random(1)
-    made = []
+    outbox, made = Outbox(), []
+
+    def tell() -> None:
+        request, attempt = pair(draw)
+        outbox.add("attempts", attempt)
+        outbox.add("requests", request)
+
     for _ in range(requests // BATCH):
-        pairs = [pair(draw) for _ in range(BATCH)]
-        made.append(
-            {"requests": pack("requests", [a for a, _ in pairs]), "attempts": pack("attempts", [b for _, b in pairs])}
-        )
+        for _ in range(BATCH):
+            outbox.later(tell)
+        made.append(outbox.take())
     return made
 
 
@@ -85,12 +91,13 @@ def discarding(folder: Path) -> Hub:
     return Hub(Store(folder), Sampler(), *parts)
 
 
-def measure(hub: Hub, load: list[Batch]) -> dict[str, Any]:
+def measure(hub: Hub, load: list[Parcel]) -> dict[str, Any]:
     """Put everything in; CPU time of this thread and of the process, and the longest put."""
     longest_s, cpu_s, thread_s = 0.0, time.process_time(), time.thread_time()
-    for batch in load:
+    for parcel in load:
         began = time.perf_counter()
-        hub.put("bench", batch)
+        batch, unsound = unseal(parcel)
+        hub.put("bench", batch, {}, unsound)
         longest_s = max(longest_s, time.perf_counter() - began)
     thread_s = time.thread_time() - thread_s
     hub.close(timeout_s=60.0)
@@ -108,7 +115,7 @@ def main() -> None:
     """Print one line for each set-up."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
-    load = batches(parser.parse_args().requests)
+    load = parcels(parser.parse_args().requests)
     with http_sink() as sink, tempfile.TemporaryDirectory() as folder:
         report("every span made", discarding(Path(folder) / "made"), load)
         for name, exporters, ratio in (
@@ -120,7 +127,7 @@ def main() -> None:
             report(name, build_hub(config, Path(folder) / name.replace(" ", "-")), load)
 
 
-def report(name: str, hub: Hub, load: list[Batch]) -> None:
+def report(name: str, hub: Hub, load: list[Parcel]) -> None:
     """One line."""
     print(f"{name:24}", *(f"{key}: {value:>8}" for key, value in measure(hub, load).items()), sep="  ")
 

@@ -58,8 +58,16 @@ SETTLE_S = 0.4
 
 
 async def gateway(is_on: bool, port: int, urls: list[str]) -> None:
-    """Serve until killed."""
-    ray.init(os.environ["RAY_ADDRESS"], namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+    """Serve until killed; within a Ray of its own where none is named."""
+    with contextlib.ExitStack() as stack:
+        if address := os.environ.get("RAY_ADDRESS"):
+            ray.init(address, namespace=names.NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            stack.enter_context(telemetry_actor(Nothing))
+        await _serve(is_on, port, urls)
+
+
+async def _serve(is_on: bool, port: int, urls: list[str]) -> None:
     config = GatewayConfig(port=port)
     router = Router(config.queue_limit, config.queue_timeout_s, policy=config.policy)
     router.update([engine_info(number, url, SLOTS) for number, url in enumerate(urls)])

@@ -37,10 +37,11 @@ from lltm_ray.gateway.trace import Tracing
 from lltm_ray.llamacpp.metrics import read_metrics
 from lltm_ray.records import EngineInfo
 from lltm_ray.routing.ledger import Ledger
+from lltm_ray.telemetry.batch import unseal
 from lltm_ray.telemetry.content import Capture
 from lltm_ray.telemetry.logs import LogHandler
 from lltm_ray.telemetry.outbox import Outbox
-from lltm_ray.telemetry.rows import AttemptRow, LogRow, RequestRow, SpanRow
+from lltm_ray.telemetry.rows import KINDS, AttemptRow, LogRow, RequestRow, SpanRow
 from lltm_ray.telemetry.service import TelemetryService
 from lltm_ray.telemetry.spans import Place
 
@@ -63,7 +64,7 @@ class Rows:
         self.told: list[tuple[str, tuple[Any, ...]]] = []
 
     def add(self, kind: str, row: tuple[Any, ...]) -> None:
-        self.told.append((kind, row))
+        self.told.append((kind, KINDS[kind]._make(row)))
         self.outbox.add(kind, row)
 
     def of(self, kind: str) -> list[Any]:
@@ -87,8 +88,10 @@ class Rows:
 
     def timeline(self, id_: str) -> dict[str, Any]:
         """A request's spans, by way of the columns that rows travel in."""
-        while batch := self.outbox.take():
-            self.service.put("gateway", batch, dict(self.outbox.dropped))
+        while parcel := self.outbox.take():
+            batch, unsound = unseal(parcel)
+            self.service.put("gateway", batch, dict(self.outbox.dropped), unsound)
+            assert not unsound
         assert not self.outbox.dropped
         found = self.service.timeline(id_)
         assert found is not None, id_
@@ -466,8 +469,8 @@ async def test_no_row_has_a_word_of_prompt_or_answer_nor_a_key(pair, rows):
     assert min(map(len, texts)) > 8
     assert not {secret for secret in (SECRET_PROMPT, KEY, "engine-key", *texts) if secret in repr(rows.told)}
     assert {row.tenant for row in rows.requests} == {rows.requests[0].tenant}
-    batch = rows.outbox.take()  # every row can travel, whatever its client said
-    assert (batch["requests"].num_rows, rows.outbox.dropped) == (len(SAID) + 1, {})
+    batch, unsound = unseal(rows.outbox.take())  # every row can travel, whatever its client said
+    assert (batch["requests"].num_rows, unsound, rows.outbox.dropped) == (len(SAID) + 1, {}, {})
 
 
 QUOTED = b'{"error":{"code":400,"type":"invalid_request_error","message":"cannot parse the-heron-at-dusk"}}'

@@ -21,6 +21,7 @@ from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
 from lltm_ray.telemetry import instrument, trace, uninstrument
 from lltm_ray.telemetry.content import Capture
 from lltm_ray.telemetry.profiles import DURATION_BOUNDS
+from lltm_ray.telemetry.rows import RequestRow
 from tests.unit.telemetry.wire import points_of
 
 HI = [{"role": "user", "content": "hi"}]
@@ -209,7 +210,7 @@ async def test_the_gateways_request_is_a_child_of_the_clients_span(faces, pair, 
     async with gateway(*infos(pair), tracing=Tracing(lambda kind, row: rows.append((kind, row)))) as gate:
         await faces(url=gate.url)("chat", HI, **ASKED)
     context = told.only().context
-    (request,) = (row for kind, row in rows if kind == "requests")
+    (request,) = (RequestRow._make(row) for kind, row in rows if kind == "requests")
     assert request.parent_span_id == f"{context.span_id:016x}"
     assert request.trace_id == f"{context.trace_id:032x}"
     assert request.flags & 1

@@ -12,7 +12,7 @@ import pytest
 from lltm_ray.actors import telemetry
 from lltm_ray.config import TelemetryConfig
 from lltm_ray.errors import ConfigError
-from lltm_ray.telemetry.batch import pack, seal
+from lltm_ray.telemetry.outbox import Outbox
 from tests.unit.telemetry.rows_made import attempt_row, request_row
 
 
@@ -51,9 +51,11 @@ async def test_a_timeline_outlives_the_actor_and_is_read_beside_its_other_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TelemetryConfig(exporters=(), segment_dir=str(tmp_path))
-    rows = {"requests": pack("requests", [request_row()]), "attempts": pack("attempts", [attempt_row()])}
+    outbox = Outbox()
+    outbox.add("attempts", attempt_row())
+    outbox.add("requests", request_row())
     first = telemetry.TelemetryActor("f", config, {})
-    await first.put("gateway-0", seal(rows), {})
+    await first.put("gateway-0", outbox.take(), {})
     told = await first.timeline("r-1")
     await first.close()
     second = telemetry.TelemetryActor("f", config, {})

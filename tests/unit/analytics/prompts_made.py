@@ -12,8 +12,8 @@ from lltm_ray._prefix import END_BYTES, HASH_BYTES, hash_blocks, hash_prefixes
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.trace import Trace
-from lltm_ray.telemetry.batch import KINDS, pack
-from lltm_ray.telemetry.rows import AttemptRow, RequestRow
+from lltm_ray.telemetry.batch import pack
+from lltm_ray.telemetry.rows import KINDS, AttemptRow, RequestRow
 
 START = 1_700_000_000_000_000_000
 SALT = bytes(32)

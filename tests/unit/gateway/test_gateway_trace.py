@@ -8,8 +8,9 @@ from lltm_ray.gateway.timeline import begin_trace
 from lltm_ray.gateway.trace import Tracing, attempt_rows, request_row
 from lltm_ray.records import Timings
 from lltm_ray.routing.ledger import Attempt, LedgerEntry
-from lltm_ray.telemetry.batch import unpack
+from lltm_ray.telemetry.batch import unpack, unseal
 from lltm_ray.telemetry.outbox import Outbox
+from lltm_ray.telemetry.rows import AttemptRow, RequestRow
 
 
 async def unused(*_: Any) -> Any:
@@ -50,7 +51,7 @@ def test_later_rows_are_those_made_at_once() -> None:
         told(Tracing(now.add, salt=salt), request)
         told(Tracing(later.add, salt=salt, later=later.later), request)
     assert (len(now), len(later)) == (4, 2)
-    batches = [outbox.take() for outbox in (now, later)]
+    batches = [unseal(outbox.take())[0] for outbox in (now, later)]
     texts = [repr({kind: columns.to_pylist() for kind, columns in batch.items()}) for batch in batches]
     assert texts[0] == texts[1]
     assert [row.request_id for row in unpack("requests", batches[1]["requests"])] == ["r-1", "r-2"]
@@ -71,7 +72,7 @@ def test_each_value_of_a_row_stands_under_its_own_name() -> None:
     record.ttft_s, record.bytes_sent, record.delivered_tokens, record.error = 0.25, 12, 11, "why it failed"
     record.ends = b'{"id":"c-1","model":"answered","choices":[{"finish_reason":"stop"}]}'
     entry.arrived_unix_nano, entry.policy, entry.why = 13, "residency", "least loaded"
-    told = request_row(request, trace, "content", (b"prefix", b"blocks"))._asdict()
+    told = RequestRow._make(request_row(request, trace, "content", (b"prefix", b"blocks")))._asdict()
     ids = {name: told.pop(name) for name in ("trace_id", "span_id", "parent_span_id")}
     assert ids == {"trace_id": trace.trace_id, "span_id": trace.span_id, "parent_span_id": "5" * 16}
     assert told == {
@@ -125,7 +126,7 @@ def test_each_value_of_an_attempts_row_stands_under_its_own_name() -> None:
             is_estimate=True,
         )
     ]
-    (told,) = (row._asdict() for row in attempt_rows(request, trace))
+    (told,) = (AttemptRow._make(row)._asdict() for row in attempt_rows(request, trace))
     assert told == {
         "trace_id": trace.trace_id,
         "request_span_id": trace.span_id,
@@ -162,6 +163,8 @@ def test_a_conversations_own_header_comes_before_that_of_its_session() -> None:
         (b"x-conversation-id", b"conversation"),
     ]
     assert request.trace is not None
-    assert request_row(request, request.trace, "", (b"", b"")).conversation == "conversation"
+    row = request_row(request, request.trace, "", (b"", b""))
+    assert RequestRow._make(row).conversation == "conversation"
     del request.headers[2]
-    assert request_row(request, request.trace, "", (b"", b"")).conversation == "session"
+    row = request_row(request, request.trace, "", (b"", b""))
+    assert RequestRow._make(row).conversation == "session"

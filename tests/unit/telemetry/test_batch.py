@@ -5,10 +5,9 @@ import sys
 
 PROGRAM = """
 import sys
-from lltm_ray.telemetry.batch import forgo_pandas, pack, seal, unseal
+from lltm_ray.telemetry.batch import forgo_pandas, pack
 {first}
-batch = {{"slots": pack("slots", [(1, "e", 0, True, 7, 3, 2, 64)])}}
-assert unseal(seal(batch))["slots"].num_rows == 1
+assert pack("slots", [(1, "e", 0, True, 7, 3, 2, 64)]).num_rows == 1
 print("pandas" in sys.modules)
 import pandas
 print(pandas.DataFrame({{"a": [1]}}).shape)
