@@ -181,8 +181,7 @@ def _ending(caught: BaseException) -> _Ending:
     error = cut_error(tell_error(caught))
     if isinstance(caught, LltmRayError):
         status, is_deadline = caught.http_status, isinstance(caught, DeadlineError)
-        is_answered = 400 <= status < 500 and status != 429  # refused for what it asks, as a gateway relays it
-        outcome = Outcome.DEADLINE if is_deadline else Outcome.OK if is_answered else Outcome.FAILED
+        outcome = Outcome.DEADLINE if is_deadline else Outcome.of_status(status)
         return _Ending(status, _type(caught) if isinstance(caught, UpstreamError) else caught.code, error, outcome)
     return _Ending(500, type(caught).__name__, error, Outcome.FAILED)
 

@@ -328,5 +328,5 @@ class _Ingest:
         return {"gpus": gpus, "servers": servers, "queues": queues}
 
 
-_FINE = pa.array(["ok", "client gone", ""])
+_FINE = pa.array(["ok", "client gone", "engine refused", ""])
 """Outcomes of attempts that no engine is to blame for."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lltm_ray.analytics.answer import rows
-from lltm_ray.analytics.fit import fit_groups
 from lltm_ray.analytics.frames import Array, Frame
 from lltm_ray.analytics.overlaps import Timeline, count_overlaps
 from lltm_ray.analytics.readings import GAP_S, sums
@@ -13,10 +12,6 @@ from lltm_ray.analytics.trace import Trace
 
 _LONG = 0.99
 """Quantile of the time in the system: so long before the window's end its requests are known, for they have ended."""
-_PREFILL_PART = 0.05
-"""Seconds of a computed token over those of a generated one, about: only how much a long prompt counts in a fit."""
-_FIT_ROWS = 10_000
-"""Attempts that a line is fitted to, taken evenly; more would not move it."""
 CLOCKS_S = (0.0, *(sign * apart for apart in (2.0, 5.0, 10.0, 20.0, 30.0, 45.0, 60.0) for sign in (-1.0, 1.0)))
 """By so much the clock of an engine's node may be ahead of its gateway's."""
 EDGE, EDGE_S = 0.05, 10.0
@@ -181,25 +176,3 @@ def least_missing(trace: Trace, held: Held, enough: float) -> Array:
         if not bool((least > enough).any()):
             break
     return least
-
-
-def at_full_load(trace: Trace, held: Held, engines: Engines) -> tuple[Array, Array]:
-    """Seconds for which attempts held their slots, by a straight line: as it was, and were all slots held meanwhile.
-
-    Slots slow each other down. Seconds are fitted, by model, to computed and generated tokens, each alone and times the
-    mean number of other slots that were held. The fuller the fleet was, the less is extrapolated.
-    """
-    xp, models = trace.engine.xp, len(trace.names.model) + 1
-    took, model = held.ended - held.slot, xp.where(held.model >= 0, held.model, models - 1)
-    line = Timeline(xp, {"slots": (held.engine, held.slot, held.ended)})
-    beside = xp.maximum(line.mean(line.level("slots"), held.engine, held.slot, held.ended) - 1.0, 0.0)
-    others = xp.maximum(xp.asarray([*engines.slots, 1])[held.engine] - 1.0, beside)
-    one, computed, generated = took * 0.0 + 1.0, held.computed * 1.0, held.generated * 1.0
-    columns = (one, computed, generated, computed * beside, generated * beside)
-    scale = 1.0 / (generated + _PREFILL_PART * computed + 1.0)
-    some = slice(None, None, max(len(took) // _FIT_ROWS, 1))
-    fit = fit_groups(xp, model[some], models, [each[some] for each in columns], took[some], scale[some])
-    terms = xp.maximum(fit.terms, 0.0)[model]
-    alone = terms[:, 0] + terms[:, 1] * computed + terms[:, 2] * generated
-    slower = terms[:, 3] * computed + terms[:, 4] * generated
-    return alone + slower * beside, alone + slower * others

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 from lltm_ray.analytics.answer import MOST_EVIDENCE, Answer, Finding, rows, table
 from lltm_ray.analytics.erlang import expected_wait, knee
-from lltm_ray.analytics.headroom import Came, Peaks, at_its_densest, read_peaks, while_it_lasts
+from lltm_ray.analytics.headroom import Came, Knee, Peaks, at_its_densest, read_peaks, while_it_lasts
 from lltm_ray.analytics.occupancy import (
     EDGE,
     EDGE_S,
     Engines,
     Held,
-    at_full_load,
     in_system,
     least_missing,
     read_engines,
@@ -29,6 +28,7 @@ from lltm_ray.analytics.occupancy import (
 )
 from lltm_ray.analytics.readings import sums
 from lltm_ray.analytics.saturation import LEAST_REQUESTS, saturations
+from lltm_ray.analytics.slowing import at_full_load
 from lltm_ray.analytics.trace import Trace
 from lltm_ray.analytics.turned_away import REFUSED, models_of
 from lltm_ray.analytics.units import digits, percent
@@ -48,12 +48,13 @@ _ENGINES = (
 )
 _MODELS = (
     *("model", "engines", "slots", "arrivals_per_s", "service_s", "capacity_per_s", "utilization", "knee_per_s"),
+    *("knee_low_per_s", "knee_high_per_s", "seen_per_s"),
     *("headroom_ratio", "headroom_low_ratio", "headroom_high_ratio", "wait_s", "expected_wait_s", "wait_p95_s"),
     *("waiting", "requests", "rejected", "waited", "served_per_s"),
     *("busiest_per_s", "busiest_low_per_s", "busiest_high_per_s", "busiest_unix_nano", "busiest_s"),
     *("busiest_wait_s", "busiest_wait_p95_s"),
     *("lasting_per_s", "lasting_unix_nano", "lasting_s", "lasting_wait_s", "lasting_wait_p95_s"),
-    *("lasting_slots", "lasting_capacity_per_s", "lasting_knee_per_s", "evidence"),
+    *("lasting_slots", "lasting_service_s", "lasting_capacity_per_s", "lasting_knee_per_s", "evidence"),
 )
 
 
@@ -68,12 +69,14 @@ def analyze(trace: Trace) -> Answer:
     Models: `busiest_*` are of the stretch in which requests came the densest (see `densest`), `lasting_*` of the
     fullest that lasts (see `Stretches`). `served_per_s` is the most that was ever served in one that lasts;
     `capacity_per_s` is slots over the service time at high load, `knee_per_s`: see `knee`; both at the slots of the
-    stretch, and no less than what was served, for the knee with waits below a service time. `headroom_ratio` is
-    knee_per_s / busiest_per_s - 1, its `low` and `high` what chance in arrivals and service times leaves open. They and
-    all `busiest_*` are not told (NaN) where that is too wide to act on (see `headroom`). Nor are `lasting_*` of a model
-    with too few requests for such a stretch, unless even their mean over the window is past the knee. `waiting`
-    requests on average; `requests` are all that came, `rejected` those that were refused, as rows or gateways tell,
-    `waited` the others in the rows; waits are from a request's arrival to its slots.
+    stretch, and no less than what was served, for the knee with waits below a service time (`seen_per_s`). The service
+    time at high load is the middle of what it may be (see `at_full_load`), of which `knee_low_per_s` and
+    `knee_high_per_s` are made. `headroom_ratio` is knee_per_s / busiest_per_s - 1, its `low` and `high` what the knee's
+    range, and chance in arrivals and service times, leave open. They and all `busiest_*` are not told (NaN) where that
+    is too wide to act on (see `at_its_densest`). Nor are `lasting_*` of a model with too few requests for such a
+    stretch, unless even their mean over the window is past the knee. `waiting` requests on average; `requests` are all
+    that came, `rejected` those that were refused, as rows or gateways tell, `waited` the others in the rows; waits are
+    from a request's arrival to its slots.
     """
     held, engines = read_held(trace), read_engines(trace)
     return Answer(
@@ -174,14 +177,18 @@ def _flow(trace: Trace, row: Any, queue: _Queue, engines: Engines, model: int) -
         "service_s": here.service_s,
         "capacity_per_s": here.capacity_per_s,
         "utilization": _ratio(row.busy_s, engines.slots_within(model, 0.0, length_s) * length_s),
-        "knee_per_s": here.knee_per_s,
+        "knee_per_s": here.knee.per_s,
+        "knee_low_per_s": here.knee.low_per_s,
+        "knee_high_per_s": here.knee.high_per_s,
+        "seen_per_s": peaks.freely_per_s,
         "expected_wait_s": expected_wait(_ratio(row.one, length_s), mean, here.slots),
         "served_per_s": peaks.served_per_s,
         "lasting_slots": lasting.slots,
+        "lasting_service_s": lasting.service_s,
         "lasting_capacity_per_s": lasting.capacity_per_s,
-        "lasting_knee_per_s": lasting.knee_per_s,
-        **at_its_densest(trace, peaks, came, here.knee_per_s, _ratio(varied, mean * math.sqrt(row.one))),
-        **while_it_lasts(trace, peaks, came, lasting.knee_per_s),
+        "lasting_knee_per_s": lasting.knee.per_s,
+        **at_its_densest(trace, peaks, came, here.knee, _ratio(varied, mean * math.sqrt(row.one))),
+        **while_it_lasts(trace, peaks, came, lasting.knee.per_s),
     }
 
 
@@ -191,14 +198,18 @@ class _Room(NamedTuple):
     slots: int
     service_s: float
     capacity_per_s: float
-    knee_per_s: float
+    knee: Knee
 
 
 def _room(row: Any, mean: float, slots: float, peaks: Peaks) -> _Room:
     servers = max(round(slots), 1) if slots > 0 else 0
-    slower = min(max(_ratio(row.full_s, row.now_s), 1.0), servers) if row.now_s else 1.0
-    service = mean * slower * max(_ratio(row.one, row.served), 1.0)
-    bend = max(knee(service, servers), peaks.freely_per_s) if slots > 0 else math.nan
+    tries = max(_ratio(row.one, row.served), 1.0)
+    slow, quick = (mean * tries * (_ratio(each, row.now_s) if row.now_s else 1.0) for each in (row.most_s, row.least_s))
+    service = math.sqrt(quick * slow)
+    if slots > 0:
+        bend = Knee(*(max(knee(each, servers), peaks.freely_per_s) for each in (slow, service, quick)))
+    else:
+        bend = Knee(math.nan, math.nan, math.nan)
     return _Room(servers, service, max(_ratio(slots, service), peaks.served_per_s), bend)
 
 
@@ -207,7 +218,7 @@ def _load(trace: Trace, held: Held, engines: Engines, queues: Mapping[int, _Queu
     xp, length, found = trace.engine.xp, trace.length_s, len(trace.names.model)
     took = held.ended - held.slot
     of_attempts = {"one": took * 0.0 + 1.0, "held_s": took, "held2_s": took**2}
-    of_attempts["now_s"], of_attempts["full_s"] = at_full_load(trace, held, engines)
+    of_attempts |= at_full_load(trace, held, engines)._asdict()
     of_attempts["busy_s"] = within(xp, held.slot, held.ended, length)
     requests = trace.requests.assign(model=models_of(trace))
     requests = requests[requests["model"] >= 0]

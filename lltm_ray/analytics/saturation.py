@@ -32,20 +32,20 @@ def saturations(models: Any) -> list[Finding]:
 
 
 def _is_full(row: Any) -> bool:
-    is_long = row.lasting_wait_p95_s >= max(LONG_WAIT_RATIO * row.service_s, LEAST_WAIT_S)
-    is_waiting = is_long and row.lasting_wait_s >= WAIT_RATIO * row.service_s and _lost_s(row) >= LEAST_LOST_S
+    is_long = row.lasting_wait_p95_s >= max(LONG_WAIT_RATIO * row.lasting_service_s, LEAST_WAIT_S)
+    is_waiting = is_long and row.lasting_wait_s >= WAIT_RATIO * row.lasting_service_s and _lost_s(row) >= LEAST_LOST_S
     is_past = row.lasting_per_s > row.lasting_knee_per_s
     return bool(is_past and row.requests >= LEAST_REQUESTS and (is_waiting or row.rejected > 0))
 
 
 def _needed(row: Any) -> int:
     """Slots."""
-    return slots_for(row.lasting_per_s, row.service_s, TARGET_HEADROOM)
+    return slots_for(row.lasting_per_s, row.lasting_service_s, TARGET_HEADROOM)
 
 
 def _lost_s(row: Any) -> float:
     """Waits, less what they would be with the slots that are needed."""
-    would = expected_wait(row.lasting_per_s, row.service_s, max(_needed(row), row.lasting_slots))
+    would = expected_wait(row.lasting_per_s, row.lasting_service_s, max(_needed(row), row.lasting_slots))
     return float(max((row.wait_s - would) * row.waited, 0.0))
 
 

@@ -20,6 +20,10 @@ _WIDTH = 100
 _INDENT = " " * 4
 _HEADROOM, _MOST, _ALL = "Queueing headroom", 10, 0.999
 """A headroom of 1,000 % is told as more than that; a stretch of nearly all of the window is all of it."""
+_APART, _SAME = 1.5, 1.001
+"""Of the ends of a knee's range: from the first on the range is told. Below the second, both are one rate."""
+_LEAST_MORE = 0.05
+"""A smaller headroom above what was seen is none that is known."""
 
 
 def request_ids(report: Report) -> dict[str, str]:
@@ -155,46 +159,79 @@ def highlights(report: Report) -> list[Highlight]:
 
 
 def _headroom(report: Report) -> list[Highlight]:
-    """Of the model that has least; of those with few requests it is withheld, and of the most asked for said why."""
+    """Of the model that has least; where none can be told, of the most asked for, and why."""
     models = table_of(report, "queueing", "models")
     told = [row for row in models if units.is_known(row.headroom_ratio)]
     if told:
         least = min(told, key=lambda row: row.headroom_ratio)
-        is_all = least.busiest_s * 1e9 >= _ALL * (report.end_unix_nano - report.start_unix_nano)
-        when = "all through the window" if is_all else f"in its busiest {units.seconds(least.busiest_s)}"
-        note = (
-            f"{plain(least.model)}: {units.digits(least.busiest_per_s)} requests/s {when}, knee at "
-            f"{units.digits(least.knee_per_s)} (the load from which waits grow fast). {_meaning(least)}"
-        )
-        return [Highlight(_HEADROOM, headroom(least.headroom_ratio), note, least.headroom_high_ratio <= 0)]
-    few = [row for row in models if row.requests and not units.is_known(row.busiest_per_s)]
-    if not few:
+        is_found = any((each.kind, each.subject) == ("saturation", least.model) for each in report.findings)
+        note = f"{_load(report, least)}, {knee(least)}. {_meaning(least)}"
+        is_bad = is_found and least.headroom_high_ratio <= 0
+        return [Highlight(_HEADROOM, _value(least, is_found=is_found), note, is_bad)]
+    asked = [row for row in models if row.requests and not units.is_known(row.busiest_per_s)]
+    light = [row for row in models if units.is_known(row.busiest_per_s) and units.is_known(row.knee_per_s)]
+    if not asked + light:
         return []
-    most = max(few, key=lambda row: row.requests)
+    most = max(asked + light, key=lambda row: row.requests)
     note = f"{plain(most.model)}: too few requests came to tell how busy it got, and how near to its knee"
+    if most not in asked:
+        note = f"{_load(report, most)}, {knee(most)}. How near that is cannot be told."
     return [Highlight(_HEADROOM, units.NOTHING, note)]
 
 
+def _load(report: Report, model: Any) -> str:
+    is_all = model.busiest_s * 1e9 >= _ALL * (report.end_unix_nano - report.start_unix_nano)
+    when = "all through the window" if is_all else f"in its busiest {units.seconds(model.busiest_s)}"
+    return f"{plain(model.model)}: {units.digits(model.busiest_per_s)} requests/s {when}"
+
+
+def knee(model: Any) -> str:
+    """Where a model's knee is, what that is, and how well it is known."""
+    low, at, high = (units.digits(each) for each in (model.knee_low_per_s, model.knee_per_s, model.knee_high_per_s))
+    if is_seen(model):
+        return f"knee at {at} or more: so much was served without long waits"
+    if model.knee_high_per_s > _APART * model.knee_low_per_s:
+        return (
+            f"knee somewhere from {low} to {high} (the load from which waits grow fast): too few slots were held at "
+            "once to tell it closer"
+        )
+    return f"knee at {at} (the load from which waits grow fast)"
+
+
+def is_seen(model: Any) -> bool:
+    """Whether all that is known of a model's knee is that it is no less than what was served."""
+    return bool(model.knee_high_per_s <= _SAME * model.seen_per_s)
+
+
+def _value(model: Any, *, is_found: bool) -> str:
+    """Below the knee by how much; past it by how much only where a finding tells what to do about it."""
+    if is_seen(model) and model.headroom_ratio < _LEAST_MORE:
+        return units.NOTHING
+    return headroom(model.headroom_ratio) if is_found or model.headroom_ratio > 0 else "none"
+
+
 def _meaning(model: Any) -> str:
-    """What a headroom says of the load, how far chance may have made it, and whether requests waited."""
+    """What a headroom says of the load, how far it is known, and whether requests waited."""
     low, ratio, high = model.headroom_low_ratio, model.headroom_ratio, model.headroom_high_ratio
+    wait = f"{units.seconds(model.busiest_wait_s)} on average"
+    if is_seen(model) and ratio < _LEAST_MORE:
+        return f"How much more could come before they do was not seen; then they waited {wait}."
     if ratio > 0:
         times = f"{units.digits(1 + ratio)} times as much" if ratio <= _MOST else f"Over {_MOST} times as much"
         more, none = times if ratio > 1 else f"{headroom(ratio)} more", ", or none" if low <= 0 else ""
         said = f"{more} could come before they do{none}"
     else:
         said = "More came than that" if high < 0 else "More came than that, or nearly"
-    wait = f"{units.seconds(model.busiest_wait_s)} on average"
     if ratio <= 0 and model.busiest_wait_s < LONG_WAIT_RATIO * model.service_s:
-        return f"{said}{_by_chance(low, high)}, yet they waited only {wait}: they came evenly, or not for long."
-    return f"{said}{_by_chance(low, high)}; then they waited {wait}."
+        return f"{said}{_likely(low, high)}, yet they waited only {wait}: they came evenly, or not for long."
+    return f"{said}{_likely(low, high)}; then they waited {wait}."
 
 
-def _by_chance(low: float, high: float) -> str:
-    if not (units.is_known(low) and units.is_known(high)) or low > _MOST:
+def _likely(low: float, high: float) -> str:
+    if not (units.is_known(low) and units.is_known(high)) or low > _MOST or high <= 0:
         return ""
     most = f"{high * 100:,.0f} %" if high <= _MOST else headroom(high)
-    return f" ({low * 100:,.0f} to {most} by chance)"
+    return f" (likely {max(low, 0) * 100:,.0f} to {most})"
 
 
 def headroom(ratio: Any) -> str:

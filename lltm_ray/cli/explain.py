@@ -105,13 +105,19 @@ def _facts(entry: dict[str, Any]) -> list[tuple[str, str]]:
         ("model", entry.get("model", "")),
         ("tenant", entry.get("tenant", "")),
         ("went to", where if entry.get("attempts") else "no engine"),
-        ("because", f"{entry.get('why', '')} ({entry['policy']})" if entry.get("policy") else entry.get("why", "")),
+        ("because", _why(entry)),
         ("affinity", entry.get("affinity", "")),
         ("reuse", _reuse(last)),
         ("waits", _waits(entry)),
         ("tokens", _tokens(entry)),
         ("outcome", _outcome(entry)),
     ]
+
+
+def _why(entry: dict[str, Any]) -> str:
+    """Empty where nothing was chosen: what was refused before that has an error."""
+    why, policy = entry.get("why", ""), entry.get("policy", "")
+    return f"{why} ({policy})" if why and policy else why
 
 
 def _reuse(attempt: dict[str, Any]) -> str:

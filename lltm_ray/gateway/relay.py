@@ -85,6 +85,7 @@ class Relay:
             exchange = Exchange(request, engine, lease, attempt, self._common)
             try:
                 await exchange.run(self._pool, may_load=tries.is_last, failover=self._failover)
+                attempt.outcome = Outcome.of_status(record.status)
                 return
             except UnjoinableError:
                 request.streamed = None

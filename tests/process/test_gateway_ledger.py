@@ -299,6 +299,32 @@ async def test_one_that_leaves_the_queue_and_those_that_are_refused_are_in_the_a
         assert (await drift_at_rest(gate, ledger, fresh)) == Drift()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_llama_server_refuses_is_no_attempt_that_went_well(fresh, ledger, stream):
+    body = CHAT | {"response_format": {"type": "no such"}, "stream": stream}
+    async with gateway(fresh.info, ledger=ledger) as gate:
+        async with gate.http.post(f"{gate.url}/v1/chat/completions", json=body) as reply:
+            assert reply.status == 400
+        await gate.idle()
+        entry = await explain(gate, reply.headers["x-request-id"])
+        (attempt,) = entry["attempts"]
+        assert (entry["status"], attempt["outcome"], attempt["is_estimate"]) == (400, "engine refused", False)
+        assert (await drift_at_rest(gate, ledger, fresh)) == Drift()
+
+
+async def test_an_answer_that_is_the_engine_s_own_error_failed(ledger):
+    async def fail(request: bytes, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 500 X\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
+        await writer.drain()
+
+    async with FakeEngine(fail) as bad, gateway(engine_info("bad", bad.url), ledger=ledger) as gate:
+        async with gate.http.post(f"{gate.url}/completion", json=STREAM) as reply:
+            assert reply.status == 500
+        await gate.idle()
+        (attempt,) = (await explain(gate, reply.headers["x-request-id"]))["attempts"]
+        assert attempt["outcome"] == "failed"
+
+
 async def test_a_fleet_that_is_not_ready_is_a_503_in_the_account(ledger):
     away = engine_info("away", "http://127.0.0.1:9").with_(state=EngineState.STARTING)
     async with gateway(away, ledger=ledger, queue_timeout_s=0.1) as gate:

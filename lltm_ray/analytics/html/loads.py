@@ -96,10 +96,9 @@ def headroom(answer: Answer, about: About) -> Figure:
                 each.model,
                 at_its_busiest=_at_its_busiest(each),
                 arrivals=f"{units.digits(each.arrivals_per_s)} a second",
-                knee=f"{units.digits(each.knee_per_s)} a second",
+                knee=_knee(each),
                 capacity=f"{units.digits(each.capacity_per_s)} a second",
-                headroom=text.headroom(each.headroom_ratio),
-                by_chance=f"{text.headroom(each.headroom_low_ratio)} to {text.headroom(each.headroom_high_ratio)}",
+                headroom=_headroom(each),
                 wait_p95=units.seconds(each.wait_p95_s),
                 rejected=units.count(each.rejected),
                 slots=units.count(each.slots),
@@ -117,6 +116,23 @@ def headroom(answer: Answer, about: About) -> Figure:
 def _room(model: Any) -> tuple[bool, float]:
     """To sort by: least first, what is not known last."""
     return not units.is_known(model.headroom_ratio), or_zero(model.headroom_ratio)
+
+
+def _knee(model: Any) -> str:
+    """A second, with its range."""
+    if text.is_seen(model):
+        return f"{units.digits(model.knee_per_s)} a second or more"
+    likely = f"{units.digits(model.knee_low_per_s)} to {units.digits(model.knee_high_per_s)}"
+    return f"{units.digits(model.knee_per_s)} a second (likely {likely})"
+
+
+def _headroom(model: Any) -> str:
+    if not units.is_known(model.headroom_ratio):
+        return units.NOTHING
+    if model.headroom_high_ratio <= 0:
+        return "none"
+    low, ratio, high = (max(getattr(model, f"headroom_{each}"), 0.0) for each in ("low_ratio", "ratio", "high_ratio"))
+    return f"{text.headroom(ratio)} (likely {text.headroom(low)} to {text.headroom(high)})"
 
 
 def _pace(model: Any) -> str:

@@ -35,6 +35,15 @@ class Outcome(StrEnum):
     DEADLINE = "deadline"
     GATEWAY_LOST = "gateway lost"
     """The gateway process died; the next one wrote this, from the counts that outlived it."""
+    ENGINE_REFUSED = "engine refused"
+    """llama-server answered with an error of the request's own (status 4xx)."""
+
+    @classmethod
+    def of_status(cls, status: int) -> Outcome:
+        """Of an attempt that was answered: an error for want of room is the engine's own."""
+        if status < 400:
+            return cls.OK
+        return cls.ENGINE_REFUSED if status < 500 and status != 429 else cls.FAILED
 
 
 @dataclass(slots=True, kw_only=True)

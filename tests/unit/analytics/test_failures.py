@@ -254,3 +254,10 @@ def test_without_requests_its_tables_are_empty_and_whole(tables):
         assert len(answer.tables[name]) == 0
     assert answer.figures["error_ratio"] == 0
     assert failures.judge(answer) == []
+
+
+@pytest.mark.parametrize(("outcome", "is_error"), [("ok", 0), ("client gone", 0), ("engine refused", 0), ("failed", 1)])
+def test_what_no_engine_is_to_blame_for_is_no_error_of_an_attempt(outcome, is_error):
+    trace = trace_of([Asked(tries=(Try(headers=0.1, ended=0.2, outcome=outcome),), error="invalid_request_error")])
+    assert [trace.names.of("error", code) for code in trace.attempts["error"]] == [outcome * is_error]
+    assert failures.analyze(trace).figures["failed"] == 0

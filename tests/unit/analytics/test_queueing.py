@@ -291,7 +291,7 @@ def test_of_few_requests_no_busiest_time_and_no_headroom_is_told(number):
     assert row["requests"] == number
     assert row["arrivals_per_s"] == pytest.approx(number / 3600)
     assert row["knee_per_s"] > number / 3600
-    of_slots = ("lasting_slots", "lasting_capacity_per_s", "lasting_knee_per_s")
+    of_slots = ("lasting_slots", "lasting_service_s", "lasting_capacity_per_s", "lasting_knee_per_s")
     untold = [name for name in row if name.startswith(("busiest_", "headroom_", "lasting_")) and name not in of_slots]
     assert len(untold) == 15
     assert all(math.isnan(row[name]) for name in untold)

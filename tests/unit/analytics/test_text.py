@@ -130,33 +130,61 @@ WAITED = "; then they waited 120 ms on average."
 @pytest.mark.parametrize(
     ("low", "ratio", "high", "value", "said"),
     [
-        (0.04, 0.21, 0.44, "21.0 %", "21.0 % more could come before they do (4 to 44 % by chance)"),
-        (-0.1, 0.21, 0.44, "21.0 %", "21.0 % more could come before they do, or none (-10 to 44 % by chance)"),
-        (0.7, 1.25, 1.9, "125 %", "2.25 times as much could come before they do (70 to 190 % by chance)"),
-        (7.0, 9.5, 12.0, "950 %", "10.5 times as much could come before they do (700 to over 1,000 % by chance)"),
-        (9.0, 18.8, 25.0, "over 1,000 %", "Over 10 times as much could come before they do (900 to over 1,000 % by"),
+        (0.04, 0.21, 0.44, "21.0 %", "21.0 % more could come before they do (likely 4 to 44 %)"),
+        (-0.1, 0.21, 0.44, "21.0 %", "21.0 % more could come before they do, or none (likely 0 to 44 %)"),
+        (0.7, 1.25, 1.9, "125 %", "2.25 times as much could come before they do (likely 70 to 190 %)"),
+        (7.0, 9.5, 12.0, "950 %", "10.5 times as much could come before they do (likely 700 to over 1,000 %)"),
+        (9.0, 18.8, 25.0, "over 1,000 %", "Over 10 times as much could come before they do (likely 900 to over 1,000"),
         (12.0, 18.8, 25.0, "over 1,000 %", "Over 10 times as much could come before they do; then they"),
-        (-0.4, -0.2, -0.1, "-20.0 %", "More came than that (-40 to -10 % by chance)"),
-        (-0.4, -0.2, 0.1, "-20.0 %", "More came than that, or nearly (-40 to 10 % by chance)"),
+        (-0.4, -0.2, -0.1, "-20.0 %", "More came than that; then"),
+        (-0.4, -0.2, 0.1, "-20.0 %", "More came than that, or nearly (likely 0 to 10 %)"),
     ],
 )
-def test_a_headroom_is_told_with_its_range_and_in_words(low, ratio, high, value, said):
+@pytest.mark.parametrize("is_found", [True, False])
+def test_a_headroom_is_told_with_its_range_and_in_words(low, ratio, high, value, said, is_found):
     made = with_models(
         headroom_ratio=[ratio, math.nan], headroom_low_ratio=[low, math.nan], headroom_high_ratio=[high, math.nan]
     )
-    told = headroom_of(made)
-    assert told.startswith(f"{value} llama-8b: 7.03 requests/s in its busiest 14.2 s, {KNEE}{said}")
-    assert told.endswith(WAITED)
+    found = replace(told("saturation", 1.0), subject="llama-8b")
+    result = replace(made.results["queueing"], findings=(found,) if is_found else ())
+    made = replace(made, results={**made.results, "queueing": result})
+    value = value if is_found or ratio > 0 else "none"
+    shown = headroom_of(made)
+    assert shown.startswith(f"{value} llama-8b: 7.03 requests/s in its busiest 14.2 s, {KNEE}{said}")
+    assert shown.endswith(WAITED)
     tile = to_html(made).partition("<h2>Queueing headroom</h2>")[2].partition("</article>")[0]
-    assert ("problem" in tile) == (high < 0)
+    assert ("problem" in tile) == (high < 0 and is_found)
     assert f"<b>{value}</b>" in tile
 
 
 def test_requests_that_hardly_waited_past_the_knee_are_told_as_such():
     past = {"headroom_low_ratio": -0.4, "headroom_ratio": -0.2, "headroom_high_ratio": -0.1}
-    said = "More came than that (-40 to -10 % by chance), yet they waited only 99 ms on average: they came evenly, or"
+    said = "More came than that, yet they waited only 99 ms on average: they came evenly, or"
     assert f"{said} not for long." in headroom_of(with_models(**past, busiest_wait_s=0.099))
     assert "only" not in headroom_of(with_models(busiest_wait_s=0.099))
+
+
+def test_a_load_too_light_to_tell_a_knee_is_told_as_such():
+    wide = {"knee_low_per_s": [7.5, 0.8], "knee_high_per_s": [20.0, 1.0]}
+    said = "llama-8b: 7.03 requests/s in its busiest 14.2 s, knee somewhere from 7.50 to 20 (the load from which waits"
+    why = "grow fast): too few slots were held at once to tell it closer"
+    assert headroom_of(with_models(**wide)).startswith(f"21.0 % {said} {why}. 21.0 % more could come")
+    names = ("headroom_ratio", "headroom_low_ratio", "headroom_high_ratio")
+    withheld = with_models(**wide, **dict.fromkeys(names, math.nan))
+    assert headroom_of(withheld) == f"– {said} {why}. How near that is cannot be told."
+    bars, *_ = headroom(withheld.results["queueing"].answer, About(frozenset(), 0, 1))["data"]
+    assert "likely 7.50 to 20" in bars["hovertext"][0]
+
+
+@pytest.mark.parametrize(("ratio", "value"), [(0.0, "–"), (-0.02, "–"), (0.3, "30.0 %")])
+def test_a_knee_that_only_what_was_served_tells_is_a_lower_bound(ratio, value):
+    served = {key: [7.03, 0.9] for key in ("knee_low_per_s", "knee_per_s", "knee_high_per_s", "seen_per_s")}
+    ratios = {key: [ratio, 1.25] for key in ("headroom_low_ratio", "headroom_ratio", "headroom_high_ratio")}
+    shown = headroom_of(with_models(**served, **ratios))
+    knee = "knee at 7.03 or more: so much was served without long waits."
+    assert shown.startswith(f"{value} llama-8b: 7.03 requests/s in its busiest 14.2 s, {knee}")
+    assert ("How much more could come before they do was not seen" in shown) == (value == "–")
+    assert "-" not in shown.removeprefix(value).replace("llama-8b", "")
 
 
 def test_a_load_that_no_part_of_the_window_exceeds_is_told_as_that_of_all_of_it():

@@ -98,6 +98,17 @@ def test_a_request_is_told_for_people(ask) -> None:
     assert ["e1", "0.25", "busy"] in rows
 
 
+@pytest.mark.parametrize(
+    ("why", "policy", "told"),
+    [("pinned", "", ["because    pinned"]), ("", "residency", []), ("", "", []), ("a", "b", ["because    a (b)"])],
+)
+def test_a_choice_is_told_with_its_policy_and_none_is_left_away(ask, why, policy, told) -> None:
+    Gateway.ledger.finish(LedgerEntry(request_id="one", policy=policy, why=why, status=400, error="no such model"))
+    lines = [line.rstrip() for line in ask("one").stdout.splitlines()]
+    assert [line for line in lines if line.startswith("because")] == told
+    assert "went to    no engine" in lines
+
+
 def test_json_is_what_the_ledger_says(ask) -> None:
     add_failover()
     assert json.loads(ask("r 1/ü", "--json").stdout) == Gateway.ledger.explain("r 1/ü")
@@ -146,7 +157,7 @@ def test_a_wrong_key_is_told_with_the_gateways_words(ask, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "code", "words"),
-    [("http://127.0.0.1:9", 1, "cannot reach"), ("nonsense", 2, "must look like"), ("", 2, "no such fleet runs")],
+    [("http://127.0.0.1:9", 1, "cannot reach"), ("nonsense", 2, "must be the base URL"), ("", 2, "no such fleet runs")],
 )
 def test_an_endpoint_that_is_not_there_is_a_sentence(tmp_path, monkeypatch, url, code, words) -> None:
     monkeypatch.setenv("LLTM_RAY_CACHE", str(tmp_path))

@@ -391,3 +391,11 @@ def test_the_request_path_does_not_wait_for_the_disk(tmp_path):
     blocker.close()
     ledger.close()
     assert ledger.counters["written"] == 1001
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome"),
+    [(0, "ok"), (200, "ok"), (400, "engine refused"), (422, "engine refused"), (429, "failed"), (500, "failed")],
+)
+def test_an_attempt_ends_as_the_status_of_its_answer_says(status, outcome):
+    assert Outcome.of_status(status) == outcome
