@@ -68,8 +68,12 @@ def build(cls: type[Any], raw: Mapping[str, Any], where: str = "", root: type[An
     values = {}
     for name, value in raw.items():
         if name not in known:
-            raise ConfigError(where + name, value, _unknown(name, known, root or cls))
-        values[name] = _convert(hints[name], value, where + name, root or cls)
+            raise ConfigError(where + name, value, _unknown(name, value, hints, root or cls))
+        try:
+            values[name] = _convert(hints[name], value, where + name, root or cls)
+        except ConfigError as error:
+            meant = _meant(name, value, hints, root or cls) if error.field == where + name else ""
+            raise ConfigError(error.field, error.value, error.why + meant) from error.__cause__
     for item in fields(cls):
         check(not _is_needed(item) or item.name in values, where + item.name, None, "is missing, and has no default")
     try:
@@ -82,14 +86,30 @@ def _is_needed(item: Field[Any]) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
 
-def _unknown(name: str, known: set[str], root: type[Any]) -> str:
+def _unknown(name: str, value: Any, known: Mapping[str, Any], root: type[Any]) -> str:
     """What is said of a setting that its table has not; perhaps it only stands below a wrong header."""
     hints = get_type_hints(root)
     tables = [(table, part) for table, hint in hints.items() for part in (hint, *get_args(hint)) if is_dataclass(part)]
     homes = [table for table, part in [("the top level", root), *tables] if name in get_type_hints(part)]
     home = f"{homes[0]} has one of this name; " if homes else ""
-    near = " or ".join(difflib.get_close_matches(name, known, n=2))
+    close = difflib.get_close_matches(name, known, n=2)
+    near = " or ".join(sorted(close, key=lambda each: not _takes(known[each], value, root)))
     return f"unknown setting; {home}" + (f"did you mean {near}?" if near else f"known are {', '.join(sorted(known))}")
+
+
+def _meant(name: str, value: Any, known: Mapping[str, Any], root: type[Any]) -> str:
+    """The setting of nearly the same name that takes a value which this one does not: `engines` for `engine`."""
+    close = [each for each in difflib.get_close_matches(name, known) if _takes(known[each], value, root)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _takes(hint: Any, value: Any, root: type[Any]) -> bool:
+    """Whether a setting of this type can have the value: of two names that were perhaps meant, its is the likelier."""
+    try:
+        _convert(hint, value, "", root)
+    except ConfigError:
+        return False
+    return True
 
 
 def _convert(hint: Any, value: Any, name: str, root: type[Any]) -> Any:
@@ -114,4 +134,4 @@ def _table(cls: Any, name: str) -> str:
     """What a table is in TOML, such as `a table [[models]], with its model`."""
     plain, needed = re.sub(r"\[\d+\]", "", name), [item.name for item in fields(cls) if _is_needed(item)]
     form = f"[[{plain}]]" if name.endswith("]") else f"[{plain}]"
-    return f"a table {form}" + (f", with its {' and '.join(needed)}" if needed else "")
+    return f"a table {form}" + (f", with its {' and '.join(needed)}" if needed else "") + " (in Python a dict)"

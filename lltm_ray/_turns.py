@@ -37,6 +37,16 @@ def as_messages(given: str | Sequence[Mapping[str, Any]]) -> Messages:
     return messages
 
 
+def check_text(name: str, text: Any) -> None:
+    """Refuse what says nothing: a model answers that, too.
+
+    Raises:
+        ConfigError: it is no text, or blank.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(name, text, "must be a text that is not blank")
+
+
 def with_system(system: str, messages: Messages) -> Messages:
     """The messages after the system prompt; an empty one is left out."""
     return [{"role": "system", "content": system}, *messages] if system else messages

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import ray
 
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from lltm_ray.analytics.report import Report
 
 __all__ = ["Cluster", "join_ray", "leave_ray"]
+
+BatchPrompt = str | list[int] | Messages
 
 
 class Cluster:
@@ -262,21 +264,49 @@ class Cluster:
         answer: Completion = self._loop.run(self._calls.call("complete", prompt, timeout_s=timeout_s, **params))
         return answer
 
+    @overload
     def batch(
-        self, prompts: Sequence[str | list[int] | Messages], *, timeout_s: float = CALL_TIMEOUT_S, **params: Any
-    ) -> list[Completion]:
+        self,
+        prompts: Sequence[BatchPrompt],
+        *,
+        timeout_s: float = ...,
+        return_exceptions: Literal[False] = ...,
+        **params: Any,
+    ) -> list[Completion]: ...
+    @overload
+    def batch(
+        self, prompts: Sequence[BatchPrompt], *, timeout_s: float = ..., return_exceptions: bool, **params: Any
+    ) -> list[Completion | BaseException]: ...
+    def batch(
+        self,
+        prompts: Sequence[BatchPrompt],
+        *,
+        timeout_s: float = CALL_TIMEOUT_S,
+        return_exceptions: bool = False,
+        **params: Any,
+    ) -> list[Any]:
         """Answers in input order, computed at once on all slots of all engines.
 
         Message lists are chatted; texts and token ids are completed as they are, without the chat template.
 
+        Args:
+            prompts: what is none is told by its place before anything is sent.
+            timeout_s: until all answers are there.
+            return_exceptions: as of `asyncio.gather`: errors stand in the list at their prompts' places, beside the
+                answers to the others. False: the first error is raised, no answer is returned.
+            params: parameters of every request, see `chat`.
+
         Raises:
-            ConfigError: not a list of prompts, or one of them is none.
-            LltmRayError: the first error, after the other requests were cancelled.
+            ConfigError: not a list of prompts, or `prompts[3]` is none, or a misspelt or wrong parameter.
+            LltmRayError: the first error, after the other requests were cancelled; it notes its prompt's place.
         """
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
             kind = type(prompts).__name__
             raise ConfigError("prompts", prompts, f"is of type {kind}: give a list of prompts, [prompt] for one")
-        return self._loop.run(self._calls.batch(prompts, timeout_s=timeout_s, **params))
+        answers: list[Any] = self._loop.run(
+            self._calls.batch(prompts, timeout_s=timeout_s, return_exceptions=return_exceptions, **params)
+        )
+        return answers
 
     def stream(
         self, messages: str | Messages, *, timeout_s: float = CALL_TIMEOUT_S, **params: Any

@@ -40,6 +40,7 @@ All of them pickle with their fields, so they cross actor borders whole.
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 
@@ -187,7 +188,7 @@ class EngineStartError(EngineError):
 
 
 class EngineExitedError(EngineError):
-    """The server ended while a request was on it."""
+    """The server ended while a request was on it; without a name of the engine, also that the connection broke."""
 
     http_status = 503
     code = "engine_exited"
@@ -195,7 +196,8 @@ class EngineExitedError(EngineError):
 
     def __init__(self, engine: str, exit_code: int | None = None) -> None:
         told = "" if exit_code is None else f" (exit code {exit_code})"
-        super().__init__(f"engine {engine} ended{told}", engine=engine, exit_code=exit_code)
+        ended = f"engine {engine} ended" if engine else "llama-server ended, or the connection to it broke"
+        super().__init__(ended + told, engine=engine, exit_code=exit_code)
 
 
 class EngineNotReadyError(EngineError):
@@ -206,7 +208,7 @@ class EngineNotReadyError(EngineError):
     state: str
 
     def __init__(self, engine: str, state: str) -> None:
-        super().__init__(f"engine {engine} is {state}", engine=engine, state=state)
+        super().__init__(f"{f'engine {engine}' if engine else 'llama-server'} is {state}", engine=engine, state=state)
 
 
 class ServerBinaryError(EngineError):
@@ -252,13 +254,28 @@ class DeadlineError(LltmRayError):
 
 
 class UpstreamError(LltmRayError):
-    """llama-server's own error, kept as it came: `http_status` and `body` are the server's."""
+    """llama-server's own error: `http_status` and `body` are the server's as they came, its message is in ours."""
 
     code = "upstream_error"
     body: str
 
     def __init__(self, status: int, body: str) -> None:
-        super().__init__(f"llama-server answered {status}: {body[:2000]}", http_status=status, body=body)
+        super().__init__(f"llama-server answered {status}: {_told(body)[:2000]}", http_status=status, body=body)
+
+
+_CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
+"""What could steer a terminal; JSON has it escaped, its message has not."""
+
+
+def _told(body: str) -> str:
+    """The message of an error body, in the shapes that servers have for it; all of one that has none."""
+    try:
+        told = json.loads(body)
+    except (ValueError, TypeError, RecursionError):
+        return str(body)
+    for name in ("error", "message"):
+        told = told.get(name, told) if isinstance(told, dict) else told
+    return told.translate(_CONTROLS) if isinstance(told, str) and told.strip() else body
 
 
 class PlacementError(LltmRayError):

@@ -6,18 +6,20 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 import ray
 
+from lltm_ray._turns import as_messages
 from lltm_ray.actors import names
 from lltm_ray.actors.crew import cause_of
 from lltm_ray.actors.engine import CALL_TIMEOUT_S, OWN
 from lltm_ray.actors.fleet import Fleet, get_engine, newest
 from lltm_ray.actors.remote import find
 from lltm_ray.actors.watch import keep_going, watch_fleet
-from lltm_ray.errors import DeadlineError, EngineError, EngineExitedError, LltmRayError
+from lltm_ray.errors import ConfigError, DeadlineError, EngineError, EngineExitedError, LltmRayError
+from lltm_ray.llamacpp import wire
 from lltm_ray.llamacpp.options import TIMEOUT, check_value, settle
 from lltm_ray.records import Completion, FleetStatus, StreamEvent, Timings
 from lltm_ray.routing.adapters import choose
@@ -105,14 +107,32 @@ class Calls:
         except TimeoutError:
             raise DeadlineError(f"{method} on fleet {self._fleet.config.name!r}", timeout_s) from None
 
-    async def batch(self, prompts: Sequence[Any], *, timeout_s: float, **params: Any) -> list[Completion]:
-        """One call for each prompt, all at once; the first error cancels the rest."""
+    async def batch(
+        self, prompts: Iterable[Any], *, timeout_s: float, return_exceptions: bool = False, **params: Any
+    ) -> list[Completion | BaseException]:
+        """One call for each prompt, all at once, when all of them are prompts.
+
+        The first error cancels the rest, or with `return_exceptions` stands in its prompt's place.
+        """
+        asked = [_read_prompt(place, prompt) for place, prompt in enumerate(prompts)]
+        check_value(TIMEOUT, timeout_s)
+        for method in {method for method, _ in asked}:
+            settle(ROUTES[method], params, own=(*OWN, "return_exceptions"))
+        calls = [self._placed(place, *each, timeout_s=timeout_s, **params) for place, each in enumerate(asked)]
+        if return_exceptions:
+            return await asyncio.gather(*calls, return_exceptions=True)
         async with _first_error(), asyncio.TaskGroup() as group:
-            calls = [
-                group.create_task(self.call(_method_for(prompt), prompt, timeout_s=timeout_s, **params))
-                for prompt in prompts
-            ]
-        return [call.result() for call in calls]
+            tasks = [group.create_task(call) for call in calls]
+        return [task.result() for task in tasks]
+
+    async def _placed(self, place: int, method: str, prompt: Any, **params: Any) -> Completion:
+        """A call of a batch; its error notes which."""
+        try:
+            answer: Completion = await self.call(method, prompt, **params)
+            return answer
+        except LltmRayError as error:
+            error.add_note(f"prompts[{place}] of the batch")
+            raise
 
     async def stream(self, messages: Messages, *, timeout_s: float, **params: Any) -> AsyncIterator[StreamEvent]:
         """Tried elsewhere as long as no event was delivered."""
@@ -227,9 +247,14 @@ class _first_error:  # noqa: N801 - used as a statement
             raise error.exceptions[0] from None
 
 
-def _method_for(prompt: Any) -> str:
+def _read_prompt(place: int, prompt: Any) -> tuple[str, Any]:
+    """The method that answers a prompt of a batch, and what it takes."""
     is_messages = isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], Mapping)
-    return "chat" if is_messages else "complete"
+    try:
+        return ("chat", as_messages(prompt)) if is_messages else ("complete", wire.as_prompt(prompt))
+    except ConfigError as error:
+        part = error.field.removeprefix("messages").removeprefix("prompt")
+        raise ConfigError(f"prompts[{place}]{part}", error.value, error.why) from None
 
 
 async def _awaited(call: Any, engine: str) -> Any:

@@ -21,6 +21,7 @@ from lltm_ray.actors.controller import ControllerActor, ControllerSpec
 from lltm_ray.actors.crew import Crew, cause_of, end_engine, end_leftovers, engine_names, find_engines
 from lltm_ray.actors.directory import Directory
 from lltm_ray.actors.gateway import GatewayActor, port_of
+from lltm_ray.actors.lost import end_lost, is_lost
 from lltm_ray.actors.placement import (
     Reservation,
     engines_beside,
@@ -80,7 +81,14 @@ class Fleet:
                 time.sleep(0.1)
 
     def stop(self) -> None:
-        """Drain the gateway, then the engines; end every actor and give the shares back."""
+        """Drain the gateway, then the engines; end every actor and give the shares back.
+
+        Nothing is drained where Ray was ended before: what is left of one that this process started is killed.
+        """
+        if is_lost():
+            log.warning("Ray was ended before fleet %r, which is ended without a drain", self.config.name)
+            end_lost()
+            return
         if self.controller is not None:  # first of all: it would start new ones
             _settle([self.controller.close.remote()], 0.0)
             ray.kill(self.controller)
@@ -89,6 +97,12 @@ class Fleet:
         try:
             self._drain()
         finally:
+            self._end()
+
+    def _end(self) -> None:
+        if is_lost():
+            end_lost()
+        else:
             for handle in (*self.gateways.values(), self.directory, self.telemetry, self.analytics):
                 if handle is not None:
                     ray.kill(handle)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -140,12 +141,19 @@ def _with_draft(spec: EngineSpec, find: Callable[[str], ResolvedModel]) -> Engin
     engine = spec.fleet.engine
     if engine.model_draft is None:
         return spec
-    try:
+    with naming_the_draft(engine.model_draft):
         path = find(engine.model_draft).path
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(engine.model_draft, f"engine.model_draft: {error.why}") from error
     engine = replace(engine, model_draft=str(path))
     return replace(spec, fleet=replace(spec.fleet, engine=engine))
+
+
+@contextmanager
+def naming_the_draft(model: str) -> Iterator[None]:
+    """An error of a draft that is not found names the setting, for there are two models."""
+    try:
+        yield
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(model, f"engine.model_draft: {error.why}") from error
 
 
 def slot_seal(engine: EngineConfig, model: Path, executable: str) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lltm_ray.actors.launch import naming_the_draft
 from lltm_ray.config import FleetConfig, read_environment
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.server import bind
 from lltm_ray.llamacpp.binary import find_server
 from lltm_ray.models.gguf import read_model
-from lltm_ray.models.resolve import resolve
+from lltm_ray.models.resolve import check_exists, resolve
 
 
 def check_here(config: FleetConfig) -> None:
@@ -20,6 +21,10 @@ def check_here(config: FleetConfig) -> None:
     """
     environment = read_environment()
     find_server(config.llama_server, environment)
+    if config.engine.model_draft is not None:
+        with naming_the_draft(config.engine.model_draft):
+            check_exists(config.engine.model_draft)
+    check_exists(config.model)
     if Path(config.model).suffix == ".gguf" and ":" not in config.model:
         read_model(resolve(config.model, cache_dir=environment.cache_dir).path)
     if config.gateway is not None:

@@ -34,7 +34,12 @@ class RunState:
 
     def forget(self) -> None:
         """Remove it."""
-        _path(self.name).unlink(missing_ok=True)
+        self.forget_fleet(self.name)
+
+    @staticmethod
+    def forget_fleet(name: str) -> None:
+        """Remove what was written of a fleet, if anything was."""
+        _path(name).unlink(missing_ok=True)
 
     @classmethod
     def of_this_process(cls, name: str, ray_address: str, endpoint: str | None, *, holds_fleet: bool) -> Self:

@@ -22,7 +22,7 @@ from typing import Any, Self
 import requests
 
 from lltm_ray._sessions import HEAD_FIELDS, RESTORED, SESSION_HEADER, SessionInfo, check_name
-from lltm_ray._turns import Messages, as_messages
+from lltm_ray._turns import Messages, as_messages, check_text
 from lltm_ray.errors import (
     AuthenticationError,
     ConfigError,
@@ -171,6 +171,7 @@ class Session:
         """The answer to one more message; `params` as in /v1/chat/completions.
 
         Raises:
+            ConfigError: an empty message, or a misspelt or wrong parameter; nothing was sent.
             UpstreamError: the request was refused; one of them, that the conversation is longer than a slot.
             LltmRayError: see `LlamaClient`.
         """
@@ -181,6 +182,7 @@ class Session:
 
     def stream(self, text: str, **params: Any) -> Generator[StreamEvent]:
         """The same, event by event; of an answer that is left early what came is kept."""
+        check_text("text", text)
         asked = {"role": "user", "content": text}
         params = self._fields | params
         client, collector = self._client.sending({SESSION_HEADER: self.name}), Collector()

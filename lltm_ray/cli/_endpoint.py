@@ -8,6 +8,7 @@ import typer
 
 from lltm_ray.actors.runstate import RunState
 from lltm_ray.errors import ConfigError
+from lltm_ray.llamacpp.base_url import base_url
 
 UrlOption = Annotated[
     str, typer.Option(help="Base URL of a gateway or of one llama-server.", show_default="the fleet's own")
@@ -16,13 +17,13 @@ NameOption = Annotated[str, typer.Option(help="The fleet's name.")]
 
 
 def endpoint_of(url: str, name: str) -> str:
-    """The URL that was given; else that of the fleet that `lltm-ray up` started on this machine.
+    """The URL that was given, without OpenAI's `/v1`; else that of the fleet that `lltm-ray up` started here.
 
     Raises:
-        ConfigError: no URL was given, and no such fleet runs here, or it has no gateway.
+        ConfigError: that is no URL; or none was given, and no such fleet runs here, or it has no gateway.
     """
     if url:
-        return url.rstrip("/")
+        return base_url(url)
     state = RunState.load(name)
     if state is None:
         raise ConfigError("name", name, f"no such fleet runs here; start it (lltm-ray up --name {name}), or give --url")

@@ -44,7 +44,8 @@ def drain(
 ) -> None:
     """Close an engine to new requests and move its conversations, with their KV caches, to other engines.
 
-    The engine stays closed until --undrain or until its server is restarted. Exit code 1: something stayed on it.
+    The engine stays closed until --undrain or until its server is restarted; if no other engine serves its model,
+    requests are refused meanwhile. Exit code 1: something stayed on it.
     """
     key, base = read_key(api_key_file), endpoint_of(url, name)
     if undrain:
@@ -69,6 +70,8 @@ def _print(report: dict[str, Any]) -> None:
     print_table(columns, [row])
     for failure in report["failed"]:
         ERR.print(f"slot {failure['slot']}, {failure['tokens']:,} tokens: {failure['why']}", markup=False)
+    if report.get("warning"):  # a gateway of an earlier version has none
+        ERR.print(f"warning: {report['warning']}", markup=False, soft_wrap=True)
 
 
 def _post(url: str, key: str, limit_s: float, *, engine: str, **query: Any) -> dict[str, Any]:

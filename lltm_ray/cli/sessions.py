@@ -135,7 +135,11 @@ def _read(path: Path | None) -> list[dict[str, Any]]:
     shown = str(path or "stdin")
     try:
         given = json.loads(sys.stdin.read() if path is None else path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except FileNotFoundError as error:
+        raise ConfigError("messages", shown, "no such file") from error
+    except OSError as error:
+        raise ConfigError("messages", shown, f"cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError("messages", shown, f"is no JSON that can be read: {error}") from error
     if isinstance(given, dict):
         system = given.get("system")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
+from lltm_ray.actors.lost import end_lost, watch_ray
 from lltm_ray.actors.runstate import RunState
 from lltm_ray.cli._output import ERR, OUT, errors_end_the_command, tell_if_demonstration
 from lltm_ray.config import SPLIT_MODES, FleetConfig, build, read_environment
@@ -112,8 +114,10 @@ def _parts(text: str) -> list[float]:
 
 def _up_here(fleet: FleetConfig) -> None:
     """Ray and the fleet live in this process."""
+    stop = threading.Event()
+    watch_ray(lambda: _leave_lost(fleet.name, stop))
     with _start(fleet) as cluster:
-        stop = _stop_signals()
+        _hear_signals(stop)
         state = _state(cluster, holds_fleet=True)
         state.save()
         try:
@@ -124,10 +128,24 @@ def _up_here(fleet: FleetConfig) -> None:
             state.forget()
 
 
+def _leave_lost(name: str, stop: threading.Event) -> None:
+    """End what is left when Ray was ended, as by a signal to the whole process group, and this process.
+
+    At once, for its main thread may be in a call that waits for Ray, and Ray's own end takes 15 s then.
+    """
+    end_lost()
+    RunState.forget_fleet(name)
+    with suppress(OSError):  # the terminal may be closed
+        ERR.show_cursor()
+        ERR.print("Ray, which was started here, was ended: the fleet ended without a drain")
+    os._exit(0 if stop.is_set() else 1)
+
+
 def _up_on_cluster(fleet: FleetConfig, *, detach: bool) -> None:
     """The fleet lives on a Ray cluster that somebody else keeps."""
     cluster = _start(fleet, detached=detach)
-    stop = _stop_signals()
+    stop = threading.Event()
+    _hear_signals(stop)
     state = _state(cluster, holds_fleet=not detach)
     state.save()
     _tell_ready(state, foreground=not detach)
@@ -162,17 +180,16 @@ def _progress(status: FleetStatus) -> Table:
     return table
 
 
-def _stop_signals() -> threading.Event:
-    """From now on SIGINT and SIGTERM ask for a drain; a second SIGINT does not wait for it."""
-    stop = threading.Event()
+def _hear_signals(stop: threading.Event) -> None:
+    """From now on SIGINT, SIGTERM and a closed terminal ask for a drain; a second SIGINT does not wait for it."""
 
     def ask(_number: int, _frame: Any) -> None:
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask)
-    return stop
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:  # nohup
+            signal.signal(number, ask)
 
 
 def _tell_ready(state: RunState, *, foreground: bool) -> None:

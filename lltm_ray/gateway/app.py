@@ -22,7 +22,7 @@ from lltm_ray.gateway.drain_routes import DrainRoutes, Peers
 from lltm_ray.gateway.explain_routes import PATH as EXPLAIN_PATH
 from lltm_ray.gateway.explain_routes import ExplainRoutes
 from lltm_ray.gateway.fleet import Fleet
-from lltm_ray.gateway.fleet_routes import PUBLIC, STATUS_PATH, FleetRoutes
+from lltm_ray.gateway.fleet_routes import MODEL_PATHS, PUBLIC, STATUS_PATH, FleetRoutes
 from lltm_ray.gateway.guard import Cause, Deadlines
 from lltm_ray.gateway.headers import find, request_id
 from lltm_ray.gateway.level import Leveller
@@ -190,7 +190,7 @@ class GatewayApp:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = scope["headers"]
         id_ = request_id(headers)
-        method, path = scope["method"], scope["path"]
+        method, path = scope["method"], scope["path"].removeprefix(scope.get("root_path", ""))
         request = Request(
             method="GET" if method == "HEAD" else method,
             path=path,
@@ -242,6 +242,9 @@ class GatewayApp:
         if request.method == "GET" and request.path.startswith(TIMELINE_PATH + "/"):
             request.record.route = TIMELINE_PATH
             return self._dashboard_routes.timeline_path
+        if request.method == "GET" and request.path.startswith(MODEL_PATHS) and request.path not in MODEL_PATHS:
+            request.record.route = "/v1/models/{model}"
+            return self._fleet_routes.model_path
         request.record.route = "other"
         return _not_found
 

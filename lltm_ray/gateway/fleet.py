@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lltm_ray.errors import EngineNotReadyError
+from lltm_ray.errors import EngineNotReadyError, ModelNotFoundError, UpstreamError
 from lltm_ray.gateway.drain_routes import Peers
 from lltm_ray.gateway.exposition import merge_metrics
 from lltm_ray.gateway.headers import build_request
@@ -37,6 +37,12 @@ class Answer:
     status: int
     body: bytes
 
+    @property
+    def why(self) -> str:
+        """What a failed one says."""
+        text = self.body.decode("utf-8", "replace")
+        return UpstreamError(self.status, text).message if self.status else text
+
     def json(self) -> Any:
         """The parsed body of a good answer, else None."""
         if self.status != 200:
@@ -57,14 +63,31 @@ class Fleet:
         self._peers = peers
         self._silent: set[tuple[str, bytes]] = set()
 
-    async def models(self) -> dict[str, Any]:
-        """`/v1/models`: each served name once, as one of its engines tells, then all adapters; with engine counts."""
-        names = self._router.models()
+    async def models(self, only: str | None = None) -> dict[str, Any]:
+        """`/v1/models`: each served name once, as one of its engines tells, then all adapters; with engine counts.
+
+        Args:
+            only: one served name, with its adapters; None: all of them.
+        """
+        names = self._router.models() if only is None else (only,)
         first = [ready[0] for ready in map(self._router.ready, names) if ready]
         told = {answer.engine.model: answer.json() for answer in await self._ask_all(first, b"/v1/models")}
         entries = [self._model_entry(name, told.get(name)) for name in names]
         shown = [new for _, new in entries] + [each for name in names for each in self._adapter_entries(name)]
         return {"models": [old for old, _ in entries], "object": "list", "data": shown}
+
+    async def model(self, name: str) -> dict[str, Any]:
+        """`/v1/models/{name}`: one entry of `data`, of a served name or one of its adapters.
+
+        Raises:
+            ModelNotFoundError: there is none of that name.
+            EngineNotReadyError: the fleet is empty.
+        """
+        listed = await self.models(self._router.resolve(name))
+        for each in listed["data"]:
+            if each["id"] == name:
+                return dict(each)
+        raise ModelNotFoundError(name, "it was unloaded just now")
 
     def _model_entry(self, name: str, told: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         told = told if isinstance(told, dict) else {}
@@ -135,7 +158,7 @@ class Fleet:
         failed = [answer for answer in answers if answer.status != 200]
         if not failed and not absent:
             return 200, {"success": True}
-        told = [f"{each.engine.name}: {each.body[:300].decode('utf-8', 'replace')}" for each in failed]
+        told = [f"{each.engine.name}: {each.why}" for each in failed]
         told += [f"{engine.name}: is {engine.state}" for engine in absent]
         status = (failed[0].status if failed else 0) or 503
         kind = "invalid_request_error" if status == 400 else "server_error"

@@ -19,6 +19,8 @@ from lltm_ray.routing.router import Router
 PUBLIC = frozenset({"/health", "/v1/health"})
 """Open without a key, as in llama-server."""
 STATUS_PATH = "/lltm/status"
+MODEL_PATHS = ("/v1/models/", "/models/")
+"""A model's name follows, with its own slashes."""
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 _OPEN_METRICS = b"application/openmetrics-text"
 _OPEN_TYPE = _OPEN_METRICS + b"; version=1.0.0; charset=utf-8"
@@ -31,7 +33,7 @@ _LOADING = b'{"error":{"message":"Loading model","type":"unavailable_error","cod
 
 
 class FleetRoutes:
-    """Handlers of /health, /models, /props, /slots, /metrics, /lora-adapters and /lltm/status."""
+    """Handlers of /health, /models, /models/NAME, /props, /slots, /metrics, /lora-adapters and /lltm/status."""
 
     def __init__(
         self,
@@ -73,6 +75,11 @@ class FleetRoutes:
 
     async def _models(self, request: Request) -> None:
         await request.reply_json(await self._fleet.models())
+
+    async def model_path(self, request: Request) -> None:
+        """`GET /v1/models/{name}`: one model, as it is listed."""
+        name = next(request.path.removeprefix(start) for start in MODEL_PATHS if request.path.startswith(start))
+        await request.reply_json(await self._fleet.model(name))
 
     async def _props(self, request: Request) -> None:
         await request.reply_json(await self._fleet.props(self._engines_for(request)))

@@ -78,16 +78,22 @@ class Migrator:
 
     # --- what it does
 
-    async def drain(self, engine_name: str, deadline_s: float) -> MoveReport:
+    async def drain(self, engine_name: str, deadline_s: float, *, is_leaving: bool = False) -> MoveReport:
         """Close an engine and move its conversations away, longest first, running ones as they end.
 
         The engine stays closed afterwards, whatever the outcome; see `undrain`.
+
+        Args:
+            engine_name: which.
+            deadline_s: what has not moved by then stays.
+            is_leaving: it will be ended by who starts others, for which requests wait; else those are refused that no
+                other engine can take.
 
         Raises:
             ConfigError: no such engine.
         """
         run = self._begin(engine_name)
-        self._router.close_engine(engine_name)
+        self._router.close_engine(engine_name, is_leaving=is_leaving)
         with working(self._notes, Work("drain", engine_name)):
             try:
                 async with asyncio.timeout(deadline_s):
@@ -194,6 +200,7 @@ class Migrator:
             failed=failed,
             left=len(self._router.held(run.source.name)),
             running=self._router.in_flight(run.source.name),
+            warning=self._router.unserved(run.source.name),
         )
         for name, count in (("moved", report.moved), ("tokens", report.tokens), ("bytes", report.size_bytes)):
             self._counts[name] += count

@@ -45,11 +45,17 @@ class MigrationRouter(Protocol):
     def engines(self, model: str | None = None) -> tuple[EngineInfo, ...]:
         """All known engines, or those of one model."""
 
-    def close_engine(self, name: str) -> None:
-        """No new claims until `open_engine`, or until the engine's server is another one."""
+    def close_engine(self, name: str, *, is_leaving: bool = False) -> None:
+        """No new claims until `open_engine`, or until the engine's server is another one.
+
+        `is_leaving`: it is about to be ended by who starts others, for which requests wait.
+        """
 
     def open_engine(self, name: str) -> None:
         """Take claims again."""
+
+    def unserved(self, name: str) -> str:
+        """What people are told when requests for this engine's model are refused now; empty when they are not."""
 
     def in_flight(self, name: str) -> int:
         """Claimed slots."""
@@ -96,6 +102,8 @@ class MoveReport:
     """Conversations that are still on the engine's slots and nowhere else, failed ones included."""
     running: int = 0
     """Requests that were still running at the end."""
+    warning: str = ""
+    """That requests for the engine's model are refused now, and the remedy."""
 
     def public(self) -> dict[str, Any]:
         """As JSON."""
@@ -112,6 +120,7 @@ class MoveReport:
             failed=self.failed + other.failed,
             left=self.left + other.left,
             running=self.running + other.running,
+            warning=self.warning or other.warning,
         )
 
 

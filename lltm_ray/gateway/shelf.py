@@ -117,7 +117,7 @@ class Shelf:
 
     async def _move(self, parting: Parting) -> None:
         try:
-            await self._migrator.drain(parting.engine, parting.deadline_s)
+            await self._migrator.drain(parting.engine, parting.deadline_s, is_leaving=True)
         except LltmRayError as error:
             _log.warning("%s: nothing is moved: %s", parting.engine, error)
 

@@ -11,6 +11,8 @@ from lltm_ray.errors import ConfigError
 def base_url(url: str) -> str:
     """What routes are put behind: without slashes at its end, and without the `/v1` that OpenAI's clients want there.
 
+    One `/v1` is left out and no more: the base of a llama-server with `--api-prefix /v1` is `http://HOST/v1/v1`.
+
     Raises:
         ConfigError: it is no URL of a server.
     """

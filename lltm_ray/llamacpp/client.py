@@ -5,8 +5,9 @@ whole answer), `stream` (events) and `collect` (a stream joined). Whatever gener
 only then are queue time and time to first token known, and only then does a caller who goes away free the slot
 (llama.cpp was seen to work an unstreamed request to its end). Closing or dropping a stream closes its socket.
 
-Errors of every method: `ConfigError` (a wrong argument, nothing sent), `EngineNotReadyError` (nothing listens),
-`EngineExitedError` (the connection broke), `DeadlineError` (out of time), `UpstreamError` (the server's own error).
+Errors of every method: `ConfigError` (a wrong argument, nothing sent), `EngineNotReadyError` (nothing listens, or the
+client is closed), `EngineExitedError` (the connection broke), `DeadlineError` (out of time), `UpstreamError` (the
+server's own error).
 The `engine` of these errors is empty: the engine that owns the client knows its name.
 """
 
@@ -18,7 +19,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from http.client import RemoteDisconnected
 from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, Self, TypeVar, overload
@@ -33,7 +33,7 @@ from lltm_ray._watch import watch
 from lltm_ray.errors import ConfigError, DeadlineError, EngineExitedError, EngineNotReadyError, LltmRayError
 from lltm_ray.llamacpp import wire
 from lltm_ray.llamacpp.base_url import base_url
-from lltm_ray.llamacpp.pools import POOLS, connects
+from lltm_ray.llamacpp.pools import POOLS, connects, ended_silently
 from lltm_ray.llamacpp.replies import Reply
 from lltm_ray.llamacpp.sse import StreamReader, collect
 from lltm_ray.records import Completion, StreamEvent
@@ -151,12 +151,17 @@ class _Face:
         if self.api_key:
             self._headers["Authorization"] = f"Bearer {self.api_key}"
         self._further: Mapping[str, str] = {}
+        self._life = SimpleNamespace(is_closed=False)  # one for all twins
 
     def sending(self, headers: Mapping[str, str]) -> Self:
         """This client once more, on the same connections; its requests carry further headers, such as a trace's."""
         twin = copy.copy(self)
         twin._further = headers
         return twin
+
+    def _check_open(self) -> None:
+        if self._life.is_closed:
+            raise EngineNotReadyError("", "out of reach: this client is closed; make another one")
 
     def _not_ready(self) -> EngineNotReadyError:
         return EngineNotReadyError("", f"not listening at {self.url}")
@@ -184,7 +189,8 @@ class LlamaClient(_Face):
         self.close()
 
     def close(self) -> None:
-        """Close idle connections; running requests keep theirs."""
+        """Send nothing more, and close idle connections; running requests keep theirs."""
+        self._life.is_closed = True
         self._session.close()
 
     def _new_session(self) -> requests.Session:
@@ -218,7 +224,7 @@ class LlamaClient(_Face):
                 try:
                     response = self._ask(self._session, call, headers)
                 except requests.ConnectionError as error:
-                    if connects.count != opened or not _ended_silently(error):
+                    if connects.count != opened or not ended_silently(error):
                         raise
                     # a session of its own, so that the second try cannot meet another stale connection
                     response = self._ask(stack.enter_context(self._new_session()), call, headers)
@@ -245,6 +251,7 @@ class LlamaClient(_Face):
 
     def send(self, call: wire.Call[T]) -> T:
         """Send a call of `wire` and read its whole answer."""
+        self._check_open()
         started = time.perf_counter()
         with watch(self.url, call.path, call.body) as seen:
             with self._open(call, seen.headers) as response:
@@ -255,6 +262,7 @@ class LlamaClient(_Face):
 
     def stream(self, call: wire.StreamCall) -> Generator[StreamEvent]:
         """Send a streamed call of `wire`; the request goes out when the first event is asked for."""
+        self._check_open()
         started = time.perf_counter()
         with (
             watch(self.url, call.path, call.body, is_stream=True) as seen,
@@ -277,12 +285,6 @@ class LlamaClient(_Face):
         return collect(self.stream(call))
 
 
-def _ended_silently(error: requests.ConnectionError) -> bool:
-    """Whether the peer closed the connection without a byte of an answer."""
-    causes = getattr(error.args[0] if error.args else None, "args", ())
-    return any(isinstance(cause, RemoteDisconnected | ConnectionResetError | BrokenPipeError) for cause in causes)
-
-
 class AsyncLlamaClient(_Face):
     """Client of one llama-server for one event loop; its methods are awaited, its streams are async generators."""
 
@@ -298,7 +300,8 @@ class AsyncLlamaClient(_Face):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Close all connections; running requests end with `EngineExitedError`."""
+        """Send nothing more, and close all connections; running requests end with `EngineExitedError`."""
+        self._life.is_closed = True
         for response in tuple(self._running):  # aiohttp 3 forgets to tell whoever reads a body
             response.content.set_exception(aiohttp.ServerDisconnectedError())
         while self._sessions:
@@ -363,6 +366,7 @@ class AsyncLlamaClient(_Face):
 
     async def send(self, call: wire.Call[T]) -> T:
         """As `LlamaClient.send`."""
+        self._check_open()
         with watch(self.url, call.path, call.body) as seen:
             async with self._open(call, seen.headers) as response:
                 body = await response.read()
@@ -372,6 +376,7 @@ class AsyncLlamaClient(_Face):
 
     async def stream(self, call: wire.StreamCall) -> AsyncGenerator[StreamEvent]:
         """As `LlamaClient.stream`."""
+        self._check_open()
         started = time.perf_counter()
         with watch(self.url, call.path, call.body, is_stream=True) as seen:
             async with self._open(call, seen.headers) as response:

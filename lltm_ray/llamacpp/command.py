@@ -139,6 +139,7 @@ _ALWAYS = ("--fit", "off", "--metrics", "--slots", "--props", "--no-ui", "--offl
 _OURS = frozenset(("--model", "-m", "--alias", "-a", "--host", "--port", "--api-key-file"))
 _OURS |= frozenset(("--slot-prompt-similarity", "-sps"))
 """What is asked for elsewhere too: routing must know by which rule a server takes its slots."""
+_PREFIX = "--api-prefix"
 _SECRET = frozenset(("--api-key", "--hf-token", "-hft"))
 
 
@@ -234,6 +235,9 @@ def _checked_extra(extra: Sequence[str]) -> list[str]:
         name = text.partition("=")[0]
         if name in _SECRET:
             raise ConfigError("extra_args", name, "a secret must not be an argument, every user of the machine sees it")
+        if name == _PREFIX:
+            why = "moves every route, and engines are asked at their root; put a prefix before the gateway by a proxy"
+            raise ConfigError("extra_args", name, why)
         if name in _OURS:
             raise ConfigError("extra_args", name, "is set by lltm_ray; use the setting of that name")
     return list(extra)

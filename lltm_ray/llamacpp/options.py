@@ -2,8 +2,8 @@
 
 llama-server ignores what it does not know, and every release knows more. So a name that is nowhere near a known one is
 passed on as it is, and so are those of another route or of another server, and whatever stands in `extra_body`, as with
-OpenAI's client. It also moves many a value that means nothing to the nearest that does, or passes it over: those of
-calls through Ray are refused instead.
+OpenAI's client. It also moves many a value that means nothing to the nearest that does, or passes it over: those are
+refused instead.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ NEARNESS: Final = 0.74
 (0.75), but not vLLM's `length_penalty` for `repeat_penalty` (0.71)."""
 TIMEOUT: Final = "timeout_s"
 """An argument of calls through Ray; of a client it is a setting, and of no route an option."""
+_DEADLINE: Final = "deadline_s"
+"""What people also call it; nobody would heed it."""
 
 _GENERATION: Final = frozenset(
     {
@@ -179,16 +181,21 @@ def settle(path: str, given: Mapping[str, Any], own: Iterable[str] = ()) -> dict
     """The same options for another `read_options`, where `extra_body` holds nothing but unknown names.
 
     Args and errors are those of `read_options`; and what the call sets itself cannot be given by name either, nor what
-    `check_value` refuses, by name or in `extra_body`.
+    `check_values` refuses, by name or in `extra_body`.
     """
     for name in sorted(given.keys() & (FIXED[path] - _STREAMING)):
         raise ConfigError(name, given[name], "is set by the call itself: leave it out")
     options = read_options(path, given, own)
+    check_values(options)
+    unknown = {name: options.pop(name) for name in given.get(EXTRA) or () if name not in KNOWN[path]}
+    return options | ({EXTRA: unknown} if unknown else {})
+
+
+def check_values(options: Mapping[str, Any]) -> None:
+    """Refuse by `check_value` each option that is not None."""
     for name, value in options.items():
         if value is not None:
             check_value(name, value)
-    unknown = {name: options.pop(name) for name in given.get(EXTRA) or () if name not in KNOWN[path]}
-    return options | ({EXTRA: unknown} if unknown else {})
 
 
 def check_value(name: str, value: Any) -> None:
@@ -216,7 +223,8 @@ def _is(value: Any, kind: type) -> bool:
 def _slip(path: str, own: frozenset[str], name: str) -> str:
     """What was meant by a name, by those that are most like it; empty: nothing is."""
     plain = name.lower().replace("-", "_")
-    near = difflib.get_close_matches(plain, KNOWN[path] | own | {EXTRA, TIMEOUT}, 2, NEARNESS)
+    found = difflib.get_close_matches(plain, KNOWN[path] | own | {EXTRA, TIMEOUT, _DEADLINE}, 2, NEARNESS)
+    near = list(dict.fromkeys(TIMEOUT if each == _DEADLINE else each for each in found))
     if near[:1] == [TIMEOUT] and TIMEOUT not in own:
         return f"is no option of a request, but of its client: LlamaClient(url, {TIMEOUT}=...)."
     meant = " or ".join(each for each in near if each != TIMEOUT or TIMEOUT in own)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from http.client import RemoteDisconnected
 from typing import Final
 
+import requests
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
@@ -41,3 +43,9 @@ class _HTTPSPool(HTTPSConnectionPool):
 
 POOLS: Final = {"http": _HTTPPool, "https": _HTTPSPool}
 """Scheme -> its pool."""
+
+
+def ended_silently(error: requests.ConnectionError) -> bool:
+    """Whether the peer closed the connection without a byte of an answer."""
+    causes = getattr(error.args[0] if error.args else None, "args", ())
+    return any(isinstance(cause, RemoteDisconnected | ConnectionResetError | BrokenPipeError) for cause in causes)

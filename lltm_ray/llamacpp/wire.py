@@ -2,7 +2,8 @@
 
 Flow: `wire.tokenize(...)` -> `Call(method, path, query, body, parse)` -> a client sends it -> `replies` -> a record.
 Parameters that are not named here go to the server as they are, except None, which is dropped. Of their names `options`
-knows those that llama.cpp has; one that looks misspelt is refused, unless it stands in `extra_body={...}`.
+knows those that llama.cpp has; one that looks misspelt is refused, unless it stands in `extra_body={...}`, and so is a
+value that means nothing, wherever it stands.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from lltm_ray._turns import as_messages
 from lltm_ray.errors import ConfigError, UpstreamError
 from lltm_ray.llamacpp import replies
-from lltm_ray.llamacpp.options import read_options
+from lltm_ray.llamacpp.options import KNOWN, check_values, read_options
 from lltm_ray.llamacpp.replies import Health, JsonObject, LoraAdapter, Reply, SlotAction
 from lltm_ray.llamacpp.sse import Decoder
 from lltm_ray.records import Embeddings, RerankHit, SlotState
@@ -115,14 +116,15 @@ def chat(messages: Chat, **params: Any) -> StreamCall:
             of further ones, whose names are not looked at.
 
     Raises:
-        ConfigError: a wrong message or parameter, or one that looks misspelt, before anything is sent.
+        ConfigError: a wrong message or parameter, a value that means nothing, or a name that looks misspelt, before
+            anything is sent.
     """
     return _openai("/v1/chat/completions", params, messages=as_messages(messages))
 
 
 def completions(prompt: Prompt, **params: Any) -> StreamCall:
     """OpenAI's text completion, POST /v1/completions; arguments and errors as `complete`."""
-    return _openai("/v1/completions", params, prompt=_prompt(prompt))
+    return _openai("/v1/completions", params, prompt=as_prompt(prompt))
 
 
 def complete(prompt: Prompt, **params: Any) -> StreamCall:
@@ -135,7 +137,7 @@ def complete(prompt: Prompt, **params: Any) -> StreamCall:
     Raises:
         ConfigError: a wrong prompt or parameter, before anything is sent.
     """
-    return _native("/completion", params, prompt=_prompt(prompt))
+    return _native("/completion", params, prompt=as_prompt(prompt))
 
 
 def infill(input_prefix: str, input_suffix: str, **params: Any) -> StreamCall:
@@ -270,9 +272,12 @@ def model_unload(model: str, **params: Any) -> Call[None]:
 
 
 def _given(path: str, params: Mapping[str, Any], **fixed: Any) -> JsonObject:
-    """`fixed` over `params`, without what is None."""
+    """`fixed` over `params`, without what is None; values of params are looked at where the route is known."""
     fixed = {name: value for name, value in fixed.items() if value is not None}
-    return {name: value for name, value in read_options(path, params, own=fixed).items() if value is not None} | fixed
+    options = {name: value for name, value in read_options(path, params, own=fixed).items() if value is not None}
+    if path in KNOWN:
+        check_values(options)
+    return options | fixed
 
 
 def _openai(path: str, params: Mapping[str, Any], **fixed: Any) -> StreamCall:
@@ -304,7 +309,14 @@ def _slot_action(slot_id: int, action: str, body: JsonObject) -> Call[SlotAction
     return Call(path=f"/slots/{slot_id}", query={"action": action}, body=body, parse=replies.read_slot_action)
 
 
-def _prompt(prompt: Any) -> Any:
+def as_prompt(prompt: Any) -> Any:
+    """One prompt as it is sent.
+
+    Raises:
+        ConfigError: it is none, or several.
+    """
+    if isinstance(prompt, Mapping) and not isinstance(prompt.get("prompt_string"), str):
+        raise ConfigError("prompt", prompt, 'has no text "prompt_string"; messages are chatted, and stand in a list')
     if isinstance(prompt, str | Mapping):
         return prompt
     parts = list(prompt) if isinstance(prompt, Sequence) and not isinstance(prompt, bytes) else []

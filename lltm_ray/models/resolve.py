@@ -93,6 +93,18 @@ def resolve(
     return _resolve_catalog(model, cache_dir, offline, progress, token)
 
 
+def check_exists(model: str) -> None:
+    """Refuse what `resolve` would not find whatever the hub has; downloads and makes nothing.
+
+    Raises:
+        ModelNotFoundError: no such name or file; with the closest names.
+    """
+    if model not in DEMONSTRATIONS and is_local(model):
+        _resolve_path(model, Path(model).expanduser() if model.startswith("~") else Path(model))
+    elif model not in DEMONSTRATIONS and not _HUB.match(model):
+        _entry(model)
+
+
 def is_local(model: str) -> bool:
     """Whether `resolve` finds a model without the hub: it is built in, or a path."""
     path = Path(model).expanduser() if model.startswith("~") else Path(model)
@@ -136,17 +148,21 @@ def _stem(path: Path) -> str:
 def _resolve_catalog(
     model: str, cache_dir: Path, offline: bool, progress: Progress | None, token: str | None
 ) -> ResolvedModel:
-    catalog = load_catalog()
-    entry = catalog.get(model)
-    if entry is None:
-        close = difflib.get_close_matches(model.lower(), (*DEMONSTRATIONS, *catalog), n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(close)}? " if close else ""
-        why = f"{hint}`lltm-ray models list` shows all names; a path or `owner/name:file.gguf` works too"
-        raise ModelNotFoundError(model, why)
+    entry = _entry(model)
     path = _fetch_all(_HubFile(model, entry.repo, entry.file, entry.revision, token), offline, progress)
     if entry.sha256:
         _verify(model, path, entry.sha256, cache_dir)
     return ResolvedModel(name=model, path=path, origin=Origin.CATALOG, entry=entry)
+
+
+def _entry(model: str) -> CatalogEntry:
+    catalog = load_catalog()
+    if (entry := catalog.get(model)) is not None:
+        return entry
+    close = difflib.get_close_matches(model.lower(), (*DEMONSTRATIONS, *catalog), n=3, cutoff=0.4)
+    hint = f"did you mean {', '.join(close)}? " if close else ""
+    why = f"{hint}`lltm-ray models list` shows all names; a path or `owner/name:file.gguf` works too"
+    raise ModelNotFoundError(model, why)
 
 
 def _fetch_all(wanted: _HubFile, offline: bool, progress: Progress | None) -> Path:

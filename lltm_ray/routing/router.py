@@ -15,15 +15,16 @@ from functools import partial
 from typing import Any
 
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
-from lltm_ray.records import Adapter, EngineInfo, EngineState, Hints, ModelDemand, ModelInfo, ModelState
+from lltm_ray.records import Adapter, EngineInfo, EngineState, Hints, ModelDemand, ModelInfo
 from lltm_ray.routing.adapters import check_name, split_model
 from lltm_ray.routing.admission import Overload
 from lltm_ray.routing.admission.waiting import Waiter, WaitingRoom
 from lltm_ray.routing.gossip import Gossip
 from lltm_ray.routing.hints import Counsel
+from lltm_ray.routing.hope import is_hopeless, not_ready, unserved
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.residency import Held
-from lltm_ray.routing.rows import Lease, Row, Served, describe, identity, is_hopeless
+from lltm_ray.routing.rows import Lease, Row, Served, identity
 from lltm_ray.routing.served import ServedModel, SlotShare
 
 __all__ = ["Lease", "Router", "Served"]
@@ -259,7 +260,7 @@ class Router:
         Raises:
             ConfigError, ModelNotFoundError: as `resolve`.
             OverloadedError: the queue is full, or no slot will come free in time.
-            EngineNotReadyError: no engine of the model was ready in time, or all have failed for good.
+            EngineNotReadyError: no engine of the model was ready in time, or none will be; see `hope`.
         """
         name = self.resolve(ask.model, ask.only)
         served, room, now_s = self._models[name], self._rooms[name], self._clock()
@@ -299,22 +300,29 @@ class Router:
 
     # --- moving engines and conversations
 
-    def close_engine(self, name: str) -> None:
-        """No new claims there until `open_engine`, or until its server is another one; running ones go on."""
-        self._set_closed(name, closed=True)
+    def close_engine(self, name: str, *, is_leaving: bool = False) -> None:
+        """No new claims there until `open_engine`, or until its server is another one; running ones go on.
+
+        Who waits for it is refused if nobody else will come; `is_leaving`: who ends it sees to it that others do.
+        """
+        row = self._engines.get(name)
+        if row is not None:
+            row.closed, row.leaving = True, is_leaving
+            self._models[row.model].sync(row)
+            self._dismiss(row.model)
 
     def open_engine(self, name: str) -> None:
         """Take requests there again."""
-        self._set_closed(name, closed=False)
         row = self._engines.get(name)
         if row is not None:
+            row.closed = row.leaving = False
+            self._models[row.model].sync(row)
             self._rooms[row.model].dispatch(name)
 
-    def _set_closed(self, name: str, *, closed: bool) -> None:
+    def unserved(self, name: str) -> str:
+        """What people are told when requests for this engine's model are refused now; empty when they are not."""
         row = self._engines.get(name)
-        if row is not None:
-            row.closed = closed
-            self._models[row.model].sync(row)
+        return unserved(row.model, name) if row is not None and self._is_hopeless(row.model) else ""
 
     def in_flight(self, name: str) -> int:
         """Claimed slots of an engine."""
@@ -363,31 +371,23 @@ class Router:
 
     def not_ready(self, model: str, only: str | None = None) -> EngineNotReadyError:
         """The error that says why no engine of a model, or not the pinned one, can be used now."""
-        rows = self._listed(model, only)
-        info = self._models[model].info
-        why = describe(rows) if rows or info is None else f"it is {info.state}: {info.detail}".rstrip(": ")
-        if rows and info is not None and info.state is ModelState.FAILED:
-            why = f"{why}; {info.detail}".rstrip("; ")
-        return EngineNotReadyError(f"for model {model!r}", f"not ready: {why}")
+        return not_ready(model, self._listed(model, only), self._models[model].info)
 
     def _listed(self, model: str, only: str | None) -> list[Row]:
         return [row for row in self._models[model].rows.values() if row.listed and only in (None, row.name)]
 
     def _check_hope(self, served: ServedModel, only: str | None) -> None:
-        """Before waiting: wake a model that can start, refuse one that cannot come."""
-        if served.is_startable:
-            if self._wake is not None and not served.table.slots_total:
-                self._wake(served.name)
-        elif is_hopeless(self._listed(served.name, only)):
+        """Before waiting: refuse a model that cannot come, wake one that can start."""
+        if self._is_hopeless(served.name, only):
             raise self.not_ready(served.name, only)
+        if served.is_startable and self._wake is not None and not served.table.slots_total:
+            self._wake(served.name)
+
+    def _is_hopeless(self, model: str, only: str | None = None) -> bool:
+        return is_hopeless(self._listed(model, None), self._models[model].info, only)
 
     def _dismiss(self, model: str) -> None:
-        served = self._models[model]
-        if served.is_startable:
-            return
-        self._rooms[model].dismiss(
-            lambda only: self.not_ready(model, only) if is_hopeless(self._listed(model, only)) else None
-        )
+        self._rooms[model].dismiss(lambda only: self.not_ready(model, only) if self._is_hopeless(model, only) else None)
 
     def _refusal(self, served: ServedModel, overload: Overload[Waiter]) -> Exception:
         """The error for a waiter that is turned away."""

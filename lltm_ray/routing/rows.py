@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any
@@ -53,7 +53,9 @@ class Row(EngineView):
     coming: dict[Lora | None, int] = field(default_factory=dict)
     """Claims without a first byte by what they choose of its adapters."""
     closed: bool = False
-    """Takes no new claims: it is being drained."""
+    """Takes no new claims: it is being drained, or was."""
+    leaving: bool = False
+    """It is drained to be ended, or to make room: somebody sees to it that others come."""
 
     @property
     def is_usable(self) -> bool:
@@ -168,23 +170,3 @@ def count(counts: dict[Lora | None, int], lora: Lora | None, change: int) -> Non
 def identity(info: EngineInfo) -> tuple[str, int | None]:
     """What tells one server's life from the next one's."""
     return info.url, info.server_pid
-
-
-def is_hopeless(rows: Iterable[Row]) -> bool:
-    """Whether waiting is in vain: there is no engine, or all failed, and not just by a missed heartbeat."""
-    return all(row.info.state is EngineState.FAILED and not row.info.detail.startswith(LATE_DETAIL) for row in rows)
-
-
-def describe(rows: Iterable[Row]) -> str:
-    """Why none of these engines can be used now, for people."""
-    return ", ".join(f"{row.name} is {_trouble(row)}" for row in rows) or "it left the fleet"
-
-
-def _trouble(row: Row) -> str:
-    if row.info.state is not EngineState.READY:
-        return str(row.info.state)
-    if row.closed:
-        return "being drained"
-    if row.suspicions:
-        return "ready but did not answer just now"
-    return "ready" if row.slots_total else "ready but has no slots"

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lltm_ray._files import write_private
-from lltm_ray._turns import last_turns, with_system
+from lltm_ray._turns import check_text, last_turns, with_system
 from lltm_ray.actors.calls import Messages
 from lltm_ray.errors import ConfigError
 from lltm_ray.llamacpp.options import check_value
-from lltm_ray.sdk.engine import InferenceEngine, check_text
+from lltm_ray.sdk.engine import InferenceEngine
 from lltm_ray.sdk.result import InferResult, InferStream
 
 _ROLES = ("user", "assistant", "tool")

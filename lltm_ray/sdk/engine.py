@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
-from lltm_ray._turns import Messages
+from lltm_ray._turns import Messages, check_text
 from lltm_ray.actors.calls import ROUTES
 from lltm_ray.actors.placement import read_nodes
 from lltm_ray.config import FleetConfig, build, read_environment
@@ -324,13 +324,3 @@ class InferenceEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.unload_model()
-
-
-def check_text(name: str, text: Any) -> None:
-    """Refuse what says nothing: a model answers that, too.
-
-    Raises:
-        ConfigError: it is no text, or blank.
-    """
-    if not isinstance(text, str) or not text.strip():
-        raise ConfigError(name, text, "must be a text that is not blank")

@@ -60,8 +60,13 @@ class BookRouter:
     def engines(self, model: str | None = None) -> tuple[EngineInfo, ...]:
         return tuple(engine for engine in self.known.values() if model in (None, engine.model))
 
-    def close_engine(self, name: str) -> None:
+    def close_engine(self, name: str, *, is_leaving: bool = False) -> None:
+        del is_leaving
         self.closed.add(name)
+
+    def unserved(self, name: str) -> str:
+        open_ = [each for each in self.engines(self.known[name].model) if each.name not in self.closed]
+        return "" if open_ else f"nobody but {name}"
 
     def open_engine(self, name: str) -> None:
         self.closed.discard(name)

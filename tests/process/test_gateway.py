@@ -203,6 +203,18 @@ async def test_models_are_listed_once_with_both_shapes_and_counts(pair):
     assert listed["data"][0]["meta"]["n_ctx_train"] == 8192
 
 
+async def test_openais_client_retrieves_a_model_by_a_name_with_slashes(pair):
+    named = [each.info.with_(model="owner/model-GGUF:q4") for each in pair]
+    async with gateway(*named) as gate, openai.AsyncOpenAI(base_url=f"{gate.url}/v1", api_key="x") as client:
+        found, listed = await client.models.retrieve("owner/model-GGUF:q4"), (await client.models.list()).data
+        assert [found] == listed
+        assert found.meta["n_ctx_train"] == 8192
+        async with gate.http.get(f"{gate.url}/v1/models/owner/model-GGUF:q4") as reply:
+            assert (await reply.json())["id"] == found.id
+        with pytest.raises(openai.NotFoundError, match="this fleet serves owner/model-GGUF:q4"):
+            await client.models.retrieve("owner/model")
+
+
 async def test_props_slots_and_metrics_speak_for_every_engine(pair):
     async with gateway(*infos(pair)) as gate:
         async with gate.http.get(f"{gate.url}/props") as reply:

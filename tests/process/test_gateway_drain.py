@@ -83,6 +83,30 @@ async def test_after_a_drain_every_conversation_goes_on_elsewhere_with_its_prefi
     assert not [path for engine in engines for path in Path(engine.info.slot_folder).iterdir()]
 
 
+async def test_a_model_whose_last_engine_is_drained_is_refused_at_once_and_the_drain_says_so(engines):
+    async with gateway(*infos(engines[:2]), queue_timeout_s=600) as gate:
+        assert (await drained(gate, "e0"))["warning"] == ""
+        long = {"prompt": "z", "n_predict": 7000, "stream": True, "ignore_eos": True}
+        busy = [await gate.http.post(f"{gate.url}/completion", json=long) for _ in range(SLOTS)]
+        waits = asyncio.create_task(gate.http.post(f"{gate.url}/completion", json=long))
+        await until(lambda: gate.waiting() or waits.done())
+        warning = (await drained(gate, "e1", timeout_s=0))["warning"]
+        assert "no engine serves model 'tiny' now" in warning
+        assert "`lltm-ray drain e1 --undrain`" in warning
+        async with asyncio.timeout(60):  # of 600 that they might wait
+            for reply in (await waits, await gate.http.post(f"{gate.url}/completion", json=long)):
+                told = (await reply.json())["error"]["message"]
+                assert (reply.status, reply.headers["retry-after"]) == (503, "5")
+                assert "model 'tiny'" in told
+                assert "e1 is drained (lltm-ray drain e1 --undrain opens it)" in told
+        for reply in busy:
+            reply.close()
+        async with gate.http.post(f"{gate.url}/lltm/undrain?engine=e1") as reply:
+            assert reply.status == 200
+        assert (await Talk(gate, 5).turn())["predicted_n"]
+        await gate.idle()
+
+
 async def test_a_hot_engine_gives_idle_conversations_away_once_it_stays_hot(engines):
     async with gateway(*infos(engines)) as gate:
         talks = [Talk(gate, 20)]

@@ -104,7 +104,7 @@ def test_in_a_cell_a_stream_is_escaped_and_does_not_flood_the_page():
 
 def test_a_stream_that_fails_says_so_below_what_came(here, capsys):
     with pytest.raises(UpstreamError):
-        stream_generate(**here, prompt="hello", max_tokens=4, temperature="hot")
+        stream_generate(**here, prompt="hello", max_tokens=4, grammar="root ::= (")
     assert "[broken off]" in capsys.readouterr().out
     with pytest.raises(UpstreamError, match="401"):
         stream_generate(here["cluster"], "hello")

@@ -288,3 +288,16 @@ async def test_running_requests_end_before_their_slot_is_saved(heirs, folder):
         wake(gate, e1, files)
         before = talk.tokens
         assert (await talk.turn())["cache_n"] >= 0.95 * (before - 1)
+
+
+async def test_requests_wait_for_who_comes_when_an_engine_is_emptied_to_be_ended(heirs):
+    """The same as a drain, except that somebody sees to it that other engines come."""
+    e0, e1 = heirs
+    async with gateway(e0, queue_timeout_s=600) as gate:
+        await gate.app.shelf.put_away(Parting(engine="e0", folder="", limit_bytes=0, deadline_s=60.0))
+        waits = asyncio.create_task(talked(gate, 1))
+        await until(lambda: gate.waiting() or waits.done())
+        assert not waits.done()
+        gate.router.update((e1,))
+        (talk,) = await waits
+        assert talk.engine == "e1"

@@ -82,6 +82,18 @@ def test_a_batch_keeps_its_order_and_uses_every_engine(cluster):
     assert {answer.engine for answer in answers} == {"engine-0", "engine-1"}
 
 
+def test_a_batch_tells_which_prompt_failed_and_keeps_the_answers_to_the_others_where_asked_to(cluster):
+    prompts = ["one", "word " * 100_000, HI]
+    one, error, chat = cluster.batch(prompts, return_exceptions=True, **GREEDY)
+    assert (one.text, chat.text) == (cluster.complete("one", **GREEDY).text, cluster.chat(HI, **GREEDY).text)
+    assert (type(error), error.http_status) == (UpstreamError, 400)
+    with pytest.raises(UpstreamError, match="do not fit a slot's context") as caught:
+        cluster.batch(prompts, **GREEDY)
+    assert caught.value.__notes__ == ["prompts[1] of the batch"]
+    with pytest.raises(ConfigError, match=r"^prompts\[1\]=5: must be text"):
+        cluster.batch(["one", 5], **GREEDY)
+
+
 def test_leaving_a_stream_early_frees_its_slot(cluster, until_cut_off):
     stream = cluster.stream(HI, max_tokens=100_000, ignore_eos=True)
     assert next(stream).text is not None

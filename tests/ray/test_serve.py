@@ -154,6 +154,14 @@ def _two(page):
     return requests if len(requests["policy"]) == 2 else None
 
 
+def test_below_a_prefix_of_serves_the_routes_are_the_same(url):
+    serve.run(build_app({"model": "random", "gpu_share": "0", "name": "served"}), name="lltm", route_prefix="/llm")
+    for path in ("/v1/models/random", "/health"):
+        with urllib.request.urlopen(f"{url}/llm{path}", timeout=60) as answer:
+            assert answer.status == 200
+    assert post(f"{url}/llm/v1/chat/completions", {"messages": HI, "max_tokens": 4})["usage"]["completion_tokens"] == 4
+
+
 def test_a_wrong_setting_is_told_before_anything_is_deployed():
     with pytest.raises(ConfigError, match="n_paralel"):
         build_app({"engine.n_paralel": "8"})

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
+from lltm_ray.actors.runstate import RunState
 from tests.ray.conftest import held_port, servers
 
 pytestmark = pytest.mark.timeout(400)
@@ -78,6 +80,32 @@ def test_ctrl_c_in_the_foreground_drains_and_ends_everything(cache):
         assert process.returncode == 0
         assert "draining" in process.stderr.read()
     assert servers() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["timeout", "closed terminal"])
+def test_a_signal_that_ends_ray_too_ends_everything_within_seconds(cache, number):
+    before = servers()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lltm_ray.cli", "up", "--engines", "2", "--port", "0", "--name", "all"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        assert "all is ready at http://127.0.0.1:" in process.stdout.readline()
+        own = psutil.Process(process.pid).children(recursive=True)
+        assert len(servers() - before) == 2
+        began = time.monotonic()
+        os.killpg(process.pid, number)
+        process.wait(150)
+        took_s = time.monotonic() - began
+        left = [each for each in own if each.is_running()]
+        told = process.stderr.read()
+        assert process.returncode == 0, told
+    assert "Traceback" not in told
+    assert "ended without a drain" in told
+    assert took_s < 30, "Ray's own patience is 60 s"
+    assert not [each for each in left if "Actor" in each.name()]
+    assert servers() == before
+    assert RunState.load("all") is None
 
 
 def test_a_failed_start_is_one_sentence_and_an_exit_code(cache, tmp_path):

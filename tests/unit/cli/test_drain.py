@@ -56,6 +56,14 @@ def test_what_stayed_is_told_and_ends_with_1(endpoint):
     assert "slot 2, 70 tokens: no other engine of model 'tiny' can take it" in done.output
 
 
+def test_a_model_that_nobody_serves_any_more_is_told(endpoint):
+    warning = "no engine serves model 'tiny' now"
+    endpoint.answer = 200, REPORT | {"warning": warning}
+    done = run("e0", "--url", endpoint.url)
+    assert (done.exit_code, done.stderr) == (0, f"warning: {warning}\n")
+    assert "warning" not in run("e0", "--url", endpoint.url, "--json").stderr
+
+
 def test_an_engine_is_opened_again(endpoint):
     done = run("e0", "--undrain", "--url", endpoint.url)
     assert (done.exit_code, done.stdout) == (0, "e0 takes requests again\n")

@@ -68,9 +68,18 @@ def test_a_fleet_is_found_by_its_name_and_the_remedy_for_a_missing_key_is_told(g
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
 def test_a_url_wins_over_the_running_fleet(gateway, command):
     start_fleet("default", "http://127.0.0.1:9")
-    done = run(*command, "--url", gateway.url + "/")
-    assert gateway.asked, done.output
-    assert not any(path.startswith("//") for path in gateway.asked)
+    for end in ("/", "/v1", "/v1/"):
+        gateway.asked.clear()
+        done = run(*command, "--url", gateway.url + end)
+        assert gateway.asked, done.output
+        assert not any(path.startswith(("//", "/v1/v1", "/v1/lltm")) for path in gateway.asked)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_what_is_no_url_is_told_with_what_one_looks_like(command):
+    done = run(*command, "--url", "127.0.0.1:8000")
+    assert done.exit_code == 2
+    assert "url='127.0.0.1:8000': must be the base URL of a llama-server, such as http://" in done.output
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])

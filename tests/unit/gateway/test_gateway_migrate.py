@@ -30,8 +30,12 @@ class StillRouter:
     def engines(self, model=None):
         return tuple(engine for engine in self.known if model in (None, engine.model))
 
-    def close_engine(self, name):
+    def close_engine(self, name, *, is_leaving=False):
+        del is_leaving
         self.closed.add(name)
+
+    def unserved(self, name):
+        return "" if {engine.name for engine in self.known} - self.closed else f"nobody but {name}"
 
     def open_engine(self, name):
         self.closed.discard(name)
@@ -175,6 +179,7 @@ async def test_the_drain_route_answers_with_the_report():
     status, body, router = await asked("/lltm/drain", b"engine=e0&timeout_s=1", engine("e0"), held=[Held(1, 7)])
     assert (status, body["engine"], body["moved"], body["left"]) == (200, "e0", 0, 1)
     assert body["failed"][0]["slot"] == 1
+    assert body["warning"] == "nobody but e0"
     assert router.closed == {"e0"}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lltm_ray.errors import ConfigError
+from lltm_ray.errors import ConfigError, EngineNotReadyError
 from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
 
 HERE = "http://127.0.0.1:1"
@@ -39,3 +39,30 @@ def test_openais_base_url_is_a_base_url(end: str) -> None:
     with LlamaClient(f"{HERE}/prefix{end}") as client:
         assert client.url == AsyncLlamaClient(f"{HERE}/prefix{end}").url == f"{HERE}/prefix"
     assert AsyncLlamaClient("http://v1").url == "http://v1"
+
+
+def test_nothing_is_sent_by_a_client_that_is_closed_nor_by_its_twins() -> None:
+    client = LlamaClient(HERE)
+    begun, twin = client.chat_stream("hi"), client.sending({"x-a": "b"})
+    with pytest.raises(EngineNotReadyError, match="not listening"):
+        client.health()
+    client.close()
+    for ask in (client.health, lambda: client.chat("hi"), twin.health, lambda: next(begun)):
+        with pytest.raises(EngineNotReadyError, match=r"^llama-server is out of reach: this client is closed; make"):
+            ask()
+
+
+async def test_nothing_is_sent_by_an_asynchronous_client_that_is_closed_nor_by_its_twins() -> None:
+    client = AsyncLlamaClient(HERE)
+    begun, twin = client.chat_stream("hi"), client.sending({"x-a": "b"})
+    with pytest.raises(EngineNotReadyError, match="not listening"):
+        await client.health()
+    await client.aclose()
+    for ask in (client.health, lambda: client.chat("hi"), twin.health, lambda: anext(begun)):
+        with pytest.raises(EngineNotReadyError, match="this client is closed"):
+            await ask()
+
+
+def test_one_openai_end_is_left_out_and_no_more() -> None:
+    with LlamaClient(f"{HERE}/v1/v1/") as client:  # a llama-server with --api-prefix /v1
+        assert client.url == f"{HERE}/v1"

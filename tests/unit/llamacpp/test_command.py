@@ -208,6 +208,12 @@ def test_secrets_and_our_own_flags_are_refused_as_extra_arguments(flag: str) -> 
     assert "abc" not in str(caught.value)
 
 
+@pytest.mark.parametrize("flag", ["--api-prefix", "--api-prefix=/v1"])
+def test_a_prefix_before_all_routes_is_refused_with_where_to_put_one(flag: str) -> None:
+    with pytest.raises(ConfigError, match=r"^extra_args='--api-prefix': .* put a prefix before the gateway by a proxy"):
+        args_of(EngineConfig(extra_args=(flag, "/v1")))
+
+
 @pytest.mark.parametrize("path", ["/a,b.gguf", "/a:b.gguf", '/a"b.gguf'])
 def test_an_adapter_path_that_llama_cpp_would_split_is_refused(path: str) -> None:
     with pytest.raises(ConfigError, match="lora"):

@@ -190,7 +190,9 @@ def test_names_are_near_that_have_two_letters_changed_and_no_further_ones(
     options._slip.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["timeout", "timeout_s", "time_out", "timeouts"])
+@pytest.mark.parametrize(
+    "name", ["timeout", "timeout_s", "time_out", "timeouts", "deadline_s", "deadline", "deadline_ms"]
+)
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_requests_time_is_told_to_be_its_clients(path: str, name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{name}=3: .* of its client: LlamaClient\(url, timeout_s=\.\.\.\)\. "):
@@ -304,6 +306,18 @@ def test_values_are_checked_wherever_they_stand_and_those_of_other_names_pass() 
     assert VALUES.keys() - {TIMEOUT} <= KNOWN[CHAT]
 
 
+@pytest.mark.parametrize("path", ROUTES)
+def test_no_route_is_sent_a_value_that_means_nothing(path: str) -> None:
+    for given in ({"temperature": -1}, {"extra_body": {"temperature": -1}}):
+        with pytest.raises(ConfigError, match=r"^temperature=-1: must be from 0 to "):
+            ROUTES[path](**given)
+    assert ROUTES[path](temperature=0, top_p=None).body["temperature"] == 0
+
+
+def test_a_route_that_is_not_known_takes_any_value() -> None:
+    assert wire.set_props(temperature=-1).body == {"temperature": -1}
+
+
 # --- a driver's calls
 
 
@@ -356,6 +370,8 @@ async def test_a_drivers_call_with_a_misspelt_option_takes_no_engine(calls: Call
     ask = asker(calls, method)
     with pytest.raises(ConfigError, match=r"^timeout=1: .* did you mean timeout_s\?"):
         await asyncio.wait_for(ask(timeout=1), 5)
+    with pytest.raises(ConfigError, match=r"^deadline_s=1: .* did you mean timeout_s\?"):
+        await asyncio.wait_for(ask(deadline_s=1), 5)
     assert calls._router.asked == []
     with pytest.raises(NotTaken):
         await asyncio.wait_for(ask(carrier={}, extra_body={"timeout": 1}), 5)

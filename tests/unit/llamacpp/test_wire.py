@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lltm_ray.errors import ConfigError, UpstreamError
+from lltm_ray.errors import ConfigError, EngineExitedError, EngineNotReadyError, UpstreamError
 from lltm_ray.llamacpp import wire
 from lltm_ray.llamacpp.client import AsyncLlamaClient, LlamaClient
 from lltm_ray.llamacpp.replies import HealthStatus, Reply, TokenPiece
@@ -44,7 +44,7 @@ def test_one_prompt_of_any_kind_is_sent_as_it_is(prompt: Any) -> None:
     assert wire.complete(prompt).body["prompt"] == prompt
 
 
-@pytest.mark.parametrize("prompt", [None, [], ["a", "b"], [[1], [2]], [1, None], [True], b"hi", 5])
+@pytest.mark.parametrize("prompt", [None, [], ["a", "b"], [[1], [2]], [1, None], [True], b"hi", 5, USER, {}])
 def test_what_is_not_one_prompt_is_refused(prompt: Any) -> None:
     with pytest.raises(ConfigError, match="prompt"):
         wire.complete(prompt)
@@ -96,7 +96,7 @@ def test_more_than_one_answer_a_call_is_refused(name: str) -> None:
 @pytest.mark.parametrize("value", [object(), math.nan, {1, 2}])
 def test_what_json_cannot_say_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="JSON"):
-        wire.encode(wire.chat([USER], temperature=value).body)
+        wire.encode(wire.chat([USER], metadata=value).body)
 
 
 # --- answers ---
@@ -147,10 +147,35 @@ def test_a_prompt_that_is_too_long_is_told_with_its_tokens_the_slots_and_the_rem
         wire.props().read(reply)
 
 
-@pytest.mark.parametrize("error", ["exceed_context_size_error", {"type": "exceed_context_size_error", "n_ctx": 5}])
+@pytest.mark.parametrize("error", [{"type": "exceed_context_size_error", "n_ctx": 5}, ["exceed_context_size_error"]])
 def test_an_error_that_tells_no_numbers_is_told_as_it_came(error: Any) -> None:
     reply = Reply(400, json.dumps({"error": error}).encode())
     assert str(wire.refusal(reply)) == f"llama-server answered 400: {reply.text}"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ('{"error": {"code": 400, "message": "no \\"x\\"", "type": "t"}}', 'no "x"'),
+        ('{"code": 400, "message": "in mid-stream"}', "in mid-stream"),
+        ('{"error": "a word"}', "a word"),
+        (r'{"error": {"message": "a\u001b[2Jb\u009bc\n"}}', "a[2Jbc\n"),
+        ('{"error": {"message": ""}}', '{"error": {"message": ""}}'),
+        ('{"error": {"message": 5}}', '{"error": {"message": 5}}'),
+        ("<html>", "<html>"),
+        ("", ""),
+        ("[" * 100_000, "[" * 2000),
+    ],
+)
+def test_an_error_tells_the_servers_message_and_of_other_bodies_all(body: str, told: str) -> None:
+    error = wire.refusal(Reply(400, body.encode()))
+    assert (str(error), error.body) == (f"llama-server answered 400: {told}", body)
+
+
+def test_errors_of_a_server_without_a_name_are_sentences() -> None:
+    assert str(EngineNotReadyError("", "not listening at x")) == "llama-server is not listening at x"
+    assert str(EngineExitedError("")) == "llama-server ended, or the connection to it broke"
+    assert str(EngineExitedError("engine-0", -9)) == "engine engine-0 ended (exit code -9)"
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[]", b'{"x": 1}', b'{"data": 5}', b"<html>"])

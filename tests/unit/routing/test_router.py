@@ -2,12 +2,13 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
+from dataclasses import replace
 
 import pytest
 
 from lltm_ray.config import ROUTING_POLICIES
 from lltm_ray.errors import ConfigError, EngineNotReadyError, ModelNotFoundError, OverloadedError
-from lltm_ray.records import Adapter, EngineInfo, EngineState, Timings
+from lltm_ray.records import Adapter, EngineInfo, EngineState, ModelInfo, ModelState, Timings
 from lltm_ray.routing import rows as rows_module
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.router import Router, Served
@@ -176,6 +177,89 @@ async def test_a_model_whose_engines_all_failed_is_refused_at_once():
     router = make(engine("a", state=EngineState.FAILED), timeout_s=60)
     with pytest.raises(EngineNotReadyError, match="a is failed"):
         await acquire(router, "m")
+
+
+async def test_a_model_whose_engines_are_all_drained_is_refused_at_once_until_one_is_open_again():
+    router = make(engine("a"), engine("b"), timeout_s=60)
+    held = [await acquire(router, "m") for _ in range(2)]
+    free, pinned = (asyncio.create_task(acquire(router, "m", only=only)) for only in (None, "a"))
+    await waiting(router, 2)
+    router.close_engine("a")
+    async with asyncio.timeout(30):
+        with pytest.raises(EngineNotReadyError, match=r"a is drained \(lltm-ray drain a --undrain opens it\)$"):
+            await pinned
+    assert not free.done(), "b serves on"
+    assert not router.unserved("a")
+    router.close_engine("b")
+    async with asyncio.timeout(30):
+        for request in (free, acquire(router, "m"), acquire(router, "m", only="b")):
+            with pytest.raises(EngineNotReadyError, match="b is drained"):
+                await request
+    assert router.unserved("b").startswith("no engine serves model 'm' now")
+    assert "lltm-ray drain b --undrain" in router.unserved("b")
+    router.release(held[1])
+    router.open_engine("b")
+    assert not router.unserved("b")
+    assert (await acquire(router, "m")).engine.name == "b"
+
+
+async def test_beside_a_drained_engine_one_that_starts_is_waited_for():
+    router = make(engine("a"), engine("b", state=EngineState.STARTING), timeout_s=60)
+    router.close_engine("a")
+    task = asyncio.create_task(acquire(router, "m"))
+    await waiting(router, 1)
+    assert not router.unserved("a")
+    router.update([engine("a"), engine("b")])
+    assert (await task).engine.name == "b"
+
+
+async def test_a_drained_engine_that_is_restarted_is_waited_for():
+    router = make(engine("a"), timeout_s=60)
+    router.close_engine("a")
+    router.update([engine("a", state=EngineState.STARTING)])
+    task = asyncio.create_task(acquire(router, "m"))
+    await waiting(router, 1)
+    router.update([engine("a", pid=2)])
+    assert (await task).engine.server_pid == 2
+
+
+async def test_requests_wait_for_who_comes_after_an_engine_that_leaves():
+    router = make(engine("a"), timeout_s=60)
+    router.close_engine("a", is_leaving=True)
+    task = asyncio.create_task(acquire(router, "m"))
+    await waiting(router, 1)
+    assert not router.unserved("a")
+    router.update([engine("a").with_(state=EngineState.DRAINING)])
+    await asyncio.sleep(0)
+    assert not task.done()
+    router.update([engine("b")])
+    assert (await task).engine.name == "b"
+
+
+async def test_where_engines_come_with_demand_a_drained_one_is_waited_for_only_as_long_as_there_may_be_more():
+    told = ModelInfo(name="m", state=ModelState.READY, engines=1, max_engines=2, is_elastic=True)
+    router = Router(8, 60.0)
+    router.update([engine("a")], [told])
+    router.close_engine("a")
+    task = asyncio.create_task(acquire(router, "m"))
+    await waiting(router, 1)
+    assert not router.unserved("a")
+    with pytest.raises(EngineNotReadyError, match="a is drained"):
+        await acquire(router, "m", only="a")
+    router.update([engine("a"), engine("b", state=EngineState.STARTING)], [told])
+    await asyncio.sleep(0)
+    assert not task.done()
+    router.update([engine("a"), engine("b")], [told])
+    assert (await task).engine.name == "b"
+    router.close_engine("b")
+    with pytest.raises(EngineNotReadyError, match=r"a is drained .* b is drained"):
+        await acquire(router, "m")
+    assert router.unserved("b")
+    router.update([], [replace(told, state=ModelState.COLD)])
+    task = asyncio.create_task(acquire(router, "m"))
+    await waiting(router, 1)
+    router.update([engine("c")], [told])
+    assert (await task).engine.name == "c"
 
 
 async def test_a_restarted_engine_starts_with_no_claims_and_old_leases_touch_nothing():

@@ -49,6 +49,7 @@ class RouterMachine(RuleBasedStateMachine):
         self.wishes: dict[asyncio.Task[Lease], tuple[str, str | None]] = {}
         self.pids = dict.fromkeys(NAMES, 1)
         self.allowed: dict[str, int] = {}
+        self.leaving: set[str] = set()
 
     def teardown(self) -> None:
         for task in self.tasks:
@@ -126,6 +127,20 @@ class RouterMachine(RuleBasedStateMachine):
         if not full and task.done():
             assert not isinstance(task.exception(), OverloadedError), "refused beside a queue with places"
 
+    @rule(name=st.sampled_from(NAMES), closes=st.booleans(), is_leaving=st.booleans())
+    def close_or_open(self, name: str, closes: bool, is_leaving: bool) -> None:
+        async def go() -> None:
+            if closes:
+                self.router.close_engine(name, is_leaving=is_leaving)
+            else:
+                self.router.open_engine(name)
+
+        self.loop.run_until_complete(go())
+        self.run()
+        shut = {name for name, row in self.router.snapshot()["engines"].items() if row["is_closed"]}
+        self.leaving = self.leaving - {name} | ({name} if closes and is_leaving else set())
+        self.leaving &= shut
+
     @rule(name=st.sampled_from(NAMES), is_old=st.booleans())
     def suspect(self, name: str, is_old: bool) -> None:
         async def go() -> None:
@@ -182,7 +197,7 @@ class RouterMachine(RuleBasedStateMachine):
             usable = {
                 name
                 for name, row in engines.items()
-                if row["model"] == model and row["state"] == "ready" and not row["is_suspect"]
+                if row["model"] == model and row["state"] == "ready" and not row["is_suspect"] and not row["is_closed"]
                 if row["slots_busy"] < row["slots_total"]
             }
             for waiter in waiters(self.router, model):
@@ -190,10 +205,13 @@ class RouterMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_without_hope(self) -> None:
+        rows = self.router.snapshot()["engines"]
+        shut = {name for name, row in rows.items() if row["is_closed"] and row["state"] == "ready"} - self.leaving
         for model in self.router.snapshot()["waiting"]:
             for waiter in waiters(self.router, model):
                 infos = [info for info in self.router.engines(model) if waiter.only in (None, info.name)]
-                assert any(info.state is not EngineState.FAILED or info.detail for info in infos)
+                hopes = [info for info in infos if info.state is not EngineState.FAILED or info.detail]
+                assert {info.name for info in hopes} - shut
 
     @invariant()
     def the_number_of_waiters_is_the_number_of_unfinished_requests(self) -> None:
