@@ -11,9 +11,9 @@ import ray
 
 from lltm_ray.actors import names
 from lltm_ray.actors.remote import find
-from lltm_ray.telemetry.batch import Parcel, seal
 from lltm_ray.telemetry.logs import LogHandler
 from lltm_ray.telemetry.outbox import Outbox
+from lltm_ray.telemetry.parcel import Parcel, seal
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Sender:
     async def run(self) -> None:
         """Send, for ever; on cancellation what is left is sent once more."""
         with self._logs.installed():
-            await asyncio.to_thread(seal, 0, [])  # loads the codec
+            await asyncio.to_thread(seal, [])  # loads the codec
             try:
                 while True:
                     await asyncio.sleep(EVERY_S)

@@ -26,7 +26,7 @@ from lltm_ray.telemetry.logs import LogHandler
 from lltm_ray.telemetry.spans import Place
 
 if TYPE_CHECKING:  # who only starts or asks the actor does without pyarrow and OpenTelemetry's SDK
-    from lltm_ray.telemetry.batch import Parcel
+    from lltm_ray.telemetry.parcel import Parcel
     from lltm_ray.telemetry.store import Page
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class TelemetryActor:
         await self._do(self._put, sender, parcel, dropped)
 
     def _put(self, sender: str, parcel: Parcel, dropped: Mapping[str, int]) -> None:
-        from lltm_ray.telemetry.batch import unseal
+        from lltm_ray.telemetry.parcel import unseal
 
         batch, unsound = unseal(parcel)
         self._service.put(sender, batch, dropped, unsound)

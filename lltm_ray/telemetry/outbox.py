@@ -7,46 +7,37 @@ processor's caches, and of bytes it is known how many there are.
 from __future__ import annotations
 
 import logging
-import pickle
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
 
-from lltm_ray.telemetry.batch import Parcel, Sealed, seal
+from lltm_ray.telemetry.parcel import Group, Parcel, Row, Sealed, group, seal
 from lltm_ray.telemetry.rows import KINDS
 
 _log = logging.getLogger(__name__)
 
 BATCH_ROWS = 1000
-"""Rows of one kind in a batch at most."""
-_ATTEMPTS_EACH = 8
-"""A request's attempts travel with it or before it, so that many of them at most for each request in a batch."""
+"""Rows of one kind in a parcel at most; of attempts all, so that they travel with their request or before it."""
 _BATCH_BYTES = 2**20
 """Of one kind: with captured content a thousand rows are tens of megabytes."""
 _MOST_LATER = 32
 """Makers of rows that wait; what they hold is in memory, and more at once would hold up the event loop."""
 
 
-class _Group(NamedTuple):
-    """Rows that were made together."""
-
-    rows: int
-    pickled: bytes
-
-
 class Outbox:
-    """For one thread.
+    """For any thread; makers are called in the one that takes, or asks for the last of a group.
 
     Args:
-        limit_rows: of each kind; beyond it the oldest are dropped.
+        limit_rows: of each kind; beyond it the oldest are dropped, with those that were noted together with them.
         limit_bytes: of all kinds; beyond it the oldest of the kind that has most of them are dropped.
     """
 
     def __init__(self, limit_rows: int = 20_000, limit_bytes: int = 64 * 2**20) -> None:
         self._limit_rows, self._limit_bytes = limit_rows, limit_bytes
+        self._lock = threading.RLock()
         self._later: list[Callable[[], None]] = []
-        self._made: dict[str, list[tuple[Any, ...]]] | None = None
-        self._groups: dict[str, deque[_Group]] = {kind: deque() for kind in KINDS}
+        self._made: dict[str, list[Row]] | None = None
+        self._groups: dict[str, deque[Group]] = {kind: deque() for kind in KINDS}
         self._rows, self._bytes = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         self._all_bytes = 0
         self.dropped: Counter[str] = Counter()
@@ -59,30 +50,34 @@ class Outbox:
         """Have rows made with others in one go, which costs less than each at its own moment.
 
         Args:
-            make: adds them; called before the next batch at the latest, and must not raise.
+            make: adds them; called before the next parcel at the latest, and must not raise.
         """
         self._later.append(make)
         if len(self._later) >= _MOST_LATER:
             self._make()
 
-    def add(self, kind: str, row: tuple[Any, ...]) -> None:
+    def add(self, kind: str, row: Row) -> None:
         """Note a row."""
-        if self._made is None:
-            self._keep(kind, (row,))
-        else:
-            self._made.setdefault(kind, []).append(row)
+        with self._lock:
+            if self._made is None:
+                self._keep(kind, (row,))
+            else:
+                self._made.setdefault(kind, []).append(row)
 
     def _make(self) -> None:
-        making, self._later, self._made = self._later, [], {}
-        for make in making:
-            make()
-        made, self._made = self._made, None
-        for kind, rows in made.items():
-            self._keep(kind, rows)
+        with self._lock:
+            making, self._later, self._made = self._later, [], {}
+            try:
+                for make in making:
+                    make()
+            finally:
+                made, self._made = self._made, None
+                for kind, rows in made.items():
+                    self._keep(kind, rows)
 
-    def _keep(self, kind: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _keep(self, kind: str, rows: Sequence[Row]) -> None:
         try:
-            group = _Group(len(rows), pickle.dumps([tuple(row) for row in rows], pickle.HIGHEST_PROTOCOL))
+            noted = group(rows)
         except Exception as error:  # noqa: BLE001 - border: a value of any type
             if len(rows) > 1:
                 for row in rows:
@@ -91,42 +86,46 @@ class Outbox:
             self.dropped[kind] += 1
             _log.warning("a row of %s is dropped: %s", kind, type(error).__name__)
             return
-        self._groups[kind].append(group)
-        self._weigh_in(kind, group, 1)
+        if noted.rows > self._limit_rows or len(noted.pickled) > self._limit_bytes:
+            self.dropped[kind] += noted.rows
+            return
+        self._groups[kind].append(noted)
+        self._weigh_in(kind, noted, 1)
         while self._rows[kind] > self._limit_rows:
             self._drop(kind)
         while self._all_bytes > self._limit_bytes:
             self._drop(max(self._bytes, key=self._bytes.__getitem__))
 
-    def _weigh_in(self, kind: str, group: _Group, sign: int) -> None:
-        size = sign * len(group.pickled)
-        self._rows[kind] += sign * group.rows
+    def _weigh_in(self, kind: str, noted: Group, sign: int) -> None:
+        size = sign * len(noted.pickled)
+        self._rows[kind] += sign * noted.rows
         self._bytes[kind] += size
         self._all_bytes += size
 
-    def _pop(self, kind: str) -> _Group:
-        group = self._groups[kind].popleft()
-        self._weigh_in(kind, group, -1)
-        return group
+    def _pop(self, kind: str) -> Group:
+        noted = self._groups[kind].popleft()
+        self._weigh_in(kind, noted, -1)
+        return noted
 
     def _drop(self, kind: str) -> None:
         self.dropped[kind] += self._pop(kind).rows
 
     def take(self) -> Parcel:
         """The oldest rows, some `BATCH_ROWS` and 1 MiB of each kind at most; empty when there are none."""
-        self._make()
-        return {kind: self._take(kind) for kind, groups in self._groups.items() if groups}
+        with self._lock:
+            self._make()
+            return {kind: self._take(kind) for kind, groups in self._groups.items() if groups}
 
     def lose(self, parcel: Parcel) -> None:
         """A parcel that was taken did not arrive."""
-        self.dropped.update({kind: part.rows for kind, part in parcel.items()})
+        with self._lock:
+            self.dropped.update({kind: part.rows for kind, part in parcel.items()})
 
     def _take(self, kind: str) -> Sealed:
-        groups, count, size = self._groups[kind], 0, 0
-        taken: list[bytes] = []
-        most = BATCH_ROWS * _ATTEMPTS_EACH if kind == "attempts" else BATCH_ROWS
-        while groups and size <= _BATCH_BYTES and (not count or count + groups[0].rows <= most):
-            group = self._pop(kind)
-            taken.append(group.pickled)
-            count, size = count + group.rows, size + len(group.pickled)
-        return seal(count, taken)
+        groups, is_all = self._groups[kind], kind == "attempts"
+        taken = [self._pop(kind)]
+        rows, size = taken[0].rows, len(taken[0].pickled)
+        while groups and (is_all or (size <= _BATCH_BYTES and rows + groups[0].rows <= BATCH_ROWS)):
+            taken.append(self._pop(kind))
+            rows, size = rows + taken[-1].rows, size + len(taken[-1].pickled)
+        return seal(taken)

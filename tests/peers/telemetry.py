@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lltm_ray.config import TelemetryConfig
-from lltm_ray.telemetry.batch import Parcel, unseal
 from lltm_ray.telemetry.context import new_span_id, new_trace_id
 from lltm_ray.telemetry.exporters import Exporters
 from lltm_ray.telemetry.hub import Hub, build_hub
 from lltm_ray.telemetry.instruments import Instruments
 from lltm_ray.telemetry.outbox import Outbox
+from lltm_ray.telemetry.parcel import Parcel, unseal
 from lltm_ray.telemetry.profiles import read_profile
 from lltm_ray.telemetry.resource import make_resource
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow

@@ -38,7 +38,7 @@ from lltm_ray.gateway.trace import Tracing
 from lltm_ray.records import FleetStatus
 from lltm_ray.routing.ledger import Ledger
 from lltm_ray.routing.router import Router
-from lltm_ray.telemetry.batch import Sealed
+from lltm_ray.telemetry.parcel import Parcel
 
 from .cost import WARM_S, Shape, load, upstreams
 from .ours import engine_info
@@ -137,9 +137,9 @@ class Nothing:
     def __init__(self, *_given: Any) -> None:
         self._batches = 0
 
-    async def put(self, _sender: str, sealed: Sealed, _dropped: Mapping[str, int]) -> None:
+    async def put(self, _sender: str, parcel: Parcel, _dropped: Mapping[str, int]) -> None:
         """As `TelemetryActor.put`."""
-        self._batches += bool(sealed)
+        self._batches += bool(parcel)
 
     async def look(self) -> dict[str, Any]:
         """As `TelemetryActor.look`."""

@@ -37,10 +37,10 @@ from lltm_ray.gateway.trace import Tracing
 from lltm_ray.llamacpp.metrics import read_metrics
 from lltm_ray.records import EngineInfo
 from lltm_ray.routing.ledger import Ledger
-from lltm_ray.telemetry.batch import unseal
 from lltm_ray.telemetry.content import Capture
 from lltm_ray.telemetry.logs import LogHandler
 from lltm_ray.telemetry.outbox import Outbox
+from lltm_ray.telemetry.parcel import unseal
 from lltm_ray.telemetry.rows import KINDS, AttemptRow, LogRow, RequestRow, SpanRow
 from lltm_ray.telemetry.service import TelemetryService
 from lltm_ray.telemetry.spans import Place

@@ -8,8 +8,9 @@ from lltm_ray.gateway.timeline import begin_trace
 from lltm_ray.gateway.trace import Tracing, attempt_rows, request_row
 from lltm_ray.records import Timings
 from lltm_ray.routing.ledger import Attempt, LedgerEntry
-from lltm_ray.telemetry.batch import unpack, unseal
+from lltm_ray.telemetry.batch import unpack
 from lltm_ray.telemetry.outbox import Outbox
+from lltm_ray.telemetry.parcel import unseal
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from lltm_ray.telemetry.batch import unseal
 from lltm_ray.telemetry.context import TraceContext
 from lltm_ray.telemetry.logs import EVERY_S, MOST_LINES, LogHandler, at_work, clean
 from lltm_ray.telemetry.outbox import Outbox
+from lltm_ray.telemetry.parcel import unseal
 from lltm_ray.telemetry.rows import LogRow
 
 log = logging.getLogger("lltm_ray.tests.logs")

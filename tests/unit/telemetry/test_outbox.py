@@ -1,12 +1,17 @@
 """Rows wait, travel, become columns, and are counted when they are lost."""
 
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pyarrow as pa
 import pytest
 
-from lltm_ray.telemetry.batch import SCHEMAS, Batch, unpack, unseal
+from lltm_ray.telemetry.batch import SCHEMAS, Batch, unpack
 from lltm_ray.telemetry.outbox import BATCH_ROWS, Outbox
+from lltm_ray.telemetry.parcel import unseal
 from lltm_ray.telemetry.rows import LogRow, SlotRow, SpanRow
-from tests.unit.telemetry.rows_made import request_row
+from tests.unit.telemetry.rows_made import attempt_row, request_row
 
 
 def slot_row(slot: int, **changes: object) -> SlotRow:
@@ -75,6 +80,84 @@ def test_a_row_that_cannot_travel_costs_none_of_those_that_were_made_with_it() -
         outbox.later(lambda value=value: outbox.add("slots", slot_row(0)._replace(slot=value)))
     assert [row.slot for row in unpack("slots", taken(outbox)["slots"])] == [0, 2]
     assert outbox.dropped == {"slots": 1}
+
+
+def test_one_wrong_row_among_many_costs_little_more_than_itself(caplog) -> None:
+    outbox = Outbox()
+    for slot in range(1000):
+        outbox.later(lambda slot=slot: outbox.add("slots", slot_row(slot, task="seven" if slot == 700 else 7)))
+    began = time.thread_time()
+    whole, none = unseal(fresh(1000).take())
+    usual_s, began = time.thread_time() - began, time.thread_time()
+    batch, unsound = unseal(outbox.take())
+    assert time.thread_time() - began < 60 * usual_s + 0.05
+    assert (batch["slots"].num_rows, unsound, whole["slots"].num_rows, none) == (999, {"slots": 1}, 1000, {})
+    assert [record.getMessage()[:16] for record in caplog.records] == ["1 rows of slots "]
+
+
+def fresh(rows: int) -> Outbox:
+    outbox = Outbox()
+    for slot in range(rows):
+        outbox.add("slots", slot_row(slot))
+    return outbox
+
+
+def test_a_maker_that_raises_costs_no_row_that_was_made_before_nor_those_that_come() -> None:
+    outbox = Outbox()
+    outbox.later(lambda: outbox.add("slots", slot_row(0)))
+    outbox.later(lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        outbox.take()
+    outbox.add("slots", slot_row(1))
+    assert [row.slot for row in unpack("slots", taken(outbox)["slots"])] == [0, 1]
+
+
+@pytest.mark.parametrize("limits", [{"limit_bytes": 100_000}, {"limit_rows": 20}])
+def test_what_has_no_room_by_itself_drives_nothing_out(limits: dict[str, int]) -> None:
+    outbox = Outbox(**limits)
+    for number in range(10):
+        outbox.add("logs", LOG._replace(at_unix_nano=number))
+    for _ in range(30):
+        outbox.later(lambda: outbox.add("logs", LOG._replace(message="x" * 10_000)))
+    assert [row.at_unix_nano for row in unpack("logs", taken(outbox)["logs"])] == list(range(10))
+    assert outbox.dropped == {"logs": 30}
+
+
+def test_attempts_travel_with_their_request_or_before_it_however_many_they_are() -> None:
+    outbox = Outbox()
+    for number in range(200):
+
+        def tell(number: int = number) -> None:
+            for _ in range(60):
+                outbox.add("attempts", attempt_row(request_span_id=f"{number:016x}"))
+            outbox.add("requests", request_row(span_id=f"{number:016x}"))
+
+        outbox.later(tell)
+    batch = taken(outbox)
+    told = {row.request_span_id for row in unpack("attempts", batch["attempts"])}
+    assert {row.span_id for row in unpack("requests", batch["requests"])} <= told
+
+
+def test_many_threads_may_note_and_one_take() -> None:
+    outbox, taken_rows, before = Outbox(limit_rows=50), 0, sys.getswitchinterval()
+
+    def note() -> None:
+        for slot in range(2000):
+            outbox.add("slots", slot_row(slot))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            noting = [threads.submit(note) for _ in range(3)]
+            while not all(each.done() for each in noting):
+                taken_rows += sum(part.rows for part in outbox.take().values())
+            for each in noting:
+                each.result()
+    finally:
+        sys.setswitchinterval(before)
+    taken_rows += sum(part.rows for part in outbox.take().values())
+    assert taken_rows + outbox.dropped["slots"] == 6000
+    assert len(outbox) == 0
 
 
 def test_a_batch_is_bounded_and_keeps_the_order() -> None:
