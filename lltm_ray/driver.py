@@ -292,13 +292,14 @@ class Cluster:
         Args:
             prompts: what is none is told by its place before anything is sent.
             timeout_s: until all answers are there.
-            return_exceptions: as of `asyncio.gather`: errors stand in the list at their prompts' places, beside the
-                answers to the others. False: the first error is raised, no answer is returned.
-            params: parameters of every request, see `chat`.
+            return_exceptions: errors of requests stand in the list at their prompts' places, beside the answers to the
+                others. False: the first error is raised, no answer is returned.
+            params: parameters of every request, see `chat`; checked before anything is sent, also where no prompt is.
 
         Raises:
             ConfigError: not a list of prompts, or `prompts[3]` is none, or a misspelt or wrong parameter.
             LltmRayError: the first error, after the other requests were cancelled; it notes its prompt's place.
+            CancelledError: of asyncio, whatever `return_exceptions` is: a request was cancelled from outside.
         """
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
             kind = type(prompts).__name__

@@ -15,7 +15,7 @@
     ├── EngineError              500
     │   ├── EngineStartError     503   the server ended, or was not ready in time
     │   ├── EngineExitedError    503   the server died while in use
-    │   ├── EngineNotReadyError  503
+    │   ├── EngineNotReadyError  503   carries `retry_after_s` where an engine may come
     │   └── ServerBinaryError    500   no usable llama-server, or a bad download
     ├── RequestTooLargeError     413
     ├── OverloadedError          429   carries `retry_after_s`
@@ -56,6 +56,8 @@ class LltmRayError(Exception):
 
     http_status: int = 500
     code: ClassVar[str] = "server_error"
+    retry_after_s: float | None = None
+    """When another try may succeed; None: at no time that is known."""
 
     def __init__(self, message: str, **fields: Any) -> None:
         super().__init__(message)
@@ -206,6 +208,8 @@ class EngineNotReadyError(EngineError):
     http_status = 503
     code = "unavailable_error"
     state: str
+    retry_after_s: float | None = 5.0
+    """As long as a small model takes to load; None where no engine will come."""
 
     def __init__(self, engine: str, state: str) -> None:
         super().__init__(f"{f'engine {engine}' if engine else 'llama-server'} is {state}", engine=engine, state=state)
@@ -264,7 +268,7 @@ class UpstreamError(LltmRayError):
 
 
 _CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
-"""What could steer a terminal; JSON has it escaped, its message has not."""
+"""What could steer a terminal, in a message or in a body that has none."""
 
 
 def _told(body: str) -> str:
@@ -272,10 +276,10 @@ def _told(body: str) -> str:
     try:
         told = json.loads(body)
     except (ValueError, TypeError, RecursionError):
-        return str(body)
+        told = body
     for name in ("error", "message"):
         told = told.get(name, told) if isinstance(told, dict) else told
-    return told.translate(_CONTROLS) if isinstance(told, str) and told.strip() else body
+    return (told if isinstance(told, str) and told.strip() else str(body)).translate(_CONTROLS)
 
 
 class PlacementError(LltmRayError):

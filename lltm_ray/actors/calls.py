@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -72,9 +72,18 @@ class Calls:
         async for status in watch_fleet(self._fleet.config.name):
             self._learn(status)
 
+    def _keep_off(self, closed: Collection[str]) -> None:
+        """Engines that a gateway drained get no requests from here either; who waits for them waits for their time."""
+        for engine in self._router.engines():
+            if engine.name in closed:
+                self._router.close_engine(engine.name, is_leaving=True)
+            else:
+                self._router.open_engine(engine.name)
+
     def _learn(self, status: FleetStatus) -> None:
         self._router.update(status.engines, status.models)
         self._router.hint(status.hints, status.salt)
+        self._keep_off({name for gateway in status.gateways for name in gateway.closed})
         before, self._places = self._places, {engine.name: engine.node_id for engine in status.engines}
         for name, node_id in self._places.items():
             if before.get(name, node_id) != node_id:
@@ -112,15 +121,19 @@ class Calls:
     ) -> list[Completion | BaseException]:
         """One call for each prompt, all at once, when all of them are prompts.
 
-        The first error cancels the rest, or with `return_exceptions` stands in its prompt's place.
+        The first error cancels the rest, or with `return_exceptions` stands in its prompt's place; a call that was
+        cancelled is none, and raised.
         """
         asked = [_read_prompt(place, prompt) for place, prompt in enumerate(prompts)]
         check_value(TIMEOUT, timeout_s)
-        for method in {method for method, _ in asked}:
-            settle(ROUTES[method], params, own=(*OWN, "return_exceptions"))
-        calls = [self._placed(place, *each, timeout_s=timeout_s, **params) for place, each in enumerate(asked)]
+        methods, own = {method for method, _ in asked} or _GENERATE, (*OWN, "return_exceptions")
+        settled = {method: settle(ROUTES[method], params, own=own) for method in methods}
+        calls = [
+            self._placed(place, method, prompt, timeout_s=timeout_s, **settled[method])
+            for place, (method, prompt) in enumerate(asked)
+        ]
         if return_exceptions:
-            return await asyncio.gather(*calls, return_exceptions=True)
+            return _none_cancelled(await asyncio.gather(*calls, return_exceptions=True))
         async with _first_error(), asyncio.TaskGroup() as group:
             tasks = [group.create_task(call) for call in calls]
         return [task.result() for task in tasks]
@@ -255,6 +268,13 @@ def _read_prompt(place: int, prompt: Any) -> tuple[str, Any]:
     except ConfigError as error:
         part = error.field.removeprefix("messages").removeprefix("prompt")
         raise ConfigError(f"prompts[{place}]{part}", error.value, error.why) from None
+
+
+def _none_cancelled(done: list[Completion | BaseException]) -> list[Completion | BaseException]:
+    for each in done:
+        if isinstance(each, asyncio.CancelledError):
+            raise each
+    return done
 
 
 async def _awaited(call: Any, engine: str) -> Any:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -23,7 +22,7 @@ from lltm_ray.config import (
     LoraAdapter,
     read_environment,
 )
-from lltm_ray.errors import ModelNotFoundError, PlacementError
+from lltm_ray.errors import PlacementError
 from lltm_ray.gpu.host import available_ram_bytes, usable_cores
 from lltm_ray.gpu.nvml import read_inventory, visible
 from lltm_ray.gpu.shares import memory_budget
@@ -33,7 +32,7 @@ from lltm_ray.llamacpp.process import ServerSpec
 from lltm_ray.llamacpp.slot_folder import OwnedFolder, SlotFolder, own_folder, sweep_folders
 from lltm_ray.models.gguf import read_model, shard_paths
 from lltm_ray.models.memory import MemoryPlan, plan_fit
-from lltm_ray.models.resolve import ResolvedModel, resolve
+from lltm_ray.models.resolve import ResolvedModel, naming_the_draft, resolve
 from lltm_ray.records import Adapter, GpuInfo, ModelInfo, ModelState
 
 Progress = Callable[[str, int, int], None]
@@ -145,15 +144,6 @@ def _with_draft(spec: EngineSpec, find: Callable[[str], ResolvedModel]) -> Engin
         path = find(engine.model_draft).path
     engine = replace(engine, model_draft=str(path))
     return replace(spec, fleet=replace(spec.fleet, engine=engine))
-
-
-@contextmanager
-def naming_the_draft(model: str) -> Iterator[None]:
-    """An error of a draft that is not found names the setting, for there are two models."""
-    try:
-        yield
-    except ModelNotFoundError as error:
-        raise ModelNotFoundError(model, f"engine.model_draft: {error.why}") from error
 
 
 def slot_seal(engine: EngineConfig, model: Path, executable: str) -> str:

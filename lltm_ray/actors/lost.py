@@ -8,6 +8,7 @@ it, whose process Ray then ends.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -27,6 +28,8 @@ _RAYLET = "RAY_RAYLET_PID"
 """In the environment of all that a raylet started, and of what that started."""
 _lost: set[str] = set()
 """GCS addresses at which nobody listened any more."""
+_sessions: dict[str, str] = {}
+"""GCS address -> name of the session there, for all that this process was in: in `ray.shutdown` nobody tells it."""
 
 
 def is_lost() -> bool:
@@ -34,7 +37,7 @@ def is_lost() -> bool:
     address = _gcs_address()
     if address and not _refuses(address):
         _lost.discard(address)  # another one's now
-    elif address and _daemons() and ray.is_initialized():  # `ray.shutdown` leaves it before it ends it
+    elif address and ray.is_initialized() and _daemons():  # `ray.shutdown` leaves it before it ends it
         _lost.add(address)
     return address in _lost
 
@@ -60,10 +63,9 @@ def watch_ray(on_lost: Callable[[], None]) -> None:
 
 def end_lost() -> None:
     """Kill the daemons of a lost Ray that this process started, their workers, and the llama-servers of these."""
-    daemons = _daemons()
-    raylets = {str(each.pid) for each in daemons}
-    others = psutil.process_iter(["environ"])  # some daemons may be dead, and not their children's parents any more
-    doomed = [*daemons, *(each for each in others if (each.info["environ"] or {}).get(_RAYLET) in raylets)]
+    _gcs_address()
+    found = (*_daemons(), *_helpers(), *_orphans())
+    doomed = {each for first in found for each in (first, *_below(first))}
     for process in doomed:
         try:
             process.kill()
@@ -72,14 +74,69 @@ def end_lost() -> None:
     psutil.wait_procs(doomed, timeout=_KILLED_S)
 
 
+def _children(is_meant: Callable[[psutil.Process], bool]) -> list[psutil.Process]:
+    return [each for each in psutil.Process().children() if _holds(is_meant, each)]
+
+
 def _daemons() -> list[psutil.Process]:
-    return [each for each in psutil.Process().children() if each.name() in _DAEMONS]
+    return _children(lambda each: each.name() in _DAEMONS)
+
+
+def _helpers() -> list[psutil.Process]:
+    """Ray's monitors and its dashboard: their command lines name both the GCS and its session."""
+    own = tuple(_sessions.items())
+    return _children(lambda each: any(_names(each.cmdline(), *pair) for pair in own))
+
+
+def _names(words: list[str], *wanted: str) -> bool:
+    return all(any(each in word for word in words) for each in wanted)
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.Error as error:
+        log.debug("ended just now: %s", error)
+        return []
+
+
+def _orphans() -> list[psutil.Process]:
+    """Those whom a raylet of this process started, and who may not be its children any more, for it is dead.
+
+    Its number alone tells nothing: others may have had it, also in another namespace of processes.
+    """
+    raylets = {str(each.pid): each.create_time() for each in _daemons()}
+
+    def is_orphan(each: psutil.Process) -> bool:
+        began_s = raylets.get(each.environ().get(_RAYLET, "")) if each.uids().real == os.getuid() else None
+        return began_s is not None and each.create_time() >= began_s and _logs_to_own(each)
+
+    return [each for each in psutil.process_iter() if raylets and _holds(is_orphan, each)]
+
+
+def _logs_to_own(process: psutil.Process) -> bool:
+    """Whether it has a log of one of this process's sessions open, as each worker has."""
+    return any(f"/{name}/logs/" in file.path for file in process.open_files() for name in _sessions.values())
+
+
+def _holds(is_meant: Callable[[psutil.Process], bool], process: psutil.Process) -> bool:
+    """False also of one that has just ended, or is somebody else's."""
+    try:
+        return is_meant(process)
+    except psutil.Error as error:
+        log.debug("not to be asked: %s", error)
+        return False
 
 
 def _gcs_address() -> str:
     try:
-        return str(ray.get_runtime_context().gcs_address) if ray.is_initialized() else ""
-    except (ray.exceptions.RayError, AttributeError) as error:  # another thread has just left it
+        if not ray.is_initialized():
+            return ""
+        context = ray.get_runtime_context()
+        address = str(context.gcs_address)
+        _sessions[address] = context.get_session_name()
+        return address
+    except (ray.exceptions.RayError, RuntimeError, AttributeError) as error:  # another thread has just left it
         log.debug("no GCS: %s", error)
         return ""
 

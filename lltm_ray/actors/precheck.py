@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lltm_ray.actors.launch import naming_the_draft
 from lltm_ray.config import FleetConfig, read_environment
 from lltm_ray.gateway.auth import ApiKeys
 from lltm_ray.gateway.server import bind
 from lltm_ray.llamacpp.binary import find_server
 from lltm_ray.models.gguf import read_model
-from lltm_ray.models.resolve import check_exists, resolve
+from lltm_ray.models.resolve import check_exists, naming_the_draft, resolve
 
 
 def check_here(config: FleetConfig) -> None:

@@ -34,12 +34,7 @@ class RunState:
 
     def forget(self) -> None:
         """Remove it."""
-        self.forget_fleet(self.name)
-
-    @staticmethod
-    def forget_fleet(name: str) -> None:
-        """Remove what was written of a fleet, if anything was."""
-        _path(name).unlink(missing_ok=True)
+        _path(self.name).unlink(missing_ok=True)
 
     @classmethod
     def of_this_process(cls, name: str, ray_address: str, endpoint: str | None, *, holds_fleet: bool) -> Self:
@@ -69,6 +64,12 @@ class RunState:
             state.forget()
             return None
         return state
+
+    @classmethod
+    def running(cls) -> list[Self]:
+        """All fleets that run here, by their names."""
+        names = sorted(path.stem for path in _path("").parent.glob("*.json"))
+        return [state for state in map(cls.load, names) if state is not None]
 
 
 def write_private(path: Path, value: Any) -> None:

@@ -16,6 +16,7 @@ _CLIENT = frozenset(
     {
         *("invalid_request_error", "authentication_error", "not_supported_error", "model_not_found", "not_found_error"),
         *("permission_error", "exceed_context_size_error", "400", "401", "403", "404", "405", "413", "415", "422"),
+        "501",
     }
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,13 +28,15 @@ class Fit:
     terms: Array
     """(groups, columns)."""
     errors: Array
-    """Their standard errors, of the same shape."""
+    """Their standard errors, of the same shape; wider where rows are few for the terms of all groups."""
     fitted: Array
     """(rows,)"""
     relative: Array
     """(y - fitted) * scale of each row."""
     sigma: float
     """Robust standard deviation of `relative`."""
+    rows: Array
+    """(groups,): how many each was fitted to."""
 
 
 def fit_groups(xp: Any, group: Array, groups: int, columns: Sequence[Array], y: Array, scale: Array) -> Fit:
@@ -48,7 +51,7 @@ def fit_groups(xp: Any, group: Array, groups: int, columns: Sequence[Array], y: 
         scale: of each row; what a residual is multiplied by before it is compared with others: one over its noise.
     """
     if not len(y):
-        return Fit(xp.zeros((groups, len(columns))), xp.zeros((groups, len(columns))), y, y, 0.0)
+        return Fit(xp.zeros((groups, len(columns))), xp.zeros((groups, len(columns))), y, y, 0.0, xp.zeros(groups))
     sizes = [float(xp.abs(column).max()) or 1.0 for column in columns]
     scaled = xp.stack([column / size * scale for column, size in zip(columns, sizes, strict=True)])
     target, weight, sigma = y * scale, xp.full(len(y), 1.0), 0.0
@@ -62,7 +65,14 @@ def fit_groups(xp: Any, group: Array, groups: int, columns: Sequence[Array], y: 
         weight = xp.minimum(1.0, _HUBER * max(sigma, 1e-12) / xp.maximum(away, 1e-12))
         errors = xp.sqrt(xp.maximum(xp.stack([inverse[:, i, i] for i in range(len(columns))], axis=1), 0.0)) * sigma
     per_unit = xp.asarray(sizes)
-    return Fit(terms / per_unit, errors / per_unit, y - relative / scale, relative, sigma)
+    rows = xp.bincount(group, minlength=groups)
+    errors = errors * _wider(len(y), len(columns) * int((rows > 0).sum()))
+    return Fit(terms / per_unit, errors / per_unit, y - relative / scale, relative, sigma, rows)
+
+
+def _wider(rows: int, terms: int) -> float:
+    """By how much residuals are smaller than their noise, for terms bend to it; the least where no row is spare."""
+    return math.sqrt(rows / max(rows - terms, 1))
 
 
 def fit_positive(xp: Any, group: Array, groups: int, columns: Sequence[Array], y: Array, scale: Array) -> Fit:

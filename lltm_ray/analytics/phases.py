@@ -36,6 +36,8 @@ def attempt_phases(
     is_estimate = np.isnan(first) & (columns["predicted_ms"] > 0) & (columns["prompt_ms"] >= 0)
     counted_first = np.maximum(sent, ended - columns["predicted_ms"] / 1e3)
     counted_slot = np.maximum(sent, counted_first - columns["prompt_ms"] / 1e3)
+    is_told = (columns["prompt_ms"] > 0) & (slot <= first)  # a busy gateway may read a stream's headers late
+    slot = np.where(is_told, np.maximum(sent, np.minimum(slot, first - columns["prompt_ms"] / 1e3)), slot)
     first, slot = np.where(is_estimate, counted_first, first), np.where(is_estimate, counted_slot, slot)
     has_phases = is_generating.astype(bool) & ~np.isnan(sent)
     return {

@@ -18,6 +18,8 @@ _FITS = 2
 """Shares are of an attempt's own work, which the first fit takes to be as its tokens."""
 _SURE = 3.0
 """Standard errors of a share: few attempts tell of many slots, and how a batch's time grows is no straight line."""
+_LEAST_ROWS = 15
+"""Attempts of a model, three for each term of a fit: the spread of fewer tells nothing of what chance leaves open."""
 _LEAST_ALONE = 0.05
 """Of what an attempt took, at least so much is its own work."""
 
@@ -38,7 +40,7 @@ def at_full_load(trace: Trace, held: Held, engines: Engines) -> Slowing:
     another for each further one: llama.cpp decodes all slots in one batch, where a second may cost as much as six more
     do. What chance leaves open of both is between `least_s` and `most_s`. Of further slots that were hardly ever held,
     it leaves all between nothing and what the first one costs; and together n slots need no more than in turns. The
-    fuller the fleet was, the less is open.
+    fuller the fleet was, the less is open. Of fewer than `_LEAST_ROWS` attempts, all of that is.
     """
     xp, models = trace.engine.xp, len(trace.names.model) + 1
     took, model = held.ended - held.slot, xp.where(held.model >= 0, held.model, models - 1)
@@ -58,7 +60,9 @@ def at_full_load(trace: Trace, held: Held, engines: Engines) -> Slowing:
     in_turns = took * (others + 1) / (beside + 1)
     most_s = took + most[model] * to_first + most_more[model] * xp.maximum(to_last, 0.0)
     least_s = took + least[model] * to_first + least_more[model] * xp.maximum(to_last, 0.0)
-    return Slowing(took, xp.minimum(least_s, in_turns), xp.minimum(most_s, in_turns))
+    is_few = (fit.rows < _LEAST_ROWS)[model]
+    least_s = xp.where(is_few, took, xp.minimum(least_s, in_turns))
+    return Slowing(took, least_s, xp.where(is_few, in_turns, xp.minimum(most_s, in_turns)))
 
 
 def _fit(xp: Any, model: Array, models: int, took: Array, terms: tuple[Array, ...]) -> tuple[Array, Fit]:

@@ -167,7 +167,7 @@ def _headroom(report: Report) -> list[Highlight]:
         is_found = any((each.kind, each.subject) == ("saturation", least.model) for each in report.findings)
         note = f"{_load(report, least)}, {knee(least)}. {_meaning(least)}"
         is_bad = is_found and least.headroom_high_ratio <= 0
-        return [Highlight(_HEADROOM, _value(least, is_found=is_found), note, is_bad)]
+        return [Highlight(_HEADROOM, headroom(least, is_found=is_found), note, is_bad)]
     asked = [row for row in models if row.requests and not units.is_known(row.busiest_per_s)]
     light = [row for row in models if units.is_known(row.busiest_per_s) and units.is_known(row.knee_per_s)]
     if not asked + light:
@@ -191,10 +191,8 @@ def knee(model: Any) -> str:
     if is_seen(model):
         return f"knee at {at} or more: so much was served without long waits"
     if model.knee_high_per_s > _APART * model.knee_low_per_s:
-        return (
-            f"knee somewhere from {low} to {high} (the load from which waits grow fast): too few slots were held at "
-            "once to tell it closer"
-        )
+        where = f"knee somewhere from {low} to {high} (the load from which waits grow fast)"
+        return f"{where}: too little was seen to tell it closer"
     return f"knee at {at} (the load from which waits grow fast)"
 
 
@@ -203,40 +201,49 @@ def is_seen(model: Any) -> bool:
     return bool(model.knee_high_per_s <= _SAME * model.seen_per_s)
 
 
-def _value(model: Any, *, is_found: bool) -> str:
+def headroom(model: Any, *, is_found: bool) -> str:
     """Below the knee by how much; past it by how much only where a finding tells what to do about it."""
-    if is_seen(model) and model.headroom_ratio < _LEAST_MORE:
+    if not _is_told(model):
         return units.NOTHING
-    return headroom(model.headroom_ratio) if is_found or model.headroom_ratio > 0 else "none"
+    return _percent(model.headroom_ratio) if is_found or model.headroom_ratio > 0 else "none"
+
+
+def _is_told(model: Any) -> bool:
+    """Whether more is known of a headroom than that what was served left some, if any."""
+    ratio = model.headroom_ratio
+    return units.is_known(ratio) and not (is_seen(model) and ratio < _LEAST_MORE)
 
 
 def _meaning(model: Any) -> str:
     """What a headroom says of the load, how far it is known, and whether requests waited."""
     low, ratio, high = model.headroom_low_ratio, model.headroom_ratio, model.headroom_high_ratio
     wait = f"{units.seconds(model.busiest_wait_s)} on average"
-    if is_seen(model) and ratio < _LEAST_MORE:
+    if not _is_told(model):
         return f"How much more could come before they do was not seen; then they waited {wait}."
     if ratio > 0:
         times = f"{units.digits(1 + ratio)} times as much" if ratio <= _MOST else f"Over {_MOST} times as much"
-        more, none = times if ratio > 1 else f"{headroom(ratio)} more", ", or none" if low <= 0 else ""
+        more, none = times if ratio > 1 else f"{_percent(ratio)} more", ", or none" if low <= 0 else ""
         said = f"{more} could come before they do{none}"
     else:
         said = "More came than that" if high < 0 else "More came than that, or nearly"
     if ratio <= 0 and model.busiest_wait_s < LONG_WAIT_RATIO * model.service_s:
-        return f"{said}{_likely(low, high)}, yet they waited only {wait}: they came evenly, or not for long."
-    return f"{said}{_likely(low, high)}; then they waited {wait}."
+        return f"{said}{likely(model)}, yet they waited only {wait}: they came evenly, or not for long."
+    return f"{said}{likely(model)}; then they waited {wait}."
 
 
-def _likely(low: float, high: float) -> str:
-    if not (units.is_known(low) and units.is_known(high)) or low > _MOST or high <= 0:
+def likely(model: Any) -> str:
+    """A headroom's range; empty where there is none to tell."""
+    low, high = model.headroom_low_ratio, model.headroom_high_ratio
+    is_known = units.is_known(low) and units.is_known(high) and _is_told(model)
+    if not is_known or low > _MOST or high <= 0:
         return ""
-    most = f"{high * 100:,.0f} %" if high <= _MOST else headroom(high)
+    most = f"{high * 100:,.0f} %" if high <= _MOST else _percent(high)
     return f" (likely {max(low, 0) * 100:,.0f} to {most})"
 
 
-def headroom(ratio: Any) -> str:
+def _percent(ratio: float) -> str:
     """In percent; where it is far from mattering, that it is."""
-    return f"over {units.count(_MOST * 100)} %" if units.is_known(ratio) and ratio > _MOST else units.percent(ratio)
+    return f"over {units.count(_MOST * 100)} %" if ratio > _MOST else units.percent(ratio)
 
 
 def table_of(report: Report, analysis: str, table: str) -> list[Any]:

@@ -13,7 +13,22 @@ from lltm_ray.llamacpp.base_url import base_url
 UrlOption = Annotated[
     str, typer.Option(help="Base URL of a gateway or of one llama-server.", show_default="the fleet's own")
 ]
-NameOption = Annotated[str, typer.Option(help="The fleet's name.")]
+NameOption = Annotated[str, typer.Option(help="The fleet's name; left out: the only one that runs here, if it is one.")]
+_DEFAULT = "default"
+
+
+def fleet_meant(name: str) -> str:
+    """The name; where none was given and no fleet has the default one, that of the only fleet that runs here.
+
+    Raises:
+        ConfigError: several run here, and none of them has the default name.
+    """
+    if name != _DEFAULT or RunState.load(name) is not None:
+        return name
+    others = [state.name for state in RunState.running()]
+    if len(others) > 1:
+        raise ConfigError("name", name, f"no such fleet runs here; give --name, one of {', '.join(others)}")
+    return others[0] if others else name
 
 
 def endpoint_of(url: str, name: str) -> str:
@@ -24,7 +39,7 @@ def endpoint_of(url: str, name: str) -> str:
     """
     if url:
         return base_url(url)
-    state = RunState.load(name)
+    state = RunState.load(name := fleet_meant(name))
     if state is None:
         raise ConfigError("name", name, f"no such fleet runs here; start it (lltm-ray up --name {name}), or give --url")
     if not state.endpoint:

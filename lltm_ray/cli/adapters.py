@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lltm_ray.cli._endpoint import NameOption
+from lltm_ray.cli._endpoint import NameOption, fleet_meant
 from lltm_ray.cli._output import ERR, JsonFlag, errors_end_the_command, print_json, print_table
 from lltm_ray.cli.models_lora import read_choice
 from lltm_ray.errors import ConfigError
@@ -43,7 +43,7 @@ def adapters(
 
     scales = [_read_scale(each) for each in set_scales or ()]
     files = [read_choice(each) for each in load or ()]
-    with Cluster.connect(name) as cluster:
+    with Cluster.connect(fleet_meant(name)) as cluster:
         for label in unload or ():
             with ERR.status(f"unloading {label} …"):
                 cluster.unload_adapter(label)

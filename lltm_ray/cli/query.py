@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lltm_ray import _optional
-from lltm_ray.cli._endpoint import NameOption
+from lltm_ray.cli._endpoint import NameOption, fleet_meant
 from lltm_ray.cli._output import ERR, JsonFlag, errors_end_the_command, print_json, print_table
 from lltm_ray.cli._source import (
     MEMORY_GIB,
@@ -80,6 +80,7 @@ def query(
     What Cypher's RETURN gives is rows; GRAPH { MATCH ... } and GFQL give a part of the graph.
     """  # noqa: D301 - click keeps lines as they are after the character \b
     window_s = read_age("window", window)
+    name = name if segments or address else fleet_meant(name)
     tables = read_segments(segments, window_s) if segments else read_fleet(name, address)
     service = service_of(tables, engine, memory_gib, str(segments or name))
     asked = service.answer(_graphistry(_MAKERS[graph]), window_s)

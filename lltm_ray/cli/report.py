@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lltm_ray.cli._endpoint import NameOption
+from lltm_ray.cli._endpoint import NameOption, fleet_meant
 from lltm_ray.cli._output import ERR, errors_end_the_command
 from lltm_ray.cli._source import (
     MEMORY_GIB,
@@ -70,7 +70,7 @@ def report(
         service = service_of(tables, engine, memory_gib, str(segments))
         answers = _ask(service, window_s, _read_windows(compare, service.newest_unix_nano / 1e9))
     else:
-        with closing(_connect(name, address)) as cluster:
+        with closing(_connect(name if address else fleet_meant(name), address)) as cluster:
             answers = _ask(cluster, window_s, _read_windows(compare, now_s))
     _show(*answers, html, json)
 

@@ -7,7 +7,7 @@ import signal
 import time
 
 from lltm_ray.actors.runstate import RunState
-from lltm_ray.cli._endpoint import NameOption
+from lltm_ray.cli._endpoint import NameOption, fleet_meant
 from lltm_ray.cli._output import ERR, OUT, JsonFlag, errors_end_the_command, print_json, print_table
 from lltm_ray.config import read_environment
 from lltm_ray.driver import Cluster
@@ -20,7 +20,7 @@ DOWN_TIMEOUT_S = 120.0
 @errors_end_the_command()
 def status(name: NameOption = "default", as_json: JsonFlag = False) -> None:
     """Engines and gateways of a running fleet."""
-    cluster = _connect(name)
+    cluster = _connect(fleet_meant(name))
     try:
         seen = cluster.status()
     finally:

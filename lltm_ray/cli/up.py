@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +29,24 @@ from lltm_ray.records import FleetStatus
 DETACH_TIMEOUT_S = 3600.0
 _READY_ENV = "LLTM_RAY_UP_READY_FD"
 """Set for the background copy of `up --detach`: the pipe on which it says how it went."""
+_TOGETHER_S = 5.0
+"""A Ray that is lost so soon after a signal got the same one."""
+
+
+class _Stop(threading.Event):
+    """Set by the signal that asks for a drain."""
+
+    asked_s = -math.inf
+    """When the last one came, in monotonic seconds."""
+
+    def set(self) -> None:
+        self.asked_s = time.monotonic()
+        super().set()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it came just now."""
+        return time.monotonic() - self.asked_s < _TOGETHER_S
 
 
 @errors_end_the_command()
@@ -114,7 +134,7 @@ def _parts(text: str) -> list[float]:
 
 def _up_here(fleet: FleetConfig) -> None:
     """Ray and the fleet live in this process."""
-    stop = threading.Event()
+    stop = _Stop()
     watch_ray(lambda: _leave_lost(fleet.name, stop))
     with _start(fleet) as cluster:
         _hear_signals(stop)
@@ -128,23 +148,26 @@ def _up_here(fleet: FleetConfig) -> None:
             state.forget()
 
 
-def _leave_lost(name: str, stop: threading.Event) -> None:
+def _leave_lost(name: str, stop: _Stop) -> None:
     """End what is left when Ray was ended, as by a signal to the whole process group, and this process.
 
     At once, for its main thread may be in a call that waits for Ray, and Ray's own end takes 15 s then.
     """
+    was_asked = stop.is_fresh  # else Ray broke by itself, perhaps in the middle of a drain
     end_lost()
-    RunState.forget_fleet(name)
+    state = RunState.load(name)
+    if state is not None and state.pid == os.getpid():  # while this one starts, another one of this name may run
+        state.forget()
     with suppress(OSError):  # the terminal may be closed
         ERR.show_cursor()
         ERR.print("Ray, which was started here, was ended: the fleet ended without a drain")
-    os._exit(0 if stop.is_set() else 1)
+    os._exit(0 if was_asked else 1)
 
 
 def _up_on_cluster(fleet: FleetConfig, *, detach: bool) -> None:
     """The fleet lives on a Ray cluster that somebody else keeps."""
     cluster = _start(fleet, detached=detach)
-    stop = threading.Event()
+    stop = _Stop()
     _hear_signals(stop)
     state = _state(cluster, holds_fleet=not detach)
     state.save()
@@ -165,7 +188,7 @@ def _state(cluster: Cluster, *, holds_fleet: bool) -> RunState:
 
 
 def _start(fleet: FleetConfig, **options: Any) -> Cluster:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended while starting: undo what was started
+    _handle(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP)  # ended while starting: undo what was started
     told = ", ".join(f"{model.engines} engine(s) of {model.name}" for model in fleet.served())
     ERR.print(f"starting {told} …")
     tell_if_demonstration(*(model.model for model in fleet.served()))
@@ -180,16 +203,20 @@ def _progress(status: FleetStatus) -> Table:
     return table
 
 
-def _hear_signals(stop: threading.Event) -> None:
+def _hear_signals(stop: _Stop) -> None:
     """From now on SIGINT, SIGTERM and a closed terminal ask for a drain; a second SIGINT does not wait for it."""
 
     def ask(_number: int, _frame: Any) -> None:
         stop.set()
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    _handle(ask, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _handle(handler: Callable[[int, Any], None], *numbers: signal.Signals) -> None:
+    for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN or number != signal.SIGHUP:  # nohup
-            signal.signal(number, ask)
+            signal.signal(number, handler)
 
 
 def _tell_ready(state: RunState, *, foreground: bool) -> None:

@@ -297,6 +297,7 @@ class Exchange:
             return
         self._is_closed = True
         timings, attempt = self._timings(), self._attempt
+        served = timings
         if self._seen is not None:
             self._seen.ended_at, self._seen.timings = self._clock(), timings
         if self._request.reply_text is not None:
@@ -309,13 +310,21 @@ class Exchange:
             attempt.cached_tokens = usage.cached_tokens
             attempt.computed_tokens = usage.input_tokens - usage.cached_tokens
             attempt.generated_tokens = attempt.delivered_tokens = usage.output_tokens
+            served = self._counted(attempt)
         elif is_good:  # a stream that ended with an error
             attempt.generated_tokens = attempt.delivered_tokens = self.delivered_tokens
             attempt.is_estimate = True
         self._request.record.delivered_tokens = attempt.delivered_tokens
         self._request.entry.cell.delivered(attempt.delivered_tokens)
         if self._lease is not None:
-            self._give_back(self._lease, timings)
+            self._give_back(self._lease, served)
+
+    def _counted(self, attempt: Attempt) -> Timings | None:
+        """What an answer without times, as that of /v1/messages, has cached and computed; None: it leaves no cache."""
+        if self._lease is None or not self._lease.ask.key:
+            return None
+        cached, computed = attempt.cached_tokens, attempt.computed_tokens
+        return Timings(cache_n=cached, prompt_n=computed, predicted_n=attempt.generated_tokens)
 
     def _give_back(self, lease: Lease, timings: Timings | None) -> None:
         served = None

@@ -240,7 +240,8 @@ class Migrator:
         others = [
             each for each in self._router.engines(model) if each.name not in run.excluded and each.state in coming
         ]
-        return "" if others else f"no other engine of model {model!r} can take it"
+        can = others and not self._router.unserved(run.source.name)
+        return "" if can else f"no other engine of model {model!r} can take it"
 
     async def _try(self, run: _Run, held: HeldSlot, into: SlotLease) -> None:
         try:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, Protocol
 
-from lltm_ray.errors import EngineNotReadyError, LltmRayError, OverloadedError
+from lltm_ray.errors import LltmRayError
 from lltm_ray.gateway.upstream import Headers
 
 Message = MutableMapping[str, Any]
@@ -39,8 +39,6 @@ class ClientLink(Protocol):
 
 LINGER_S = 2.0
 """How long a refused body is read and dropped, so that the refusal reaches a client that only writes."""
-NOT_READY_RETRY_S = 5
-"""Advice to come back where nobody knows when an engine will be there: as long as a small model takes to load."""
 JSON = b"application/json; charset=utf-8"
 NOT_FOUND = b'{"error":{"message":"File Not Found","type":"not_found_error","code":404}}'
 """llama-server's own words, also for a known path with a wrong method."""
@@ -60,9 +58,8 @@ async def send_json(send: Send, value: Any, headers: Headers, *, status: int = 2
 
 async def send_error(send: Send, error: LltmRayError, headers: Headers) -> None:
     """Send one of our errors in the shape that llama-server and OpenAI clients know."""
-    if isinstance(error, OverloadedError | EngineNotReadyError):
-        retry_s = error.retry_after_s if isinstance(error, OverloadedError) else NOT_READY_RETRY_S
-        headers = [*headers, (b"retry-after", str(math.ceil(retry_s)).encode("ascii"))]
+    if error.retry_after_s is not None:
+        headers = [*headers, (b"retry-after", str(math.ceil(error.retry_after_s)).encode("ascii"))]
     await send_json(send, error.as_dict(), headers, status=error.http_status)
 
 

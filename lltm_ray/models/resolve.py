@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from importlib import import_module
@@ -103,6 +104,15 @@ def check_exists(model: str) -> None:
         _resolve_path(model, Path(model).expanduser() if model.startswith("~") else Path(model))
     elif model not in DEMONSTRATIONS and not _HUB.match(model):
         _entry(model)
+
+
+@contextmanager
+def naming_the_draft(model: str) -> Iterator[None]:
+    """An error of a draft that is not found names the setting, for there are two models."""
+    try:
+        yield
+    except ModelNotFoundError as error:
+        raise ModelNotFoundError(model, f"engine.model_draft: {error.why}") from error
 
 
 def is_local(model: str) -> bool:

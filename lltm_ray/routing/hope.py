@@ -3,47 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lltm_ray.errors import EngineNotReadyError
 from lltm_ray.records import EngineState, ModelInfo, ModelState
 from lltm_ray.routing.rows import LATE_DETAIL, Row
 
 
-def is_hopeless(rows: Sequence[Row], info: ModelInfo | None, only: str | None = None) -> bool:
-    """Whether waiting is in vain: each engine has failed, not just by a missed heartbeat, or was drained to stay so.
+@dataclass(frozen=True, slots=True)
+class Hope:
+    """What those may expect who wait for a model; `only` is the engine that a request is pinned to."""
 
-    Where engines come with demand another one is made as long as there may be more; but not for requests that are
-    pinned to one.
+    model: str
+    rows: Sequence[Row]
+    """All its listed engines."""
+    info: ModelInfo | None
+    """What the directory says of it."""
 
-    Args:
-        rows: all listed engines of the model.
-        info: what the directory says of it.
-        only: the engine that a request is pinned to.
-    """
-    meant = [row for row in rows if only in (None, row.name)]
-    if info is not None and info.is_startable:
-        is_full = only is not None or len(rows) >= info.max_engines
-        return bool(meant) and is_full and all(_stays_closed(row) for row in meant)
-    return all(_stays_closed(row) or _has_failed(row) for row in meant)
+    def is_vain(self, only: str | None = None) -> bool:
+        """Whether each engine has failed, not just by a missed heartbeat, or was drained to stay so, or left.
 
+        Where engines come with demand another one is made as long as there may be more; but not for requests that are
+        pinned to one.
+        """
+        meant = self._meant(only)
+        if only is None and self.info is not None and self.info.is_startable:
+            meant = [row for row in meant if not _has_failed(row)]  # they hold no place: others are made for them
+            if not meant or len(meant) < self.info.max_engines:
+                return False
+        return all(_stays_closed(row) or _has_failed(row) for row in meant)
 
-def not_ready(model: str, rows: Sequence[Row], info: ModelInfo | None) -> EngineNotReadyError:
-    """The error that says why none of these engines of a model can be used now."""
-    why = describe(rows) if rows or info is None else f"it is {info.state}: {info.detail}".rstrip(": ")
-    if rows and info is not None and info.state is ModelState.FAILED:
-        why = f"{why}; {info.detail}".rstrip("; ")
-    return EngineNotReadyError(f"for model {model!r}", f"not ready: {why}")
+    def error(self, only: str | None = None) -> EngineNotReadyError:
+        """Says why no engine, or not the pinned one, can be used now."""
+        error = EngineNotReadyError(f"for model {self.model!r}", f"not ready: {self._why(only)}")
+        if self.is_vain(only):
+            error.retry_after_s = None
+        return error
 
+    def warning(self, engine: str) -> str:
+        """What people are told who drain the last open engine; empty where it is not."""
+        if not self.is_vain():
+            return ""
+        remedy = f"`lltm-ray drain {engine} --undrain` opens the engine again"
+        return f"no engine serves model {self.model!r} now, requests for it are refused with 503: {remedy}"
 
-def describe(rows: Sequence[Row]) -> str:
-    """Why none of these engines can be used now, for people."""
-    return ", ".join(f"{row.name} is {_trouble(row)}" for row in rows) or "it left the fleet"
+    def _meant(self, only: str | None) -> list[Row]:
+        return [row for row in self.rows if only in (None, row.name)]
 
-
-def unserved(model: str, engine: str) -> str:
-    """What people are told who drain the last open engine of a model."""
-    remedy = f"`lltm-ray drain {engine} --undrain` opens the engine again"
-    return f"no engine serves model {model!r} now, requests for it are refused with 503: {remedy}"
+    def _why(self, only: str | None) -> str:
+        info, meant = self.info, self._meant(only)
+        why = ", ".join(f"{row.name} is {_trouble(row)}" for row in meant)
+        if meant and info is not None and info.state is ModelState.FAILED:
+            return f"{why}; {info.detail}".rstrip("; ")
+        if meant or only is not None or info is None:
+            return why or f"{only or 'it'} left the fleet"
+        return f"it is {info.state}: {info.detail}".rstrip(": ")
 
 
 def _stays_closed(row: Row) -> bool:

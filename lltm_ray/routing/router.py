@@ -21,7 +21,7 @@ from lltm_ray.routing.admission import Overload
 from lltm_ray.routing.admission.waiting import Waiter, WaitingRoom
 from lltm_ray.routing.gossip import Gossip
 from lltm_ray.routing.hints import Counsel
-from lltm_ray.routing.hope import is_hopeless, not_ready, unserved
+from lltm_ray.routing.hope import Hope
 from lltm_ray.routing.policy import Ask
 from lltm_ray.routing.residency import Held
 from lltm_ray.routing.rows import Lease, Row, Served, identity
@@ -307,7 +307,7 @@ class Router:
         """
         row = self._engines.get(name)
         if row is not None:
-            row.closed, row.leaving = True, is_leaving
+            row.closed, row.leaving = True, row.leaving or is_leaving
             self._models[row.model].sync(row)
             self._dismiss(row.model)
 
@@ -322,7 +322,7 @@ class Router:
     def unserved(self, name: str) -> str:
         """What people are told when requests for this engine's model are refused now; empty when they are not."""
         row = self._engines.get(name)
-        return unserved(row.model, name) if row is not None and self._is_hopeless(row.model) else ""
+        return self._hope(row.model).warning(name) if row is not None else ""
 
     def in_flight(self, name: str) -> int:
         """Claimed slots of an engine."""
@@ -371,28 +371,29 @@ class Router:
 
     def not_ready(self, model: str, only: str | None = None) -> EngineNotReadyError:
         """The error that says why no engine of a model, or not the pinned one, can be used now."""
-        return not_ready(model, self._listed(model, only), self._models[model].info)
+        return self._hope(model).error(only)
 
-    def _listed(self, model: str, only: str | None) -> list[Row]:
-        return [row for row in self._models[model].rows.values() if row.listed and only in (None, row.name)]
+    def _hope(self, model: str) -> Hope:
+        served = self._models[model]
+        return Hope(model, [row for row in served.rows.values() if row.listed], served.info)
 
     def _check_hope(self, served: ServedModel, only: str | None) -> None:
         """Before waiting: refuse a model that cannot come, wake one that can start."""
-        if self._is_hopeless(served.name, only):
-            raise self.not_ready(served.name, only)
+        hope = self._hope(served.name)
+        if hope.is_vain(only):
+            raise hope.error(only)
         if served.is_startable and self._wake is not None and not served.table.slots_total:
             self._wake(served.name)
 
-    def _is_hopeless(self, model: str, only: str | None = None) -> bool:
-        return is_hopeless(self._listed(model, None), self._models[model].info, only)
-
     def _dismiss(self, model: str) -> None:
-        self._rooms[model].dismiss(lambda only: self.not_ready(model, only) if self._is_hopeless(model, only) else None)
+        hope = self._hope(model)
+        self._rooms[model].dismiss(lambda only: hope.error(only) if hope.is_vain(only) else None)
 
     def _refusal(self, served: ServedModel, overload: Overload[Waiter]) -> Exception:
         """The error for a waiter that is turned away."""
         only = overload.ticket.only
-        usable = any(row.is_usable and not row.suspicions for row in self._listed(served.name, only))
+        rows = served.rows.values()
+        usable = any(row.is_usable and not row.suspicions and only in (None, row.name) for row in rows)
         if overload.reason == "expired" and not usable:
             return self.not_ready(served.name, only)
         served.counts.rejected += 1

@@ -71,6 +71,8 @@ def read_phases(attempt: AttemptRow, operation: str, total_s: float) -> Phases:
     if is_estimate:
         first = max(sent, ended - attempt.predicted_ms / 1e3)
         slot = max(sent, first - attempt.prompt_ms / 1e3)
+    elif attempt.prompt_ms > 0 and slot <= first:  # a busy gateway may read a stream's headers late
+        slot = max(sent, min(slot, first - attempt.prompt_ms / 1e3))
     return Phases(route, client, between(sent, slot), between(slot, first), between(first, ended), is_estimate)
 
 

@@ -64,6 +64,11 @@ class Handle:
                 seen.see(event)
                 yield event
 
+    async def infill(self, before: str, after: str) -> str:
+        async with self._trace.call("/infill", 30.0, {}, None) as (client, seen):
+            seen.see(done := await client.infill(before, after, max_tokens=2))
+            return done.text
+
     def rows(self) -> tuple[RequestRow, AttemptRow]:
         (attempt,) = [row for kind, row in self.told if kind == "attempts"]
         (request,) = [row for kind, row in self.told if kind == "requests"]
@@ -96,6 +101,13 @@ async def test_no_row_of_a_call_by_handle_has_a_word_of_prompt_or_answer(handle:
     assert rows[1].error.startswith("messages: is of type dict")
     assert rows[4].error == rows[5].error == "llama-server answered 400"
     assert not {said for said in (SAID, text) if said in repr(handle.told)}
+
+
+async def test_no_engine_is_to_blame_for_what_its_model_cannot_do(handle: Handle) -> None:
+    with pytest.raises(UpstreamError):
+        await handle.infill("a", "b")
+    request, attempt = handle.rows()
+    assert (request.status, request.error_type, attempt.outcome) == (501, "not_supported_error", "engine refused")
 
 
 async def close(events: Any, got: list[StreamEvent]) -> None:

@@ -299,16 +299,20 @@ async def test_one_that_leaves_the_queue_and_those_that_are_refused_are_in_the_a
         assert (await drift_at_rest(gate, ledger, fresh)) == Drift()
 
 
+WRONG_CHAT = "/v1/chat/completions", CHAT | {"response_format": {"type": "no such"}}
+NO_INFILL = "/infill", {"input_prefix": "a", "input_suffix": "b"}
+
+
 @pytest.mark.parametrize("stream", [False, True])
-async def test_what_llama_server_refuses_is_no_attempt_that_went_well(fresh, ledger, stream):
-    body = CHAT | {"response_format": {"type": "no such"}, "stream": stream}
+@pytest.mark.parametrize(("path", "body", "status"), [(*WRONG_CHAT, 400), (*NO_INFILL, 501)])
+async def test_what_llama_server_refuses_is_no_attempt_that_went_well(fresh, ledger, stream, path, body, status):
     async with gateway(fresh.info, ledger=ledger) as gate:
-        async with gate.http.post(f"{gate.url}/v1/chat/completions", json=body) as reply:
-            assert reply.status == 400
+        async with gate.http.post(f"{gate.url}{path}", json=body | {"stream": stream}) as reply:
+            assert reply.status == status
         await gate.idle()
         entry = await explain(gate, reply.headers["x-request-id"])
         (attempt,) = entry["attempts"]
-        assert (entry["status"], attempt["outcome"], attempt["is_estimate"]) == (400, "engine refused", False)
+        assert (entry["status"], attempt["outcome"], attempt["is_estimate"]) == (status, "engine refused", False)
         assert (await drift_at_rest(gate, ledger, fresh)) == Drift()
 
 

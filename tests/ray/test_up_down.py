@@ -97,13 +97,13 @@ def test_a_signal_that_ends_ray_too_ends_everything_within_seconds(cache, number
         os.killpg(process.pid, number)
         process.wait(150)
         took_s = time.monotonic() - began
-        left = [each for each in own if each.is_running()]
+        left = psutil.wait_procs(own, timeout=10)[1]  # agents of a raylet end with it by themselves
         told = process.stderr.read()
         assert process.returncode == 0, told
     assert "Traceback" not in told
     assert "ended without a drain" in told
     assert took_s < 30, "Ray's own patience is 60 s"
-    assert not [each for each in left if "Actor" in each.name()]
+    assert left == []
     assert servers() == before
     assert RunState.load("all") is None
 

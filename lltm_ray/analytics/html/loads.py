@@ -98,7 +98,7 @@ def headroom(answer: Answer, about: About) -> Figure:
                 arrivals=f"{units.digits(each.arrivals_per_s)} a second",
                 knee=_knee(each),
                 capacity=f"{units.digits(each.capacity_per_s)} a second",
-                headroom=_headroom(each),
+                headroom=text.headroom(each, is_found=str(each.model) in about.named) + text.likely(each),
                 wait_p95=units.seconds(each.wait_p95_s),
                 rejected=units.count(each.rejected),
                 slots=units.count(each.slots),
@@ -124,15 +124,6 @@ def _knee(model: Any) -> str:
         return f"{units.digits(model.knee_per_s)} a second or more"
     likely = f"{units.digits(model.knee_low_per_s)} to {units.digits(model.knee_high_per_s)}"
     return f"{units.digits(model.knee_per_s)} a second (likely {likely})"
-
-
-def _headroom(model: Any) -> str:
-    if not units.is_known(model.headroom_ratio):
-        return units.NOTHING
-    if model.headroom_high_ratio <= 0:
-        return "none"
-    low, ratio, high = (max(getattr(model, f"headroom_{each}"), 0.0) for each in ("low_ratio", "ratio", "high_ratio"))
-    return f"{text.headroom(ratio)} (likely {text.headroom(low)} to {text.headroom(high)})"
 
 
 def _pace(model: Any) -> str:

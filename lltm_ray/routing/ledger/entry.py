@@ -20,6 +20,8 @@ from typing import Any
 from lltm_ray.routing.ledger.progress import NO_CELL, Cell
 
 _PRINTED_DIGITS = 6
+_NOT_SUPPORTED = 501
+"""Of llama-server's: embeddings of an engine that was started without, or infill of a model without its tokens."""
 
 
 class Outcome(StrEnum):
@@ -36,14 +38,15 @@ class Outcome(StrEnum):
     GATEWAY_LOST = "gateway lost"
     """The gateway process died; the next one wrote this, from the counts that outlived it."""
     ENGINE_REFUSED = "engine refused"
-    """llama-server answered with an error of the request's own (status 4xx)."""
+    """llama-server answered with an error of the request's own: status 4xx, or 501 for what this model cannot do."""
 
     @classmethod
     def of_status(cls, status: int) -> Outcome:
         """Of an attempt that was answered: an error for want of room is the engine's own."""
         if status < 400:
             return cls.OK
-        return cls.ENGINE_REFUSED if status < 500 and status != 429 else cls.FAILED
+        is_refused = (status < 500 and status != 429) or status == _NOT_SUPPORTED
+        return cls.ENGINE_REFUSED if is_refused else cls.FAILED
 
 
 @dataclass(slots=True, kw_only=True)
@@ -168,6 +171,14 @@ class Drift:
     generated_tokens: int = 0
     estimates: int = 0
     """Attempts cut off that took what the exact ones leave of the counters; 0: every count is known."""
+
+    def __add__(self, other: Drift) -> Drift:
+        """Both together."""
+        return Drift(
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            generated_tokens=self.generated_tokens + other.generated_tokens,
+            estimates=self.estimates + other.estimates,
+        )
 
 
 def find_drift(sums: Sums, prompt_tokens_total: float, tokens_predicted_total: float) -> Drift:

@@ -72,6 +72,7 @@ class Ledger:
         self._counts = dict.fromkeys(("written", "dropped", "unbalanced", "recovered", "write_errors", "in_flight"), 0)
         self._bare = 0
         self._at_rest: dict[tuple[str, int], tuple[float, float]] = {}
+        self._foreign: dict[tuple[str, int], Drift] = {}
         self._is_failing = self._is_dropping = False
         self._closing, self._asked, self._turn = threading.Event(), threading.Event(), threading.Condition()
         self._begun = self._ended = 0
@@ -178,7 +179,8 @@ class Ledger:
 
         Returns:
             None while something runs there, or ended after the scrape was sent: nothing can be said then. Attempts that
-            were cut off get their exact counts once two scrapes in a row saw the same counters at rest.
+            were cut off get their exact counts once two scrapes in a row saw the same counters at rest; not those that
+            had been there before them, of calls that did not come this way.
         """
         asked = asked_unix_nano or time.time_ns()
         before = self._at_rest.pop(server, None)
@@ -192,15 +194,31 @@ class Ledger:
             if sums.last_end_unix_nano > asked:
                 return None
             self._at_rest[server] = counters
-            drift = find_drift(sums, *counters)
-            is_certain = before == counters and not (drift.prompt_tokens or drift.generated_tokens)
-            if sums.estimates and is_certain and _settle(db, server, sums, counters):
-                return Drift()
-        return drift
+            if sums.estimates:
+                return self._shared_out(db, server, sums, counters, is_at_rest=before == counters)
+            self._foreign[server] = find_drift(sums, *counters)
+            return self._foreign[server]
+
+    def _shared_out(
+        self,
+        db: sqlite3.Connection,
+        server: tuple[str, int],
+        sums: Sums,
+        counters: tuple[float, float],
+        *,
+        is_at_rest: bool,
+    ) -> Drift:
+        """What attempts that were cut off cannot have made, now that they are given the rest if that is certain."""
+        foreign = self._foreign.get(server, Drift())
+        own = counters[0] - foreign.prompt_tokens, counters[1] - foreign.generated_tokens
+        drift = find_drift(sums, *own)
+        is_certain = is_at_rest and not (drift.prompt_tokens or drift.generated_tokens)
+        return foreign if is_certain and _settle(db, server, sums, own) else foreign + drift
 
     def forget_servers(self, here: Collection[str]) -> None:
         """Only these engines are there; what was noted of others for `reconcile` goes."""
         self._at_rest = {server: seen for server, seen in self._at_rest.items() if server[0] in here}
+        self._foreign = {server: seen for server, seen in self._foreign.items() if server[0] in here}
 
     def _make_folder(self) -> None:
         try:

@@ -8,6 +8,8 @@ from lltm_ray.actors.calls import Calls
 from lltm_ray.actors.fleet import Fleet
 from lltm_ray.config import FleetConfig
 from lltm_ray.errors import OverloadedError
+from lltm_ray.records import EngineInfo, EngineState, FleetStatus, GatewayInfo
+from lltm_ray.routing.policy import Ask
 
 
 class Handle:
@@ -45,3 +47,24 @@ async def test_an_engines_own_deadline_comes_after_its_callers_whose_error_someb
         with pytest.raises(OverloadedError):
             await ask
     assert [limit_s >= 5 for limit_s in calls._fleet.engines["engine-0"].timeouts] == [True, True]
+
+
+async def test_engines_that_a_gateway_drained_get_no_calls_until_it_opens_them_again():
+    directory = SimpleNamespace(wake=SimpleNamespace(remote=lambda *_: None))
+    calls = Calls(Fleet(config=FleetConfig(), run_id="", directory=directory))
+    engines = [
+        EngineInfo(name=name, model="m", state=EngineState.READY, url="http://127.0.0.1:1", slots_total=4, server_pid=1)
+        for name in ("engine-0", "engine-1")
+    ]
+
+    async def taken_by(*closed):
+        gateway = GatewayInfo(name="gateway-0", url="", state="ready", closed=closed)
+        calls._learn(FleetStatus(name="f", engines=engines, gateways=[gateway]))
+        leases = [await calls._router.acquire(Ask(model="m")) for _ in range(4)]
+        for lease in leases:
+            calls._router.release(lease)
+        return {lease.engine.name for lease in leases}
+
+    assert await taken_by("engine-0") == {"engine-1"}
+    assert await taken_by("engine-1") == {"engine-0"}
+    assert await taken_by() == {"engine-0", "engine-1"}

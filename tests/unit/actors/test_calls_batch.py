@@ -17,21 +17,25 @@ USER = [{"role": "user", "content": "hi"}]
 
 
 class Engine:
-    """Answers with what it was asked; `fail` is refused, `slow` waits until it is cancelled, `crash` is a fault."""
+    """Answers with what it was asked; `fail` is refused, `slow` waits until it is cancelled, `leave` is cancelled,
+    `crash` is a fault."""
 
     def __init__(self):
         self.chat, self.complete = (SimpleNamespace(remote=getattr(self, name)) for name in ("_chat", "_complete"))
-        self.asked, self.cancelled = [], []
+        self.asked, self.given, self.cancelled = [], [], []
 
-    async def _chat(self, messages, **_):
-        return await self._complete(messages[0]["content"])
+    async def _chat(self, messages, **given):
+        return await self._complete(messages[0]["content"], **given)
 
-    async def _complete(self, prompt, **_):
+    async def _complete(self, prompt, **given):
         self.asked.append(prompt)
+        self.given.append(given)
         if prompt == "fail":
             raise UpstreamError(400, '{"error": {"message": "no"}}')
         if prompt == "full":
             raise OverloadedError("full", 1.0)
+        if prompt == "leave":
+            raise asyncio.CancelledError
         if prompt == "crash":
             raise ZeroDivisionError
         try:
@@ -97,9 +101,12 @@ async def test_what_is_no_prompt_is_told_with_its_place_before_anything_is_sent(
     ],
 )
 @pytest.mark.parametrize("keeps", [False, True])
-async def test_a_parameter_that_is_wrong_for_all_is_raised_and_nothing_is_sent(batch, engine, given, said, keeps):
+@pytest.mark.parametrize("prompts", [["one", USER], []])
+async def test_a_parameter_that_is_wrong_for_all_is_raised_and_nothing_is_sent(
+    batch, engine, prompts, given, said, keeps
+):
     with pytest.raises(ConfigError, match=said):
-        await batch(["one", USER], return_exceptions=keeps, **given)
+        await batch(prompts, return_exceptions=keeps, **given)
     assert engine.asked == []
 
 
@@ -129,3 +136,16 @@ async def test_a_batch_that_is_cancelled_cancels_its_requests(batch, engine):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert engine.cancelled == ["slow", "slow"]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+async def test_a_request_that_is_cancelled_alone_is_no_answer_and_no_error_of_its_own(batch, engine, keeps):
+    with pytest.raises(asyncio.CancelledError):
+        await batch(["one", "leave"], return_exceptions=keeps)
+
+
+async def test_what_extra_body_holds_reaches_every_request(batch, engine):
+    extra = {"max_tokens": 3, "new_option": 1}
+    await batch(["one", USER], temperature=0.5, stop=None, extra_body=extra)
+    sent = {"temperature": 0.5, "max_tokens": 3, "extra_body": {"new_option": 1}}
+    assert [{name: each.get(name) for name in (*sent, "stop")} for each in engine.given] == [sent | {"stop": None}] * 2

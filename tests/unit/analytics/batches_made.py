@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 import random
@@ -117,6 +118,7 @@ def _end_batch(engine: _Engine, now: float, found: list[_Job]) -> None:
     engine.batch.clear()
 
 
+@functools.cache
 def most_per_s(machine: Machine, *, is_alike: bool = False) -> float:
     """Requests a second of a fleet whose slots are all held."""
     ended = np.sort([job.ended for job in serve(machine, math.inf, 2000, seed=99, is_alike=is_alike)])

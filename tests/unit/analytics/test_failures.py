@@ -9,6 +9,7 @@ import pytest
 
 from lltm_ray.analytics import failures
 from lltm_ray.analytics.ingest import build_trace
+from lltm_ray.routing.ledger.entry import Outcome
 from tests.fleet_rows import Plan, fleet_rows
 from tests.unit.analytics.made_rows import PANDAS, Asked, Try, trace_of
 
@@ -261,3 +262,14 @@ def test_what_no_engine_is_to_blame_for_is_no_error_of_an_attempt(outcome, is_er
     trace = trace_of([Asked(tries=(Try(headers=0.1, ended=0.2, outcome=outcome),), error="invalid_request_error")])
     assert [trace.names.of("error", code) for code in trace.attempts["error"]] == [outcome * is_error]
     assert failures.analyze(trace).figures["failed"] == 0
+
+
+@pytest.mark.parametrize("error", ["not_supported_error", "501"])
+def test_no_engine_is_to_be_drained_for_what_its_model_cannot_do(error):
+    def ends(status):
+        tries = (Try(headers=0.1, ended=0.2, outcome=str(Outcome.of_status(status))),)
+        return failures.judge(failures.analyze(trace_of([Asked(tries=tries, error=error) for _ in range(60)])))
+
+    assert ends(501) == []
+    (finding,) = ends(500)
+    assert (finding.subject, finding.figures["errors"]) == ("engine-0", 60)

@@ -10,6 +10,7 @@ import pytest
 from lltm_ray.analytics import queueing
 from lltm_ray.analytics.answer import Answer
 from lltm_ray.analytics.erlang import knee
+from lltm_ray.analytics.fit import fit_groups
 from lltm_ray.analytics.frames import choose_engine
 from lltm_ray.analytics.ingest import build_trace
 from lltm_ray.analytics.occupancy import read_engines, read_held
@@ -58,6 +59,30 @@ def test_a_load_too_light_to_tell_a_knee_leaves_more_open_than_a_heavy_one():
     assert light["knee_high_per_s"] > 2 * light["knee_low_per_s"]
     assert heavy["knee_high_per_s"] < 1.3 * heavy["knee_low_per_s"]
     assert light["headroom_low_ratio"] + 1 < (light["headroom_ratio"] + 1) / 1.4
+
+
+@pytest.mark.parametrize("machine", [STEP, FLAT], ids=["step", "flat"])
+@pytest.mark.parametrize("share", [0.1, 0.9])
+@pytest.mark.parametrize("number", [1, 2, 3, 6, 14])
+def test_few_requests_leave_open_where_the_knee_is(machine, share, number):
+    for seed in range(6):
+        row, true = told(machine, share, number, seed=seed, is_alike=True)
+        assert row["knee_low_per_s"] <= 1.05 * true
+        assert row["knee_high_per_s"] >= 0.95 * true
+        if number < 3:
+            assert row["knee_high_per_s"] > 2 * row["knee_low_per_s"]
+
+
+@pytest.mark.parametrize("rows", [8, 10, 16, 400])
+def test_the_errors_of_a_fit_are_those_of_chance_however_few_its_rows(rows):
+    dice, true = np.random.default_rng(rows), np.array([1.0, -2.0, 0.5, 3.0, 0.0])
+    off = []
+    for _ in range(200):
+        columns = [dice.normal(size=rows) for _ in true]
+        y = sum(each * column for each, column in zip(true, columns, strict=True)) + dice.normal(size=rows)
+        fit = fit_groups(np, np.zeros(rows, dtype=int), 1, columns, y, np.ones(rows))
+        off.append(np.abs(fit.terms[0] - true) / fit.errors[0])
+    assert 0.5 < np.median(off) < 1.15  # of a normal distribution: 0.67
 
 
 def test_slots_are_never_expected_to_need_longer_together_than_one_after_the_other():

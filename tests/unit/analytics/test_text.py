@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,15 @@ def headroom_of(report):
     return " ".join([*(each.strip() for each in value if each), *(line.strip() for line in more if line)])
 
 
+def hovered(report):
+    """The chart's headroom of the first model."""
+    result = report.results["queueing"]
+    about = About(frozenset(each.subject for each in result.findings), 0, 1)
+    bars, *_ = headroom(result.answer, about)["data"]
+    (said,) = [said for said in bars["hovertext"] if "llama-8b" in said]
+    return re.search(r"headroom: (?:<[^>]*>)*([^<]*)", said)[1]
+
+
 def test_headroom_of_few_requests_is_withheld_and_said_why():
     names = ("headroom_ratio", "headroom_low_ratio", "headroom_high_ratio", "busiest_per_s", "busiest_s")
     few = with_models(requests=[12, 30], arrivals_per_s=[0.004, 0.01], **dict.fromkeys(names, math.nan))
@@ -155,6 +165,8 @@ def test_a_headroom_is_told_with_its_range_and_in_words(low, ratio, high, value,
     tile = to_html(made).partition("<h2>Queueing headroom</h2>")[2].partition("</article>")[0]
     assert ("problem" in tile) == (high < 0 and is_found)
     assert f"<b>{value}</b>" in tile
+    assert hovered(made).startswith(value)
+    assert ("likely" in hovered(made)) == ("likely" in shown)
 
 
 def test_requests_that_hardly_waited_past_the_knee_are_told_as_such():
@@ -167,7 +179,7 @@ def test_requests_that_hardly_waited_past_the_knee_are_told_as_such():
 def test_a_load_too_light_to_tell_a_knee_is_told_as_such():
     wide = {"knee_low_per_s": [7.5, 0.8], "knee_high_per_s": [20.0, 1.0]}
     said = "llama-8b: 7.03 requests/s in its busiest 14.2 s, knee somewhere from 7.50 to 20 (the load from which waits"
-    why = "grow fast): too few slots were held at once to tell it closer"
+    why = "grow fast): too little was seen to tell it closer"
     assert headroom_of(with_models(**wide)).startswith(f"21.0 % {said} {why}. 21.0 % more could come")
     names = ("headroom_ratio", "headroom_low_ratio", "headroom_high_ratio")
     withheld = with_models(**wide, **dict.fromkeys(names, math.nan))
@@ -184,6 +196,7 @@ def test_a_knee_that_only_what_was_served_tells_is_a_lower_bound(ratio, value):
     knee = "knee at 7.03 or more: so much was served without long waits."
     assert shown.startswith(f"{value} llama-8b: 7.03 requests/s in its busiest 14.2 s, {knee}")
     assert ("How much more could come before they do was not seen" in shown) == (value == "–")
+    assert hovered(with_models(**served, **ratios)).startswith(value)
     assert "-" not in shown.removeprefix(value).replace("llama-8b", "")
 
 

@@ -95,3 +95,17 @@ def test_a_fleet_without_a_gateway_is_told(command):
     done = run(*command)
     assert done.exit_code == 2
     assert "name='default': this fleet has no gateway" in done.output
+
+
+def test_without_a_name_the_only_fleet_that_runs_here_is_meant(gateway, cache):
+    runner = CliRunner()
+    RunState.of_this_process("one", "", gateway.url, holds_fleet=True).save()
+    assert "Invalid API Key" in runner.invoke(app, ["explain", "r-1"]).output
+    assert gateway.asked == ["/lltm/explain/r-1"]
+    assert "name='two': no such fleet runs here" in runner.invoke(app, ["explain", "r-1", "--name", "two"]).output
+    RunState.of_this_process("other", "", gateway.url, holds_fleet=True).save()
+    assert "give --name, one of one, other" in " ".join(runner.invoke(app, ["explain", "r-1"]).output.split())
+    assert len(gateway.asked) == 1
+    RunState.of_this_process("default", "", gateway.url, holds_fleet=True).save()
+    runner.invoke(app, ["explain", "r-1"])
+    assert len(gateway.asked) == 2

@@ -322,6 +322,16 @@ def test_nothing_is_said_while_something_runs_or_has_run_since(ledger, tmp_path)
     assert ledger.reconcile(("e0", 7), 10, 4) == Drift()
 
 
+def test_what_others_had_made_there_before_is_not_charged_to_an_attempt_that_was_cut_off(ledger):
+    run_one(ledger, "whole", tokens=4)
+    assert ledger.reconcile(("e0", 7), 110, 904) == Drift(prompt_tokens=100, generated_tokens=900)
+    run_one(ledger, "gone", tokens=5, outcome=Outcome.CLIENT_GONE, is_estimate=True, computed_tokens=0)
+    assert ledger.reconcile(("e0", 7), 122, 912) == Drift(prompt_tokens=100, generated_tokens=900, estimates=1)
+    assert ledger.reconcile(("e0", 7), 122, 912) == Drift(prompt_tokens=100, generated_tokens=900)
+    gone = ledger.explain("gone")["attempts"][0]
+    assert (gone["computed_tokens"], gone["generated_tokens"]) == (12, 8)
+
+
 def test_one_attempt_cut_off_learns_its_exact_counts_from_the_counter_at_rest(ledger):
     run_one(ledger, "whole", tokens=4)
     run_one(ledger, "gone", tokens=5, outcome=Outcome.CLIENT_GONE, is_estimate=True, computed_tokens=0)
@@ -395,7 +405,10 @@ def test_the_request_path_does_not_wait_for_the_disk(tmp_path):
 
 @pytest.mark.parametrize(
     ("status", "outcome"),
-    [(0, "ok"), (200, "ok"), (400, "engine refused"), (422, "engine refused"), (429, "failed"), (500, "failed")],
+    [
+        *((0, "ok"), (200, "ok"), (400, "engine refused"), (422, "engine refused"), (501, "engine refused")),
+        *((429, "failed"), (500, "failed"), (502, "failed"), (503, "failed")),
+    ],
 )
 def test_an_attempt_ends_as_the_status_of_its_answer_says(status, outcome):
     assert Outcome.of_status(status) == outcome

@@ -135,11 +135,14 @@ class RouterMachine(RuleBasedStateMachine):
             else:
                 self.router.open_engine(name)
 
+        self.leaving &= self.shut()  # a new life leaves no more
         self.loop.run_until_complete(go())
         self.run()
-        shut = {name for name, row in self.router.snapshot()["engines"].items() if row["is_closed"]}
-        self.leaving = self.leaving - {name} | ({name} if closes and is_leaving else set())
-        self.leaving &= shut
+        self.leaving = (self.leaving | ({name} if is_leaving else set())) if closes else self.leaving - {name}
+        self.leaving &= self.shut()
+
+    def shut(self) -> set[str]:
+        return {name for name, row in self.router.snapshot()["engines"].items() if row["is_closed"]}
 
     @rule(name=st.sampled_from(NAMES), is_old=st.booleans())
     def suspect(self, name: str, is_old: bool) -> None:

@@ -101,6 +101,16 @@ def test_server_times_longer_than_the_attempt_leave_no_phase_before_it():
     assert phases.decode == phases.client
 
 
+def test_headers_that_a_busy_gateway_read_with_the_first_text_leave_the_prompt_its_time():
+    row = attempt_row(sent_s=0.01, headers_s=0.1, first_s=0.1, ended_s=0.2, prompt_ms=40.0)
+    phases = read_phases(row, "chat", 0.25)
+    assert [seconds(each) for each in (phases.queue, phases.prefill)] == pytest.approx([0.05, 0.04])
+    early = row._replace(headers_s=0.03)
+    assert seconds(read_phases(early, "chat", 0.25).prefill) == pytest.approx(0.07)
+    cut_off = row._replace(first_s=math.nan, predicted_ms=math.nan)
+    assert seconds(read_phases(cut_off, "chat", 0.25).queue) == pytest.approx(0.09)
+
+
 @given(
     moments=st.lists(st.floats(0, 100), min_size=5, max_size=5).map(sorted),
     known=st.lists(st.booleans(), min_size=5, max_size=5),
