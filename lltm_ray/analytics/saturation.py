@@ -66,8 +66,9 @@ def _saturation(row: Any) -> Finding:
         ),
         advice=(
             f"For {TARGET_HEADROOM * 100:.0f} % of headroom it needs {needed} slots: run {wanted} engines instead of "
-            f"{row.engines} (`--engines {wanted}`, or `max_engines` where they come and go). More slots an engine "
-            "(`n_parallel`) help only while its GPU has time left."
+            f"{row.engines} (`--engines {wanted}`, or `max_engines` where they come and go), where GPUs or cores have "
+            "time left for them: engines that share full ones serve no more. More slots an engine (`n_parallel`) help "
+            "only then, too."
         ),
         impact_s=_lost_s(row),
         figures={

@@ -219,7 +219,7 @@ def _meaning(model: Any) -> str:
     low, ratio, high = model.headroom_low_ratio, model.headroom_ratio, model.headroom_high_ratio
     wait = f"{units.seconds(model.busiest_wait_s)} on average"
     if not _is_told(model):
-        return f"How much more could come before they do was not seen; then they waited {wait}."
+        return f"How much more could come before they do was not seen; in that stretch they waited {wait}."
     if ratio > 0:
         times = f"{units.digits(1 + ratio)} times as much" if ratio <= _MOST else f"Over {_MOST} times as much"
         more, none = times if ratio > 1 else f"{_percent(ratio)} more", ", or none" if low <= 0 else ""
@@ -228,7 +228,7 @@ def _meaning(model: Any) -> str:
         said = "More came than that" if high < 0 else "More came than that, or nearly"
     if ratio <= 0 and model.busiest_wait_s < LONG_WAIT_RATIO * model.service_s:
         return f"{said}{likely(model)}, yet they waited only {wait}: they came evenly, or not for long."
-    return f"{said}{likely(model)}; then they waited {wait}."
+    return f"{said}{likely(model)}; in that stretch they waited {wait}."
 
 
 def likely(model: Any) -> str:
@@ -238,7 +238,8 @@ def likely(model: Any) -> str:
     if not is_known or low > _MOST or high <= 0:
         return ""
     most = f"{high * 100:,.0f} %" if high <= _MOST else _percent(high)
-    return f" (likely {max(low, 0) * 100:,.0f} to {most})"
+    least = max(low, 0) if model.headroom_ratio > 0 else low
+    return f" (likely {least * 100:,.0f} to {most})"
 
 
 def _percent(ratio: float) -> str:

@@ -35,7 +35,7 @@ def test_a_job_that_fails_does_not_lose_the_others(ray_cluster, tmp_path):
 
 def test_cancelling_cancels_all_and_leaves_nothing(ray_cluster, tmp_path):
     source, out, cancel, heard = tmp_path / "source.gguf", tmp_path / "out", Event(), []
-    write_random(source, RandomShape(n_embd=1024, n_head=8, n_ff=4096, n_layer=2))
+    write_random(source, RandomShape(n_embd=1024, n_head=8, n_ff=4096, n_layer=8))  # seconds: word must get there
     out.mkdir()
     jobs = [job(source, out / f"{number}.gguf", "Q3_K_L", threads=3) for number in range(3)]  # one after the other
 

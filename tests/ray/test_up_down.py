@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -82,14 +83,25 @@ def test_ctrl_c_in_the_foreground_drains_and_ends_everything(cache):
     assert servers() == before
 
 
+@contextmanager
+def ended(process):
+    """Whatever goes wrong, nobody waits for it for ever."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["timeout", "closed terminal"])
 def test_a_signal_that_ends_ray_too_ends_everything_within_seconds(cache, number):
-    before = servers()
+    before, ours = servers(), signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not inherited where we run under nohup
     process = subprocess.Popen(
         [sys.executable, "-m", "lltm_ray.cli", "up", "--engines", "2", "--port", "0", "--name", "all"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    with process:
+    signal.signal(signal.SIGHUP, ours)
+    with process, ended(process):
         assert "all is ready at http://127.0.0.1:" in process.stdout.readline()
         own = psutil.Process(process.pid).children(recursive=True)
         assert len(servers() - before) == 2
