@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -53,6 +53,7 @@ class Calls:
         self._fleet = fleet
         self._router = Router(2**31, CALL_TIMEOUT_S, wake=fleet.directory.wake.remote)
         self._places: dict[str, str] = {}
+        self._closed: frozenset[str] = frozenset()
         self._renewals: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -72,18 +73,18 @@ class Calls:
         async for status in watch_fleet(self._fleet.config.name):
             self._learn(status)
 
-    def _keep_off(self, closed: Collection[str]) -> None:
+    def _keep_off(self, closed: frozenset[str]) -> None:
         """Engines that a gateway drained get no requests from here either; who waits for them waits for their time."""
-        for engine in self._router.engines():
-            if engine.name in closed:
-                self._router.close_engine(engine.name, is_leaving=True)
-            else:
-                self._router.open_engine(engine.name)
+        for name in closed:
+            self._router.close_engine(name, is_leaving=True)
+        for name in self._closed - closed:
+            self._router.open_engine(name)
+        self._closed = closed
 
     def _learn(self, status: FleetStatus) -> None:
         self._router.update(status.engines, status.models)
         self._router.hint(status.hints, status.salt)
-        self._keep_off({name for gateway in status.gateways for name in gateway.closed})
+        self._keep_off(frozenset(name for gateway in status.gateways for name in gateway.closed))
         before, self._places = self._places, {engine.name: engine.node_id for engine in status.engines}
         for name, node_id in self._places.items():
             if before.get(name, node_id) != node_id:

@@ -38,11 +38,6 @@ class AttemptTrace:
     is_continued: bool = False
     """It took up another engine's broken answer."""
 
-    @property
-    def is_open(self) -> bool:
-        """Whether its end has not been noted."""
-        return isnan(self.ended_at)
-
 
 @dataclass(slots=True)
 class RequestTrace:

@@ -62,10 +62,9 @@ class Tracing:
             key = request.ask.key if request.ask is not None else b""
             hashes = hash_prefixes(key, self.salt), self._blocks.of(key, self.salt)
             row = request_row(request, trace, self._content(request), hashes)
-            add = self.add
             for attempt in attempt_rows(request, trace):
-                add("attempts", attempt)
-            add("requests", row)
+                self.add("attempts", attempt)
+            self.add("requests", row)
         except Exception as error:  # noqa: BLE001 - border: the answer is the client's, whatever becomes of its trace
             self._fault("a request", error)
 

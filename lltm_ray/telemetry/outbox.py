@@ -1,4 +1,4 @@
-"""The bounded heap of rows that wait to be sent. Appending never blocks and never raises; what is lost is counted.
+"""The bounded heap of rows that wait to be sent. Appending does no I/O and never raises; what is lost is counted.
 
 Rows wait as they travel, pickled in small groups: objects that wait slow everything else down, for they fall out of the
 processor's caches, and of bytes it is known how many there are.

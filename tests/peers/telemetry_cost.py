@@ -28,7 +28,7 @@ import uvloop
 
 from lltm_ray.actors import names
 from lltm_ray.actors.remote import actor, options
-from lltm_ray.actors.sender import Sender
+from lltm_ray.actors.sender import EVERY_S, Sender
 from lltm_ray.actors.telemetry import TelemetryActor
 from lltm_ray.config import GatewayConfig, TelemetryConfig
 from lltm_ray.gateway.app import GatewayApp
@@ -53,8 +53,8 @@ STREAMS = (
     Shape("256 tokens, c=8", 8, 256, streamed=True, stretch=1.5),
 )
 MOST_PER_REQUEST, MOST_PER_TOKEN = 0.05, 0.01
-SETTLE_S = 0.4
-"""After each load, for its last rows: they are sent every 250 ms."""
+SETTLE_S = EVERY_S + 0.2
+"""After each load, for its last rows."""
 
 
 async def gateway(is_on: bool, port: int, urls: list[str]) -> None:
