@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-from lltm_ray.routing.ledger.progress import NO_CELL, Cell
+from lltm_ray.routing.ledger.progress import NO_CELL, Cell, Lost
 
 _PRINTED_DIGITS = 6
 _NOT_SUPPORTED = 501
@@ -123,6 +123,48 @@ class LedgerEntry:
         return self.arrived_unix_nano + int(self.total_s * 1e9)
 
 
+def entry_of(lost: Lost) -> LedgerEntry:
+    """The account of a request whose gateway died, from its cell."""
+    mark, outcomes = lost.mark, tuple(Outcome)
+    outcome = outcomes[lost.outcome] if lost.is_done and lost.outcome < len(outcomes) else Outcome.GATEWAY_LOST
+    last = Attempt(
+        engine=mark.engine,
+        server_pid=mark.server_pid,
+        slot=mark.slot,
+        started_unix_nano=mark.started_unix_nano,
+        cached_tokens=lost.cached_tokens,
+        computed_tokens=lost.computed_tokens,
+        generated_tokens=max(lost.generated_tokens, lost.delivered_tokens),
+        delivered_tokens=lost.delivered_tokens,
+        outcome=outcome,
+        is_estimate=lost.is_estimate or not lost.is_done,
+    )
+    earlier = [_earlier(lost)] if lost.number > 1 else []
+    return LedgerEntry(
+        request_id=mark.request_id,
+        tenant=mark.tenant,
+        model=mark.model,
+        route=mark.route,
+        arrived_unix_nano=mark.arrived_unix_nano,
+        status=lost.status,
+        error="" if lost.is_done else "the gateway process died",
+        delivered_tokens=lost.delivered_before + lost.delivered_tokens,
+        attempts=[*earlier, last],
+    )
+
+
+def _earlier(lost: Lost) -> Attempt:
+    """All attempts before the last one in one: a cell has no room for more."""
+    return Attempt(
+        engine=lost.previous_engine,
+        server_pid=lost.previous_pid,
+        generated_tokens=lost.delivered_before,
+        delivered_tokens=lost.delivered_before,
+        outcome=Outcome.CONTINUED if lost.delivered_before else Outcome.RETRIED,
+        is_estimate=True,
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class Sums:
     """All finished attempts on one server. Those whose counts are exact are kept apart from those cut off."""
@@ -138,20 +180,6 @@ class Sums:
     """At least so many in them."""
     estimated_generated_tokens: int = 0
     last_end_unix_nano: int = 0
-
-    def add(self, attempt: Attempt, ended_unix_nano: int) -> None:
-        """Count one attempt."""
-        self.attempts += 1
-        self.cached_tokens += attempt.cached_tokens
-        self.delivered_tokens += attempt.delivered_tokens
-        self.last_end_unix_nano = max(self.last_end_unix_nano, ended_unix_nano)
-        if attempt.is_estimate:
-            self.estimates += 1
-            self.estimated_computed_tokens += attempt.computed_tokens
-            self.estimated_generated_tokens += max(attempt.generated_tokens, attempt.delivered_tokens)
-        else:
-            self.computed_tokens += attempt.computed_tokens
-            self.generated_tokens += attempt.generated_tokens
 
     def __add__(self, other: Sums) -> Sums:
         """Sums of one server from the ledgers of two nodes."""

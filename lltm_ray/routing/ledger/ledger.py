@@ -1,14 +1,13 @@
 """The durable account of tokens per request and attempt.
 
-The request path appends to a deque; one thread writes batches to SQLite. What a request in flight has got is in a cell
-of `progress`, which is freed only when the request's row is on disk: whenever the process is killed, each request that
-had begun is in the file, or in a cell that the next process reads.
+The request path makes batches of what has ended; one thread writes them to SQLite. What a request in flight has got is
+in a cell of `progress`, which is freed only when the request's row is on disk: whenever the process is killed, each
+request that had begun is in the file, or in a cell that the next process reads.
 """
 
 from __future__ import annotations
 
 import logging
-import pickle
 import sqlite3
 import struct
 import threading
@@ -19,25 +18,26 @@ from pathlib import Path
 from typing import Any
 
 from lltm_ray.routing.ledger import store
-from lltm_ray.routing.ledger.entry import Attempt, Drift, LedgerEntry, Outcome, Sums, find_drift
+from lltm_ray.routing.ledger.batch import Batch
+from lltm_ray.routing.ledger.entry import Attempt, Drift, LedgerEntry, Outcome, Sums, entry_of, find_drift
 from lltm_ray.routing.ledger.progress import NO_CELL, Cell, Lost, Mark, Progress, count_active, take_over
 
 __all__ = ["Attempt", "Drift", "Ledger", "LedgerEntry", "Outcome", "Sums", "find_drift"]
 
 _log = logging.getLogger(__name__)
-_OUTCOMES = tuple(Outcome)
-_NUMBERS = {str(outcome): number for number, outcome in enumerate(_OUTCOMES)}
-_BATCH = 2_000
+_NUMBERS = {str(outcome): number for number, outcome in enumerate(Outcome)}
+_TOGETHER, _JOINED = 32, 256
+"""Requests of a batch that the request path makes, and batches that are written at once."""
+_PRUNINGS = 10
+"""How often the oldest are forgotten while as many come as are kept."""
 _FAILED = _NUMBERS[Outcome.FAILED]
 _NO_NUMBER = "request %s has a number that no cell holds: %s"
 _BAD_VALUE = (
     sqlite3.InterfaceError,
     sqlite3.ProgrammingError,
     sqlite3.DataError,
-    TypeError,
     ValueError,
     OverflowError,
-    pickle.PicklingError,
 )
 
 
@@ -50,7 +50,7 @@ class Ledger:
         *,
         name: str = "gateway",
         keep_requests: int = 100_000,
-        flush_s: float = 0.25,
+        flush_s: float = 1.0,
         max_pending: int = 10_000,
         cells: int = 256,
     ) -> None:
@@ -68,7 +68,10 @@ class Ledger:
         """
         self.path = Path(path)
         self._keep, self._flush_s, self._max_pending = keep_requests, flush_s, max_pending
-        self._pending: deque[LedgerEntry] = deque()
+        self._fresh, self._batches = deque[LedgerEntry](), deque[Batch]()
+        self._lock = threading.Lock()
+        self._finished = self._settled = 0
+        self._since_pruned = keep_requests
         self._counts = dict.fromkeys(("written", "dropped", "unbalanced", "recovered", "write_errors", "in_flight"), 0)
         self._bare = 0
         self._at_rest: dict[tuple[str, int], tuple[float, float]] = {}
@@ -85,7 +88,8 @@ class Ledger:
     @property
     def counters(self) -> dict[str, int]:
         """`pending`, `written`, `dropped`, `unbalanced`, `recovered`, `write_errors`, `in_flight`, `unprotected`."""
-        return self._counts | {"pending": len(self._pending), "unprotected": self._progress.unprotected}
+        pending = self._finished - self._settled
+        return self._counts | {"pending": pending, "unprotected": self._progress.unprotected}
 
     def begin(self, entry: LedgerEntry, attempt: Attempt) -> Cell:
         """An attempt starts: note it in the entry, and in its cell. Never blocks, never raises."""
@@ -107,13 +111,14 @@ class Ledger:
         return entry.cell
 
     def finish(self, entry: LedgerEntry) -> None:
-        """The request has ended, and the entry is whole; do not touch it afterwards. Never blocks, never raises."""
+        """The request has ended, and the entry is whole; leave it alone now. Never waits for the disk, never raises."""
         cell = entry.cell
         if entry.attempts:
             self._counts["in_flight"] -= 1
             self._bare -= cell is NO_CELL
-        if len(self._pending) >= self._max_pending:
-            self._drop(entry, "the writer cannot keep up")
+        if self._finished - self._settled >= self._max_pending:
+            with self._lock:
+                self._drop(cell, "the writer cannot keep up")
             return
         if cell is not NO_CELL:
             last = entry.attempts[-1]
@@ -123,7 +128,10 @@ class Ledger:
                 cell.done(counts, _delivered(entry.attempts), entry.status)
             except struct.error as error:
                 _log.warning(_NO_NUMBER, entry.request_id, error)
-        self._pending.append(entry)
+        self._finished += 1
+        self._fresh.append(entry)
+        if len(self._fresh) >= _TOGETHER:
+            self._pack()
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait until all that is finished now is on disk; False when it took too long or cannot be written."""
@@ -240,7 +248,8 @@ class Ledger:
             known = store.known_since(db, min(each.mark.arrived_unix_nano for each in lost))
             entries = [entry_of(each) for each in lost]
             fresh = [each for each in entries if (each.request_id, each.arrived_unix_nano) not in known]
-            self._write(db, fresh)
+            if fresh:
+                self._write(db, Batch(fresh))
         self._counts["recovered"] += len(fresh)
         if fresh:
             _log.warning("%d requests of a gateway that died are now in the ledger", len(fresh))
@@ -255,7 +264,7 @@ class Ledger:
                 self._asked.clear()
                 is_last = self._closing.is_set()
             try:
-                if self._pending:
+                if self._finished > self._settled:
                     db = db or store.connect(self.path)
                     self._write_pending(db)
             except (sqlite3.Error, OSError) as error:
@@ -266,52 +275,76 @@ class Ledger:
         if db is not None:
             db.close()
 
+    def _pack(self) -> None:
+        """Make a batch of all that is fresh; on the request path, and in the writer before it writes."""
+        with self._lock:
+            batch = Batch()
+            for _ in range(len(self._fresh)):
+                entry = self._fresh.popleft()
+                try:
+                    batch.add(entry)
+                except Exception as error:  # noqa: BLE001 - pickle raises whatever a value's own code does
+                    self._settled += 1
+                    self._drop(entry.cell, f"a value cannot be kept: {error}")
+            if batch:
+                self._batches.append(batch)
+
     def _write_pending(self, db: sqlite3.Connection) -> None:
-        while self._pending:
-            batch = [self._pending[position] for position in range(min(len(self._pending), _BATCH))]
+        """What has ended so far, and not what ends meanwhile: on a busy machine there would be no end."""
+        self._pack()
+        for _ in range(-(-len(self._batches) // _JOINED)):
+            batch = self._join()
             try:
                 self._write(db, batch)
             except _BAD_VALUE as error:
                 _log.warning("a request cannot be written: %s", error)
-                self._write_singly(db, batch)
+                self._write_singly(db)
             else:
                 self._forget(batch)
-        store.prune(db, self._keep)
+        if self._since_pruned >= self._keep // _PRUNINGS:
+            store.prune(db, self._keep)
+            self._since_pruned = 0
         self._is_failing = self._is_dropping = False
 
-    def _write(self, db: sqlite3.Connection, entries: Sequence[LedgerEntry]) -> None:
-        sums: dict[tuple[str, int], Sums] = {}
-        for entry in entries:
-            ended = entry.ended_unix_nano
-            for attempt in entry.attempts:
-                key = (attempt.engine, attempt.server_pid)
-                if key not in sums:
-                    sums[key] = Sums()
-                sums[key].add(attempt, ended)
-        store.write(db, entries, sums)
-        self._counts["written"] += len(entries)
-        unbalanced = [entry.request_id for entry in entries if not entry.is_balanced]
-        if unbalanced:
-            self._counts["unbalanced"] += len(unbalanced)
-            _log.error("tokens of request %s do not add up over its attempts", unbalanced[0])
+    def _join(self) -> Batch:
+        """Make one of the batches that wait; it stays the first of them until it is written."""
+        count = min(len(self._batches), _JOINED)
+        if count > 1:
+            self._batches.appendleft(Batch.joined([self._batches.popleft() for _ in range(count)]))
+        return self._batches[0]
 
-    def _write_singly(self, db: sqlite3.Connection, batch: Sequence[LedgerEntry]) -> None:
+    def _write(self, db: sqlite3.Connection, batch: Batch) -> None:
+        store.write(db, batch)
+        self._counts["written"] += len(batch)
+        self._since_pruned += len(batch)
+        if batch.unbalanced:
+            self._counts["unbalanced"] += len(batch.unbalanced)
+            _log.error("tokens of request %s do not add up over its attempts", batch.unbalanced[0])
+
+    def _write_singly(self, db: sqlite3.Connection) -> None:
         """After a value that SQLite refuses: keep the others, each once, also when the disk refuses in between."""
-        for entry in batch:
+        alone = [*self._batches.popleft().singly()]
+        self._batches.extendleft(reversed(alone))
+        for batch in alone:
             try:
-                self._write(db, [entry])
+                self._write(db, batch)
             except _BAD_VALUE:
-                self._counts["dropped"] += 1
-            self._forget([entry])
+                with self._lock:
+                    self._counts["dropped"] += 1
+            self._forget(batch)
 
-    def _forget(self, written: Sequence[LedgerEntry]) -> None:
-        for entry in written:
-            self._pending.popleft()
-            entry.cell.free()
+    def _forget(self, batch: Batch) -> None:
+        """The first batch needs nothing more."""
+        self._batches.popleft()
+        with self._lock:
+            self._settled += len(batch)
+        for cell in batch.cells:
+            cell.free()
 
-    def _drop(self, entry: LedgerEntry, why: str) -> None:
+    def _drop(self, cell: Cell, why: str) -> None:
+        """Lose a request; the lock is held."""
         self._counts["dropped"] += 1
-        entry.cell.free()
+        cell.free()
         if not self._is_dropping:
             self._is_dropping = True
             _log.warning("requests are missing from the ledger: %s", why)
@@ -327,48 +360,6 @@ def _settle(db: sqlite3.Connection, server: tuple[str, int], sums: Sums, counter
     computed = max(round(counters[0]) - sums.computed_tokens, sums.estimated_computed_tokens)
     generated = max(round(counters[1]) - sums.generated_tokens, sums.estimated_generated_tokens)
     return store.settle(db, server, sums, computed, generated)
-
-
-def entry_of(lost: Lost) -> LedgerEntry:
-    """The account of a request whose gateway died, from its cell."""
-    mark = lost.mark
-    outcome = _OUTCOMES[lost.outcome] if lost.is_done and lost.outcome < len(_OUTCOMES) else Outcome.GATEWAY_LOST
-    last = Attempt(
-        engine=mark.engine,
-        server_pid=mark.server_pid,
-        slot=mark.slot,
-        started_unix_nano=mark.started_unix_nano,
-        cached_tokens=lost.cached_tokens,
-        computed_tokens=lost.computed_tokens,
-        generated_tokens=max(lost.generated_tokens, lost.delivered_tokens),
-        delivered_tokens=lost.delivered_tokens,
-        outcome=outcome,
-        is_estimate=lost.is_estimate or not lost.is_done,
-    )
-    earlier = [_earlier(lost)] if lost.number > 1 else []
-    return LedgerEntry(
-        request_id=mark.request_id,
-        tenant=mark.tenant,
-        model=mark.model,
-        route=mark.route,
-        arrived_unix_nano=mark.arrived_unix_nano,
-        status=lost.status,
-        error="" if lost.is_done else "the gateway process died",
-        delivered_tokens=lost.delivered_before + lost.delivered_tokens,
-        attempts=[*earlier, last],
-    )
-
-
-def _earlier(lost: Lost) -> Attempt:
-    """All attempts before the last one in one: a cell has no room for more."""
-    return Attempt(
-        engine=lost.previous_engine,
-        server_pid=lost.previous_pid,
-        generated_tokens=lost.delivered_before,
-        delivered_tokens=lost.delivered_before,
-        outcome=Outcome.CONTINUED if lost.delivered_before else Outcome.RETRIED,
-        is_estimate=True,
-    )
 
 
 def _delivered(attempts: Sequence[Attempt]) -> int:

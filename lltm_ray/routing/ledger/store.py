@@ -10,33 +10,41 @@ from __future__ import annotations
 import io
 import pickle
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import fields
-from itertools import chain
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lltm_ray.routing.ledger.entry import ATTEMPT_FIELDS, SUM_FIELDS, Attempt, LedgerEntry, Sums
+from lltm_ray.routing.ledger.batch import ATTEMPT_COLUMNS, REQUEST_COLUMNS, Batch
+from lltm_ray.routing.ledger.entry import ATTEMPT_FIELDS, SUM_FIELDS, Attempt, Sums
 
 BUSY_S = 5.0
 """How long one process waits for another of its node that is writing."""
-_PLAIN = tuple(each.name for each in fields(LedgerEntry) if each.name not in ("considered", "attempts", "cell"))
-_COLUMNS = (*_PLAIN, "is_balanced", "considered")
-_TOGETHER = 50
-"""Rows of one statement: at each, Python hands its lock over and back, which costs the event loop, too. Old builds of
-SQLite take 999 values."""
-_REQUEST_COLUMNS, _ATTEMPT_COLUMNS = ("seq", *_COLUMNS), ("seq", "number", *ATTEMPT_FIELDS)
 _KEY = "engine, server_pid"
 _ADDED = ", ".join(f"{name} = {name} + excluded.{name}" for name in SUM_FIELDS if name != "last_end_unix_nano")
+_ROWS = (1, 8, 64, 512, 2048)
+"""Of one statement; SQLite needs 9 us a row to make such a statement ready, once, and 2 to run it."""
+_SUMMED = {
+    "attempts": "count(*)",
+    "cached_tokens": "sum(cached_tokens)",
+    "computed_tokens": "sum(iif(is_estimate, 0, computed_tokens))",
+    "generated_tokens": "sum(iif(is_estimate, 0, generated_tokens))",
+    "delivered_tokens": "sum(attempts.delivered_tokens)",
+    "estimates": "sum(is_estimate)",
+    "estimated_computed_tokens": "sum(iif(is_estimate, computed_tokens, 0))",
+    "estimated_generated_tokens": "sum(iif(is_estimate, max(generated_tokens, attempts.delivered_tokens), 0))",
+    "last_end_unix_nano": "max(arrived_unix_nano + CAST(total_s * 1e9 AS INTEGER))",
+}
 _ADD_SUMS = (
-    f"INSERT INTO sums ({_KEY}, {', '.join(SUM_FIELDS)}) VALUES ({', '.join('?' * (2 + len(SUM_FIELDS)))}) "  # noqa: S608
+    f"INSERT INTO sums ({_KEY}, {', '.join(_SUMMED)}) SELECT {_KEY}, {', '.join(_SUMMED.values())} "  # noqa: S608
+    f"FROM attempts JOIN requests USING (seq) WHERE seq > (SELECT max(seq) FROM requests) - ? GROUP BY {_KEY} "
     f"ON CONFLICT ({_KEY}) DO UPDATE SET {_ADDED}, "
     "last_end_unix_nano = max(last_end_unix_nano, excluded.last_end_unix_nano)"
 )
 Row = tuple[Any, ...]
 _SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS requests (seq INTEGER PRIMARY KEY, {", ".join(_COLUMNS)});
+CREATE TABLE IF NOT EXISTS requests (seq INTEGER PRIMARY KEY, {", ".join(REQUEST_COLUMNS)});
 CREATE TABLE IF NOT EXISTS attempts (seq INTEGER, number INTEGER, {", ".join(ATTEMPT_FIELDS)},
     PRIMARY KEY (seq, number)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS sums ({_KEY}, {", ".join(f"{name} INTEGER NOT NULL" for name in SUM_FIELDS)},
@@ -64,45 +72,35 @@ def connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def write(db: sqlite3.Connection, entries: Sequence[LedgerEntry], sums: Mapping[tuple[str, int], Sums]) -> None:
+def write(db: sqlite3.Connection, batch: Batch) -> None:
     """Add requests and what they add to the sums, all or nothing."""
+    attempts = batch.attempts.copy()
+    attempts[:: len(ATTEMPT_COLUMNS)] = [place - len(batch) for place in attempts[:: len(ATTEMPT_COLUMNS)]]
     with _transaction(db):
-        first = db.execute("SELECT ifnull(max(seq), 0) + 1 FROM requests").fetchone()[0]
-        _insert(db, "requests", _REQUEST_COLUMNS, [_row(seq, entry) for seq, entry in enumerate(entries, first)])
-        _insert(db, "attempts", _ATTEMPT_COLUMNS, _attempt_rows(entries, first))
-        added = ((*key, *(getattr(each, name) for name in SUM_FIELDS)) for key, each in sums.items())
-        db.executemany(_ADD_SUMS, added)
+        _insert(db, "requests", REQUEST_COLUMNS, batch.requests)
+        _insert(db, "attempts", ("seq", *ATTEMPT_COLUMNS[1:]), attempts)
+        db.execute(_ADD_SUMS, (len(batch),))
 
 
-def _insert(db: sqlite3.Connection, table: str, columns: Sequence[str], rows: Sequence[Row]) -> None:
+def _insert(db: sqlite3.Connection, table: str, columns: tuple[str, ...], values: list[Any]) -> None:
+    limit = db.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER) // len(columns)
+    most = max(size for size in _ROWS if size <= limit)
+    for start in range(0, len(values), most * len(columns)):
+        part = values[start : start + most * len(columns)]
+        rows = min(size for size in _ROWS if size * len(columns) >= len(part))
+        db.execute(_inserting(table, columns, rows), part + [None] * (rows * len(columns) - len(part)))
+
+
+@cache
+def _inserting(table: str, columns: tuple[str, ...], rows: int) -> str:
+    """A statement for so many rows at most: those that begin with NULL are left out, so that a few sizes do."""
     row = f"(?{', ?' * (len(columns) - 1)})"
-    into = f"INSERT INTO {table} ({', '.join(columns)}) VALUES {row}"  # noqa: S608 - our names
-    whole = len(rows) - len(rows) % _TOGETHER
-    together = into + f", {row}" * (_TOGETHER - 1)
-    for start in range(0, whole, _TOGETHER):
-        db.execute(together, tuple(chain.from_iterable(rows[start : start + _TOGETHER])))
-    db.executemany(into, rows[whole:])
-
-
-def _row(seq: int, entry: LedgerEntry) -> Row:
-    considered = pickle.dumps(entry.considered, 4) if entry.considered else None
+    first = "column1 + 1 + (SELECT max(seq) FROM requests)" if columns[0] == "seq" else "column1"
+    others = "".join(f", column{number}" for number in range(2, len(columns) + 1))
     return (
-        seq, entry.request_id, entry.tenant, entry.model, entry.route, entry.policy, entry.why, entry.affinity,
-        entry.arrived_unix_nano, entry.wait_s, entry.ttft_s, entry.total_s, entry.status, entry.error, entry.is_exact,
-        entry.delivered_tokens, entry.is_balanced, considered,
-    )  # fmt: skip
-
-
-def _attempt_rows(entries: Sequence[LedgerEntry], first: int) -> list[Row]:
-    return [
-        (
-            seq, number, each.engine, each.server_pid, each.slot, each.started_unix_nano, each.queue_s,
-            each.predicted_cached_tokens, each.cached_tokens, each.computed_tokens, each.generated_tokens,
-            each.delivered_tokens, each.outcome, each.is_estimate,
-        )
-        for seq, entry in enumerate(entries, first)
-        for number, each in enumerate(entry.attempts, 1)
-    ]  # fmt: skip
+        f"INSERT INTO {table} ({', '.join(columns)}) SELECT {first}{others} "  # noqa: S608 - our names
+        f"FROM (VALUES {row}{f', {row}' * (rows - 1)}) WHERE column1 IS NOT NULL"
+    )
 
 
 def prune(db: sqlite3.Connection, keep_requests: int) -> None:
@@ -148,7 +146,7 @@ def settle(db: sqlite3.Connection, key: tuple[str, int], seen: Sums, computed: i
 
 def read_requests(db: sqlite3.Connection, where: str, values: Iterable[Any], limit: int) -> list[dict[str, Any]]:
     """Requests as `Ledger.explain` gives them, the latest first; `where` is SQL of ours."""
-    query = f"SELECT seq, {', '.join(_COLUMNS)} FROM requests WHERE {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
+    query = f"SELECT seq, {', '.join(REQUEST_COLUMNS)} FROM requests WHERE {where} ORDER BY seq DESC LIMIT ?"  # noqa: S608
     return [_shown(db, *row) for row in db.execute(query, (*values, limit)).fetchall()]
 
 
@@ -162,7 +160,7 @@ def known_since(db: sqlite3.Connection, arrived_unix_nano: int) -> set[tuple[str
 
 
 def _shown(db: sqlite3.Connection, seq: int, *row: Any) -> dict[str, Any]:
-    values = dict(zip(_COLUMNS, row, strict=True))
+    values = dict(zip(REQUEST_COLUMNS, row, strict=True))
     values["is_balanced"] = bool(values["is_balanced"])
     values["is_exact"] = None if values["is_exact"] is None else bool(values["is_exact"])
     raw = values.pop("considered")

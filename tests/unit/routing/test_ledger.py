@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lltm_ray.routing.ledger import Attempt, Drift, Ledger, LedgerEntry, Outcome, Sums, find_drift, store
+from lltm_ray.routing.ledger.batch import Batch
 from lltm_ray.routing.ledger.entry import printed_error
 
 NOW = 1_700_000_000_000_000_000
@@ -100,11 +101,58 @@ def test_many_requests_at_once_are_written_each_in_its_place(tmp_path):
         for number in range(137)
     ]
     with store.reading(tmp_path / "ledger.sqlite") as db:
-        store.write(db, entries, {})
+        store.write(db, Batch(entries))
         shown = store.read_requests(db, "true", (), 1000)[::-1]
     assert [each["request_id"] for each in shown] == [entry.request_id for entry in entries]
     tried = [[each["engine"] for each in one["attempts"]] for one in shown]
     assert tried == [[each.engine for each in entry.attempts] for entry in entries]
+
+
+def test_what_ended_on_the_way_and_what_the_writer_finds_is_one_account(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite", flush_s=60.0)
+    odd = {40, 41, 99}
+    for number in range(100):
+        entry = LedgerEntry(request_id=f"r{number}", arrived_unix_nano=NOW + number, total_s=0.5, delivered_tokens=2)
+        for tried in range(1 + number % 2):
+            counts = {"generated_tokens": 2, "delivered_tokens": 2 * (not tried) + (number in odd)}
+            ledger.begin(entry, Attempt(engine=f"e{tried}", server_pid=7, is_estimate=bool(tried), **counts))
+        ledger.finish(entry)
+    assert ledger.counters["pending"] == 100
+    assert ledger.flush()
+    counters = ledger.counters
+    assert (counters["pending"], counters["written"], counters["unbalanced"]) == (0, 100, 3)
+    assert [each["request_id"] for each in ledger.find(limit=200)] == [f"r{number}" for number in range(99, -1, -1)]
+    first = Sums(attempts=100, generated_tokens=200, delivered_tokens=203, last_end_unix_nano=NOW + 99 + 500_000_000)
+    again = Sums(
+        attempts=50, delivered_tokens=2, estimates=50, estimated_generated_tokens=100,
+        last_end_unix_nano=NOW + 99 + 500_000_000,
+    )  # fmt: skip
+    assert (ledger.sums("e0", 7), ledger.sums("e1", 7)) == (first, again)
+    ledger.close()
+    assert not list(tmp_path.glob("*.cells")), "every place was given back"
+
+
+def test_a_value_that_cannot_be_pickled_loses_one_request_only(ledger, caplog):
+    run_one(ledger, "before")
+    ledger.finish(LedgerEntry(request_id="odd", considered=[{"engine": lambda: None}]))
+    run_one(ledger, "after")
+    assert ledger.flush()
+    assert {each["request_id"] for each in ledger.find()} == {"before", "after"}
+    counters = ledger.counters
+    assert (counters["dropped"], counters["written"], counters["pending"]) == (1, 2, 0)
+    assert "a value cannot be kept" in caplog.text
+
+
+def test_a_small_limit_of_values_takes_more_statements(tmp_path):
+    with store.reading(tmp_path / "ledger.sqlite") as db:
+        db.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+        for count in (1, 9, 100):
+            attempts = [Attempt(engine="e", server_pid=1, generated_tokens=1, delivered_tokens=1)]
+            entries = [LedgerEntry(request_id=f"r{n}", attempts=attempts, delivered_tokens=1) for n in range(count)]
+            store.write(db, Batch(entries))
+        shown = store.read_requests(db, "true", (), 1000)
+        assert (len(shown), {len(each["attempts"]) for each in shown}) == (110, {1})
+        assert store.read_sums(db, "e", 1).attempts == 110
 
 
 def test_an_id_used_twice_shows_its_latest_request(ledger):
@@ -273,11 +321,11 @@ def test_a_disk_that_refuses_in_between_writes_nothing_twice(tmp_path, monkeypat
     ledger = Ledger(tmp_path / "ledger.sqlite", flush_s=60.0)
     calls, write = [], store.write
 
-    def refuse_once(db, entries, sums):
-        calls.append(entries)
+    def refuse_once(db, batch):
+        calls.append(batch)
         if len(calls) == 4:  # all, the first, the second, the third
             raise sqlite3.OperationalError("disk I/O error")
-        write(db, entries, sums)
+        write(db, batch)
 
     monkeypatch.setattr(store, "write", refuse_once)
     run_one(ledger, "good")
