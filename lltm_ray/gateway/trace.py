@@ -29,6 +29,8 @@ _CONVERSATION_FIELDS = ("conversation", "session_id")
 _MOST_CHARS = 256
 _MOST_BODY_BYTES = 65_536
 _log = logging.getLogger(__name__)
+Rows = list[tuple[str, tuple[Any, ...]]]
+"""With their kinds."""
 
 
 @dataclass(slots=True)
@@ -41,7 +43,7 @@ class Tracing:
     """Makes a request's content; None: prompts and answers stay here."""
     salt: bytes = field(default=b"", repr=False)
     """What prompts are hashed with: the fleet's; empty: one that only this process knows."""
-    later: Callable[[Callable[[], None]], None] | None = None
+    later: Callable[[Callable[[], Rows]], None] | None = None
     """Calls what it is given when it suits, as `Outbox.later`; None: rows are made at once."""
     faults: int = 0
     """What could not be told, or not whole."""
@@ -52,21 +54,23 @@ class Tracing:
 
     def note(self, request: Request, trace: RequestTrace) -> None:
         """Tell of a request that is over; one with a large body at once, for it would wait with all that it holds."""
-        if self.later is None or len(request.body) > _MOST_BODY_BYTES:
-            self._tell(request, trace)
-        else:
-            self.later(partial(self._tell, request, trace))
+        make = partial(self._tell, request, trace)
+        if self.later is not None and len(request.body) <= _MOST_BODY_BYTES:
+            self.later(make)
+            return
+        for kind, row in make():
+            self.add(kind, row)
 
-    def _tell(self, request: Request, trace: RequestTrace) -> None:
+    def _tell(self, request: Request, trace: RequestTrace) -> Rows:
+        """Rows of its attempts, and its own."""
         try:
             key = request.ask.key if request.ask is not None else b""
             hashes = hash_prefixes(key, self.salt), self._blocks.of(key, self.salt)
             row = request_row(request, trace, self._content(request), hashes)
-            for attempt in attempt_rows(request, trace):
-                self.add("attempts", attempt)
-            self.add("requests", row)
+            return [*(("attempts", attempt) for attempt in attempt_rows(request, trace)), ("requests", row)]
         except Exception as error:  # noqa: BLE001 - border: the answer is the client's, whatever becomes of its trace
             self._fault("a request", error)
+            return []
 
     def span(self, work: Work) -> None:
         """Tell of work that is over."""
@@ -175,10 +179,10 @@ _UNTOLD = Timings(prompt_ms=math.nan, predicted_ms=math.nan)
 
 
 def _conversation(headers: Headers, body: dict[str, Any]) -> str:
-    named = {name: value for name, value in reversed(headers) if name in _CONVERSATION_HEADERS and value}
-    for name in _CONVERSATION_HEADERS if named else ():
-        if name in named:
-            return named[name].decode("utf-8", "replace")[:_MOST_CHARS]
+    named = [pair for pair in headers if pair[0] in _CONVERSATION_HEADERS and pair[1]]
+    if named:
+        _, said = min(named, key=lambda pair: _CONVERSATION_HEADERS.index(pair[0]))
+        return said.decode("utf-8", "replace")[:_MOST_CHARS]
     for field_name in _CONVERSATION_FIELDS:
         if field_name in body:
             value = body[field_name]

@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from lltm_ray.telemetry.parcel import Group, Parcel, Row, Sealed, group, seal
 from lltm_ray.telemetry.rows import KINDS
+
+Make = Callable[[], Iterable[tuple[str, Row]]]
+"""Rows and their kinds, made when they are asked for."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,8 +38,7 @@ class Outbox:
     def __init__(self, limit_rows: int = 20_000, limit_bytes: int = 64 * 2**20) -> None:
         self._limit_rows, self._limit_bytes = limit_rows, limit_bytes
         self._lock = threading.RLock()
-        self._later: list[Callable[[], None]] = []
-        self._made: dict[str, list[Row]] | None = None
+        self._later: list[Make] = []
         self._groups: dict[str, deque[Group]] = {kind: deque() for kind in KINDS}
         self._rows, self._bytes = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         self._all_bytes = 0
@@ -46,11 +48,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._later) + sum(self._rows.values())
 
-    def later(self, make: Callable[[], None]) -> None:
+    def later(self, make: Make) -> None:
         """Have rows made with others in one go, which costs less than each at its own moment.
 
         Args:
-            make: adds them; called before the next parcel at the latest, and must not raise.
+            make: called before the next parcel at the latest; must not raise.
         """
         self._later.append(make)
         if len(self._later) >= _MOST_LATER:
@@ -59,19 +61,17 @@ class Outbox:
     def add(self, kind: str, row: Row) -> None:
         """Note a row."""
         with self._lock:
-            if self._made is None:
-                self._keep(kind, (row,))
-            else:
-                self._made.setdefault(kind, []).append(row)
+            self._keep(kind, (row,))
 
     def _make(self) -> None:
         with self._lock:
-            making, self._later, self._made = self._later, [], {}
+            making, self._later = self._later, []
+            made: dict[str, list[Row]] = {}
             try:
                 for make in making:
-                    make()
+                    for kind, row in make():
+                        made.setdefault(kind, []).append(row)
             finally:
-                made, self._made = self._made, None
                 for kind, rows in made.items():
                     self._keep(kind, rows)
 

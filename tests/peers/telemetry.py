@@ -20,7 +20,7 @@ from lltm_ray.telemetry.exporters import Exporters
 from lltm_ray.telemetry.hub import Hub, build_hub
 from lltm_ray.telemetry.instruments import Instruments
 from lltm_ray.telemetry.outbox import Outbox
-from lltm_ray.telemetry.parcel import Parcel, unseal
+from lltm_ray.telemetry.parcel import Parcel, Row, unseal
 from lltm_ray.telemetry.profiles import read_profile
 from lltm_ray.telemetry.resource import make_resource
 from lltm_ray.telemetry.rows import AttemptRow, RequestRow
@@ -62,10 +62,9 @@ def parcels(requests: int) -> list[Parcel]:
     draw = random.Random(1)
     outbox, made = Outbox(), []
 
-    def tell() -> None:
+    def tell() -> list[tuple[str, Row]]:
         request, attempt = pair(draw)
-        outbox.add("attempts", attempt)
-        outbox.add("requests", request)
+        return [("attempts", attempt), ("requests", request)]
 
     for _ in range(requests // BATCH):
         for _ in range(BATCH):

@@ -8,6 +8,7 @@ each of those wakes that thread up in vain.
 from __future__ import annotations
 
 import pickle
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
@@ -25,7 +26,7 @@ _REQUEST, _ATTEMPT = len(REQUEST_COLUMNS), len(ATTEMPT_COLUMNS)
 class Batch:
     """Requests in the order in which they ended."""
 
-    __slots__ = ("attempts", "cells", "requests", "unbalanced")
+    __slots__ = ("attempts", "cells", "requests")
 
     def __init__(self, entries: Iterable[LedgerEntry] = ()) -> None:
         self.requests: list[Any] = []
@@ -33,13 +34,17 @@ class Batch:
         self.attempts: list[Any] = []
         """Values of `ATTEMPT_COLUMNS`, one attempt after the other."""
         self.cells: list[Cell] = []
-        self.unbalanced: list[str] = []
-        """Ids of requests whose attempts do not account for every token that the client got."""
         for entry in entries:
             self.add(entry)
 
     def __len__(self) -> int:
         return len(self.cells)
+
+    @property
+    def unbalanced(self) -> list[str]:
+        """Ids of requests whose attempts do not account for every token that the client got."""
+        balanced = self.requests[REQUEST_COLUMNS.index("is_balanced") :: _REQUEST]
+        return [id_ for id_, is_sound in zip(self.requests[::_REQUEST], balanced, strict=True) if not is_sound]
 
     def add(self, entry: LedgerEntry) -> None:
         """Take in one request.
@@ -47,13 +52,12 @@ class Batch:
         Raises:
             Exception: what was considered cannot be pickled; nothing of it is taken in.
         """
-        is_balanced = entry.is_balanced
         considered = pickle.dumps(entry.considered, 4) if entry.considered else None
         place = len(self.cells)
         self.requests += (
-            entry.request_id, entry.tenant, entry.model, entry.route, entry.policy, entry.why, entry.affinity,
-            entry.arrived_unix_nano, entry.wait_s, entry.ttft_s, entry.total_s, entry.status, entry.error,
-            entry.is_exact, entry.delivered_tokens, is_balanced, considered,
+            entry.request_id, entry.tenant, _whole(entry.model), entry.route, entry.policy, entry.why, entry.affinity,
+            entry.arrived_unix_nano, entry.wait_s, entry.ttft_s, entry.total_s, entry.status, _whole(entry.error),
+            entry.is_exact, entry.delivered_tokens, entry.is_balanced, considered,
         )  # fmt: skip
         for number, each in enumerate(entry.attempts, 1):
             self.attempts += (
@@ -62,8 +66,6 @@ class Batch:
                 each.delivered_tokens, each.outcome, each.is_estimate,
             )  # fmt: skip
         self.cells.append(entry.cell)
-        if not is_balanced:
-            self.unbalanced.append(entry.request_id)
 
     @classmethod
     def joined(cls, batches: Sequence[Batch]) -> Batch:
@@ -74,16 +76,20 @@ class Batch:
             whole.requests += each.requests
             whole.attempts += each.attempts
             whole.cells += each.cells
-            whole.unbalanced += each.unbalanced
         return whole
 
     def singly(self) -> Iterator[Batch]:
         """Each request alone."""
+        tried = defaultdict[int, list[Any]](list)
+        for at in range(0, len(self.attempts), _ATTEMPT):
+            tried[self.attempts[at]] += (0, *self.attempts[at + 1 : at + _ATTEMPT])
         for place, cell in enumerate(self.cells):
             one = type(self)()
             one.requests = self.requests[place * _REQUEST : (place + 1) * _REQUEST]
-            starts = [at for at in range(0, len(self.attempts), _ATTEMPT) if self.attempts[at] == place]
-            one.attempts = [value for at in starts for value in (0, *self.attempts[at + 1 : at + _ATTEMPT])]
-            one.cells = [cell]
-            one.unbalanced = [each for each in self.unbalanced if each == one.requests[0]]
+            one.attempts, one.cells = tried[place], [cell]
             yield one
+
+
+def _whole(text: str) -> str:
+    """Without halves of surrogate pairs, which a client's JSON can hold and SQLite refuses."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

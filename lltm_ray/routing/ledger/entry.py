@@ -117,11 +117,6 @@ class LedgerEntry:
         """Whether the attempts account for every token that the client got."""
         return self.delivered_tokens == sum([attempt.delivered_tokens for attempt in self.attempts])
 
-    @property
-    def ended_unix_nano(self) -> int:
-        """When it ended."""
-        return self.arrived_unix_nano + int(self.total_s * 1e9)
-
 
 def entry_of(lost: Lost) -> LedgerEntry:
     """The account of a request whose gateway died, from its cell."""

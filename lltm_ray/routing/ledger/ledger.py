@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _NUMBERS = {str(outcome): number for number, outcome in enumerate(Outcome)}
 _TOGETHER, _JOINED = 32, 256
 """Requests of a batch that the request path makes, and batches that are written at once."""
-_PRUNINGS = 10
+_PRUNINGS = 20
 """How often the oldest are forgotten while as many come as are kept."""
 _FAILED = _NUMBERS[Outcome.FAILED]
 _NO_NUMBER = "request %s has a number that no cell holds: %s"
@@ -36,6 +36,7 @@ _BAD_VALUE = (
     sqlite3.InterfaceError,
     sqlite3.ProgrammingError,
     sqlite3.DataError,
+    sqlite3.IntegrityError,
     ValueError,
     OverflowError,
 )
@@ -61,7 +62,7 @@ class Ledger:
         Args:
             path: the SQLite file. Several processes of one node share it; folder 0700, file 0600.
             name: of this process, for people who look at the folder.
-            keep_requests: older ones are forgotten; the sums of servers are not.
+            keep_requests: older ones are forgotten, up to a twentieth later; the sums of servers are not.
             flush_s: the writer's pause between batches.
             max_pending: finished requests that wait to be written; beyond it new ones are dropped and counted.
             cells: room for requests in flight to begin with.
@@ -69,7 +70,7 @@ class Ledger:
         self.path = Path(path)
         self._keep, self._flush_s, self._max_pending = keep_requests, flush_s, max_pending
         self._fresh, self._batches = deque[LedgerEntry](), deque[Batch]()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._finished = self._settled = 0
         self._since_pruned = keep_requests
         self._counts = dict.fromkeys(("written", "dropped", "unbalanced", "recovered", "write_errors", "in_flight"), 0)
@@ -117,8 +118,7 @@ class Ledger:
             self._counts["in_flight"] -= 1
             self._bare -= cell is NO_CELL
         if self._finished - self._settled >= self._max_pending:
-            with self._lock:
-                self._drop(cell, "the writer cannot keep up")
+            self._drop(cell, "the writer cannot keep up")
             return
         if cell is not NO_CELL:
             last = entry.attempts[-1]
@@ -138,8 +138,8 @@ class Ledger:
         with self._turn:
             wanted = self._begun + 1  # a turn under way may have begun before our last entry
             self._asked.set()
-            ended = self._turn.wait_for(lambda: self._ended >= wanted or not self._thread.is_alive(), timeout_s)
-        return ended and not self._is_failing
+            self._turn.wait_for(lambda: self._ended >= wanted or not self._thread.is_alive(), timeout_s)
+            return self._ended >= wanted and not self._is_failing
 
     def close(self) -> None:
         """Write what is finished, end the thread. Cells of requests in flight stay for the next process."""
@@ -240,7 +240,7 @@ class Ledger:
             with take_over(self.path.parent) as lost:
                 if lost:
                     self._write_lost(lost)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, OverflowError) as error:
             self._failed(error)
 
     def _write_lost(self, lost: Sequence[Lost]) -> None:
@@ -276,18 +276,24 @@ class Ledger:
             db.close()
 
     def _pack(self) -> None:
-        """Make a batch of all that is fresh; on the request path, and in the writer before it writes."""
+        """Make a batch of all that is fresh; on the request path, and in the writer before it writes.
+
+        The lock can be taken twice: while rows are made the garbage collector may end an abandoned request, here.
+        """
+        unfit: list[tuple[Cell, str]] = []
         with self._lock:
             batch = Batch()
-            for _ in range(len(self._fresh)):
+            while self._fresh:
                 entry = self._fresh.popleft()
                 try:
                     batch.add(entry)
                 except Exception as error:  # noqa: BLE001 - pickle raises whatever a value's own code does
-                    self._settled += 1
-                    self._drop(entry.cell, f"a value cannot be kept: {error}")
+                    unfit.append((entry.cell, f"a value cannot be kept: {error}"))
             if batch:
                 self._batches.append(batch)
+            self._settled += len(unfit)
+        for cell, why in unfit:
+            self._drop(cell, why)
 
     def _write_pending(self, db: sqlite3.Connection) -> None:
         """What has ended so far, and not what ends meanwhile: on a busy machine there would be no end."""
@@ -342,8 +348,9 @@ class Ledger:
             cell.free()
 
     def _drop(self, cell: Cell, why: str) -> None:
-        """Lose a request; the lock is held."""
-        self._counts["dropped"] += 1
+        """Lose a request."""
+        with self._lock:
+            self._counts["dropped"] += 1
         cell.free()
         if not self._is_dropping:
             self._is_dropping = True

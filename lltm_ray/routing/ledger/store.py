@@ -28,12 +28,12 @@ _ROWS = (1, 8, 64, 512, 2048)
 _SUMMED = {
     "attempts": "count(*)",
     "cached_tokens": "sum(cached_tokens)",
-    "computed_tokens": "sum(iif(is_estimate, 0, computed_tokens))",
-    "generated_tokens": "sum(iif(is_estimate, 0, generated_tokens))",
+    "computed_tokens": "sum((NOT is_estimate) * computed_tokens)",
+    "generated_tokens": "sum((NOT is_estimate) * generated_tokens)",
     "delivered_tokens": "sum(attempts.delivered_tokens)",
     "estimates": "sum(is_estimate)",
-    "estimated_computed_tokens": "sum(iif(is_estimate, computed_tokens, 0))",
-    "estimated_generated_tokens": "sum(iif(is_estimate, max(generated_tokens, attempts.delivered_tokens), 0))",
+    "estimated_computed_tokens": "sum(is_estimate * computed_tokens)",
+    "estimated_generated_tokens": "sum(is_estimate * max(generated_tokens, attempts.delivered_tokens))",
     "last_end_unix_nano": "max(arrived_unix_nano + CAST(total_s * 1e9 AS INTEGER))",
 }
 _ADD_SUMS = (
@@ -73,13 +73,23 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def write(db: sqlite3.Connection, batch: Batch) -> None:
-    """Add requests and what they add to the sums, all or nothing."""
+    """Add requests and what they add to the sums, all or nothing.
+
+    Raises:
+        OverflowError: together they have more tokens than SQLite can count.
+        sqlite3.Error: a value that it does not take, or the disk.
+    """
     attempts = batch.attempts.copy()
     attempts[:: len(ATTEMPT_COLUMNS)] = [place - len(batch) for place in attempts[:: len(ATTEMPT_COLUMNS)]]
-    with _transaction(db):
-        _insert(db, "requests", REQUEST_COLUMNS, batch.requests)
-        _insert(db, "attempts", ("seq", *ATTEMPT_COLUMNS[1:]), attempts)
-        db.execute(_ADD_SUMS, (len(batch),))
+    try:
+        with _transaction(db):
+            _insert(db, "requests", REQUEST_COLUMNS, batch.requests)
+            _insert(db, "attempts", ("seq", *ATTEMPT_COLUMNS[1:]), attempts)
+            db.execute(_ADD_SUMS, (len(batch),))
+    except sqlite3.OperationalError as error:
+        if str(error) == "integer overflow":
+            raise OverflowError("more tokens than fit 64 bits") from error
+        raise
 
 
 def _insert(db: sqlite3.Connection, table: str, columns: tuple[str, ...], values: list[Any]) -> None:
@@ -104,12 +114,10 @@ def _inserting(table: str, columns: tuple[str, ...], rows: int) -> str:
 
 
 def prune(db: sqlite3.Connection, keep_requests: int) -> None:
-    """Forget the oldest requests; a few too many may stay, so that not every batch deletes."""
-    first, last = db.execute("SELECT (SELECT min(seq) FROM requests), (SELECT max(seq) FROM requests)").fetchone()
-    if first is not None and last - first >= keep_requests + keep_requests // 50:
-        with _transaction(db):
-            for table in ("requests", "attempts"):
-                db.execute(f"DELETE FROM {table} WHERE seq <= ?", (last - keep_requests,))  # noqa: S608
+    """Forget the oldest requests."""
+    with _transaction(db):
+        for table in ("requests", "attempts"):
+            db.execute(f"DELETE FROM {table} WHERE seq <= (SELECT max(seq) FROM requests) - ?", (keep_requests,))  # noqa: S608
 
 
 def read_sums(db: sqlite3.Connection, engine: str, server_pid: int) -> Sums:

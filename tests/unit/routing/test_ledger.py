@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_what_ended_on_the_way_and_what_the_writer_finds_is_one_account(tmp_path
     for number in range(100):
         entry = LedgerEntry(request_id=f"r{number}", arrived_unix_nano=NOW + number, total_s=0.5, delivered_tokens=2)
         for tried in range(1 + number % 2):
-            counts = {"generated_tokens": 2, "delivered_tokens": 2 * (not tried) + (number in odd)}
+            counts = {"generated_tokens": 2 - 2 * tried, "delivered_tokens": 2 * (not tried) + (number in odd)}
             ledger.begin(entry, Attempt(engine=f"e{tried}", server_pid=7, is_estimate=bool(tried), **counts))
         ledger.finish(entry)
     assert ledger.counters["pending"] == 100
@@ -124,12 +125,107 @@ def test_what_ended_on_the_way_and_what_the_writer_finds_is_one_account(tmp_path
     assert [each["request_id"] for each in ledger.find(limit=200)] == [f"r{number}" for number in range(99, -1, -1)]
     first = Sums(attempts=100, generated_tokens=200, delivered_tokens=203, last_end_unix_nano=NOW + 99 + 500_000_000)
     again = Sums(
-        attempts=50, delivered_tokens=2, estimates=50, estimated_generated_tokens=100,
+        attempts=50, delivered_tokens=2, estimates=50, estimated_generated_tokens=2,
         last_end_unix_nano=NOW + 99 + 500_000_000,
     )  # fmt: skip
     assert (ledger.sums("e0", 7), ledger.sums("e1", 7)) == (first, again)
     ledger.close()
     assert not list(tmp_path.glob("*.cells")), "every place was given back"
+
+
+def test_the_request_path_makes_the_rows(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite", flush_s=60.0)
+    for number in range(100):
+        run_one(ledger, f"r{number}")
+    assert [len(each) for each in ledger._batches] == [32, 32, 32]
+    ledger.close()
+    assert ledger.counters["written"] == 100
+
+
+def test_a_long_line_of_requests_is_written_to_its_end(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite", flush_s=60.0, max_pending=20_000)
+    for number in range(16_500):
+        run_one(ledger, f"r{number}", tokens=1)
+    ledger.close()
+    with store.reading(tmp_path / "l.sqlite") as db:
+        assert [each["request_id"] for each in store.read_requests(db, "true", (), 2)] == ["r16499", "r16498"]
+        assert store.read_sums(db, "e0", 7).generated_tokens == ledger.counters["written"] == 16_500
+
+
+def test_requests_that_end_while_others_are_written_wait_for_the_next_turn(tmp_path, monkeypatch):
+    ledger, write, more = Ledger(tmp_path / "l.sqlite", flush_s=60.0), store.write, iter(range(100_000))
+
+    def busy(db, batch):
+        write(db, batch)
+        for _ in range(40):
+            run_one(ledger, f"r{next(more)}")
+
+    monkeypatch.setattr(store, "write", busy)
+    run_one(ledger, "first")
+    assert ledger.flush(timeout_s=2.0)
+    assert (ledger.counters["written"], ledger.counters["pending"]) == (1, 40)
+    monkeypatch.setattr(store, "write", write)
+    ledger.close()
+    assert ledger.counters["written"] == 41
+
+
+def test_a_request_that_ends_while_rows_are_made_does_not_stop_the_gateway(ledger):
+    """As one does that the garbage collector ends."""
+
+    class Ends:
+        def __reduce__(self):
+            for number in range(70):
+                run_one(ledger, f"r{number}")
+            return str, ("e0",)
+
+    ledger.finish(LedgerEntry(request_id="odd", considered=[{"engine": Ends()}]))
+    done = threading.Thread(target=ledger._pack, daemon=True)
+    done.start()
+    done.join(5.0)
+    assert not done.is_alive()
+    assert ledger.flush()
+    assert ledger.counters["written"] == 71
+
+
+def test_beside_a_value_that_sqlite_refuses_all_others_are_kept_whole(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite", flush_s=60.0)
+    for number in range(10):
+        entry = LedgerEntry(request_id="same" if number < 3 else f"r{number}", delivered_tokens=3 + (number == 1))
+        for tried in range(3):
+            ledger.begin(entry, Attempt(engine=f"e{tried}", server_pid=number, generated_tokens=1, delivered_tokens=1))
+        ledger.finish(entry)
+        if number in (0, 7):
+            ledger.finish(LedgerEntry(request_id=f"huge{number}", status=2**70))
+    assert ledger.flush()
+    shown = ledger.find()[::-1]
+    assert [each["request_id"] for each in shown] == ["same"] * 3 + [f"r{number}" for number in range(3, 10)]
+    assert [each["is_balanced"] for each in shown] == [True, False, *[True] * 8]
+    assert {tuple(each["engine"] for each in one["attempts"]) for one in shown} == {("e0", "e1", "e2")}
+    assert [ledger.sums("e2", number).attempts for number in range(10)] == [1] * 10
+    assert (ledger.counters["dropped"], ledger.counters["unbalanced"]) == (2, 1)
+    ledger.close()
+
+
+def test_counts_that_no_server_can_have_do_not_stop_the_writer(ledger):
+    for name in ("one", "two"):
+        run_one(ledger, name, computed_tokens=2**62)
+    run_one(ledger, "none", cached_tokens=None)
+    run_one(ledger, "good")
+    assert ledger.flush()
+    assert {each["request_id"] for each in ledger.find()} >= {"one", "two", "good"}
+
+
+def test_half_a_surrogate_pair_of_a_client_costs_no_request(ledger):
+    ledger.finish(LedgerEntry(request_id="r", model="m\ud800", status=404, error="there is no model m\ud800"))
+    assert ledger.explain("r")["model"] == "m?"
+    assert ledger.counters["dropped"] == 0
+
+
+def test_after_its_end_nothing_is_said_to_be_written(tmp_path):
+    ledger = Ledger(tmp_path / "l.sqlite")
+    ledger.close()
+    ledger.finish(LedgerEntry(request_id="late"))
+    assert ledger.flush(timeout_s=1.0) is False
 
 
 def test_a_value_that_cannot_be_pickled_loses_one_request_only(ledger, caplog):

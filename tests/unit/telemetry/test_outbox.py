@@ -9,7 +9,7 @@ import pytest
 
 from lltm_ray.telemetry.batch import SCHEMAS, Batch, unpack
 from lltm_ray.telemetry.outbox import BATCH_ROWS, Outbox
-from lltm_ray.telemetry.parcel import unseal
+from lltm_ray.telemetry.parcel import Row, unseal
 from lltm_ray.telemetry.rows import LogRow, SlotRow, SpanRow
 from tests.unit.telemetry.rows_made import attempt_row, request_row
 
@@ -42,7 +42,7 @@ def test_rows_come_back_as_they_were() -> None:
 def test_rows_that_are_made_later_are_in_the_next_batch_after_those_that_came_before() -> None:
     outbox = Outbox()
     for slot in range(3):
-        outbox.later(lambda slot=slot: outbox.add("slots", slot_row(slot)))
+        outbox.later(lambda slot=slot: [("slots", slot_row(slot))])
     assert len(outbox) == 3
     assert [row.slot for row in unpack("slots", taken(outbox)["slots"])] == [0, 1, 2]
     assert taken(outbox) == {}
@@ -53,7 +53,7 @@ def test_few_wait_to_be_made_even_if_nobody_takes_them() -> None:
     made: list[int] = []
     waiting = []
     for slot in range(1000):
-        outbox.later(lambda slot=slot: (made.append(slot), outbox.add("slots", slot_row(slot))))
+        outbox.later(lambda slot=slot: made.append(slot) or [("slots", slot_row(slot))])
         waiting.append(slot + 1 - len(made))
     assert max(waiting) < 100
     assert made == list(range(len(made)))
@@ -77,7 +77,7 @@ def test_a_row_that_cannot_travel_costs_none_of_those_that_were_made_with_it() -
     outbox = Outbox()
     for slot in (0, 1, 2):
         value = slot if slot != 1 else (lambda: None)
-        outbox.later(lambda value=value: outbox.add("slots", slot_row(0)._replace(slot=value)))
+        outbox.later(lambda value=value: [("slots", slot_row(0)._replace(slot=value))])
     assert [row.slot for row in unpack("slots", taken(outbox)["slots"])] == [0, 2]
     assert outbox.dropped == {"slots": 1}
 
@@ -85,7 +85,7 @@ def test_a_row_that_cannot_travel_costs_none_of_those_that_were_made_with_it() -
 def test_one_wrong_row_among_many_costs_little_more_than_itself(caplog) -> None:
     outbox = Outbox()
     for slot in range(1000):
-        outbox.later(lambda slot=slot: outbox.add("slots", slot_row(slot, task="seven" if slot == 700 else 7)))
+        outbox.later(lambda slot=slot: [("slots", slot_row(slot, task="seven" if slot == 700 else 7))])
     began = time.thread_time()
     whole, none = unseal(fresh(1000).take())
     usual_s, began = time.thread_time() - began, time.thread_time()
@@ -104,7 +104,7 @@ def fresh(rows: int) -> Outbox:
 
 def test_a_maker_that_raises_costs_no_row_that_was_made_before_nor_those_that_come() -> None:
     outbox = Outbox()
-    outbox.later(lambda: outbox.add("slots", slot_row(0)))
+    outbox.later(lambda: [("slots", slot_row(0))])
     outbox.later(lambda: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         outbox.take()
@@ -118,7 +118,7 @@ def test_what_has_no_room_by_itself_drives_nothing_out(limits: dict[str, int]) -
     for number in range(10):
         outbox.add("logs", LOG._replace(at_unix_nano=number))
     for _ in range(30):
-        outbox.later(lambda: outbox.add("logs", LOG._replace(message="x" * 10_000)))
+        outbox.later(lambda: [("logs", LOG._replace(message="x" * 10_000))])
     assert [row.at_unix_nano for row in unpack("logs", taken(outbox)["logs"])] == list(range(10))
     assert outbox.dropped == {"logs": 30}
 
@@ -127,10 +127,9 @@ def test_attempts_travel_with_their_request_or_before_it_however_many_they_are()
     outbox = Outbox()
     for number in range(200):
 
-        def tell(number: int = number) -> None:
-            for _ in range(60):
-                outbox.add("attempts", attempt_row(request_span_id=f"{number:016x}"))
-            outbox.add("requests", request_row(span_id=f"{number:016x}"))
+        def tell(number: int = number) -> list[tuple[str, Row]]:
+            tried = ("attempts", attempt_row(request_span_id=f"{number:016x}"))
+            return [*[tried] * 60, ("requests", request_row(span_id=f"{number:016x}"))]
 
         outbox.later(tell)
     batch = taken(outbox)
