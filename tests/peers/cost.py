@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,21 @@ def load(target: Front, shape: Shape, seconds: float) -> dict[str, Any]:
     return seen
 
 
+def rest(target: Front) -> None:
+    """Until it has done what its start and its first requests asked for: an actor's Ray goes on starting for seconds.
+
+    Raises:
+        StartError: it does not come to rest.
+    """
+    assert target.process is not None
+    for _ in range(60):
+        before = cpu_s(target.process.pid)
+        time.sleep(0.5)
+        if cpu_s(target.process.pid) - before < 0.05:
+            return
+    raise StartError(f"{target.peer.name} does not come to rest")
+
+
 def measure(peer: Peer, folder: Path, urls: tuple[str, ...], seconds: float) -> dict[str, dict[str, Any]]:
     """All loads on one peer, after short ones that are not counted.
 
@@ -85,6 +101,8 @@ def measure(peer: Peer, folder: Path, urls: tuple[str, ...], seconds: float) -> 
         found = {}
         load(target, SHAPES[1], WARM_S)
         load(target, SHAPES[3], WARM_S)
+        if target.process:
+            rest(target)
         for shape in SHAPES:
             found[shape.name] = load(target, shape, seconds * shape.stretch)
         if target.process:

@@ -40,10 +40,10 @@ from lltm_ray.routing.ledger import Ledger
 from lltm_ray.routing.router import Router
 from lltm_ray.telemetry.parcel import Parcel
 
-from .cost import WARM_S, Shape, load, upstreams
+from .cost import WARM_S, Shape, load, rest, upstreams
 from .ours import engine_info
 from .peers import Front, Peer, Site, front
-from .processes import StartError, cpu_s
+from .processes import cpu_s
 
 FLEET = "cost"
 SLOTS = 64
@@ -94,17 +94,6 @@ def _peer(name: str) -> Peer:
     return Peer(name, build, env=(("RAY_ADDRESS", address), ("PYTHONHASHSEED", "0")))
 
 
-def _rest(target: Front) -> None:
-    """Until it has imported and sent what its first rows asked for."""
-    assert target.process is not None
-    for _ in range(60):
-        before = cpu_s(target.process.pid)
-        time.sleep(0.5)
-        if cpu_s(target.process.pid) - before < 0.05:
-            return
-    raise StartError(f"{target.peer.name} does not come to rest")
-
-
 def cost_us(target: Front, shape: Shape, seconds: float) -> float:
     """CPU time of one request, with what is still to be sent of it."""
     assert target.process is not None
@@ -123,7 +112,7 @@ def live(folder: Path, urls: tuple[str, ...], rounds: int, seconds: float) -> di
         for target in (off, on):
             load(target, REQUESTS[0], WARM_S)
             load(target, STREAMS[0], WARM_S)
-            _rest(target)
+            rest(target)
         for number in range(rounds):
             for shape in (*REQUESTS, *STREAMS):
                 costs = {each: cost_us(each, shape, seconds) for each in ((off, on) if number % 2 else (on, off))}
