@@ -54,21 +54,23 @@ class Tracing:
 
     def note(self, request: Request, trace: RequestTrace) -> None:
         """Tell of a request that is over; one with a large body at once, for it would wait with all that it holds."""
-        make = partial(self._tell, request, trace)
-        if self.later is not None and len(request.body) <= _MOST_BODY_BYTES:
-            self.later(make)
-            return
-        for kind, row in make():
-            self.add(kind, row)
+        try:
+            if self.later is not None and len(request.body) <= _MOST_BODY_BYTES:
+                self.later(partial(self._tell, request, trace))
+                return
+            for kind, row in self._tell(request, trace):
+                self.add(kind, row)
+        except Exception as error:  # noqa: BLE001 - border: the answer is the client's, whatever becomes of its trace
+            self._fault("a request", error)
 
     def _tell(self, request: Request, trace: RequestTrace) -> Rows:
-        """Rows of its attempts, and its own."""
+        """Rows of its attempts, and its own; never raises."""
         try:
             key = request.ask.key if request.ask is not None else b""
             hashes = hash_prefixes(key, self.salt), self._blocks.of(key, self.salt)
             row = request_row(request, trace, self._content(request), hashes)
             return [*(("attempts", attempt) for attempt in attempt_rows(request, trace)), ("requests", row)]
-        except Exception as error:  # noqa: BLE001 - border: the answer is the client's, whatever becomes of its trace
+        except Exception as error:  # noqa: BLE001 - border, as above
             self._fault("a request", error)
             return []
 
