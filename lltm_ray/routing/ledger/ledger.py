@@ -323,9 +323,10 @@ class Ledger:
         store.write(db, batch)
         self._counts["written"] += len(batch)
         self._since_pruned += len(batch)
-        if batch.unbalanced:
-            self._counts["unbalanced"] += len(batch.unbalanced)
-            _log.error("tokens of request %s do not add up over its attempts", batch.unbalanced[0])
+        unbalanced = batch.unbalanced
+        if unbalanced:
+            self._counts["unbalanced"] += len(unbalanced)
+            _log.error("tokens of request %s do not add up over its attempts", unbalanced[0])
 
     def _write_singly(self, db: sqlite3.Connection) -> None:
         """After a value that SQLite refuses: keep the others, each once, also when the disk refuses in between."""
