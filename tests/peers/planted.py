@@ -1,6 +1,6 @@
 """Whether a report finds on real engines what was planted there, and nothing where nothing was.
 
-`python -m tests.peers.planted [--only straggler,clean,...] [--seconds 25] [--seed 1] [--keep FOLDER]`, and
+`python -m tests.peers.planted [--only straggler,clean,...] [--seconds 40] [--seed 1] [--keep FOLDER]`, and
 `python -m tests.peers.planted --again FOLDER` to judge anew the rows that such a run has kept.
 
 A fleet of three engines on CPUs under Ray serves light loads, one fault planted at a time, and the report of that time
@@ -52,7 +52,11 @@ NAME, ENGINES = "planted", 3
 SHAPE = RandomShape(n_embd=128, n_head=2, n_head_kv=2, n_layer=6, n_ff=768)
 """Some 1 ms a token: a duty cycle of 20 ms slows an answer evenly."""
 TENANTS = ("ann", "ben", "cid", "greedy")
-RATE, SLOWED, KILLS, LONG_PROMPT = 3.5, 3.0, 3, 2200
+RATE, SLOWED, KILLS, LONG_PROMPT, LONG_EVERY_S = 3.5, 3.0, 3, 2200, 2.0
+SHORT, LASTING = (60, 160), (300, 600)
+"""Tokens of answers; lasting ones are for what can only hit an answer that runs."""
+STRUCK = 2
+"""Answers that run on an engine when it is killed."""
 FAULT_SHARE = 0.3
 """Of a play: before a fault begins."""
 THERMAL, COOL_W, HOT_W = 0x40, 300.0, 180.0
@@ -103,6 +107,16 @@ class Fleet:
         engines = sorted(self.cluster.status().engines, key=lambda each: each.name)
         told = [Server(each.url, 0, each.api_key).counters() for each in engines]
         return [(each["tokens_predicted_seconds_total"], each["tokens_predicted_total"]) for each in told]
+
+    async def amid(self, load: asyncio.Task[None], engines: Sequence[int], least: int) -> int | None:
+        """The first of these engines that is at so many answers; None: the load ended before."""
+        told = {int(each.name[-1]): Server(each.url, 0, each.api_key) for each in self.cluster.status().engines}
+        while not load.done():
+            for engine in engines:
+                if await asyncio.to_thread(told[engine].busy) >= least:
+                    return engine
+            await asyncio.sleep(0.02)
+        return None
 
     @contextlib.asynccontextmanager
     async def slowed(self, engine: int, notes: list[str]) -> AsyncIterator[None]:
@@ -178,11 +192,13 @@ class Office:
         self.replies.append(reply)
         return await client.chat(reply)
 
-    async def chats(self, rate: float, seconds: float, engines: Callable[[], str] = lambda: "") -> None:
+    async def chats(
+        self, rate: float, seconds: float, engines: Callable[[], str] = lambda: "", lengths: tuple[int, int] = SHORT
+    ) -> None:
         """Single questions, as they come; `engines` names where the next one goes."""
         async with asyncio.TaskGroup() as group:
             for at_s in times(self.dice, rate, seconds):
-                text, tokens = filler(self.dice, self.dice.randint(60, 200)), self.dice.randint(60, 160)
+                text, tokens = filler(self.dice, self.dice.randint(60, 200)), self.dice.randint(*lengths)
                 tenant, messages = self.dice.choice(TENANTS[:3]), [{"role": "user", "content": text}]
                 group.create_task(later(at_s, self.ask, tenant, messages, tokens, engines()))
 
@@ -263,16 +279,17 @@ async def straggler(office: Office, number: int) -> str:
 
 
 async def aggressor(office: Office, number: int) -> str:
-    """A tenant with long prompts."""
-    seconds = office.fleet.seconds
-    dice = random.Random(number)
-    async with asyncio.TaskGroup() as group:
-        group.create_task(office.chats(RATE, seconds))
-        arrivals = times(dice, 0.25, seconds)
-        for at_s in arrivals:
-            messages = [{"role": "user", "content": filler(dice, LONG_PROMPT)}]
-            group.create_task(later(at_s, office.ask, "greedy", messages, 4))
-    return f"{len(arrivals)} prompts of {LONG_PROMPT:,}; others {token_ms(office.replies):.2f} ms a token"
+    """A tenant sends long prompts to engines that are at answers of others; a router would choose idle ones."""
+    seconds, asked, last = office.fleet.seconds, list[asyncio.Task[Reply]](), 0
+    task = asyncio.create_task(office.chats(RATE, seconds, in_turn(), LASTING))
+    while not task.done():
+        await asyncio.wait([task], timeout=office.dice.expovariate(1 / LONG_EVERY_S))
+        others = [(last + each) % ENGINES for each in range(1, ENGINES + 1)]
+        if (which := await office.fleet.amid(task, others, 1)) is not None:
+            last, messages = which, [{"role": "user", "content": filler(office.dice, LONG_PROMPT)}]
+            asked.append(asyncio.create_task(office.ask("greedy", messages, 4, f"engine-{which}")))
+    await asyncio.gather(task, *asked)
+    return f"{len(asked)} prompts of {LONG_PROMPT:,}; others {token_ms(office.replies):.2f} ms a token"
 
 
 async def scatter(office: Office, number: int) -> str:
@@ -285,14 +302,15 @@ async def scatter(office: Office, number: int) -> str:
 
 
 async def cascade(office: Office, number: int) -> str:
-    """One engine is killed again and again."""
+    """One engine is killed again and again, in the middle of answers."""
     seconds, which, kills = office.fleet.seconds, number % ENGINES, 0
-    task = asyncio.create_task(office.chats(RATE, seconds))
-    while not task.done():
-        await asyncio.wait([task], timeout=seconds / 5)
-        if not task.done() and kills < KILLS:
+    task = asyncio.create_task(office.chats(RATE, seconds, lengths=LASTING))
+    while not task.done() and kills < KILLS:
+        await asyncio.wait([task], timeout=seconds / 8)
+        if await office.fleet.amid(task, [which], STRUCK) is not None:
             os.kill(await asyncio.to_thread(office.fleet.pid, which), signal.SIGKILL)
             kills += 1
+    await task
     return f"{kills} kills; {sum(not each.ok for each in office.replies)} of {len(office.replies)} failed"
 
 
@@ -530,7 +548,7 @@ def main() -> int:
     """0: every report was right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PLANTS), help="what to play, in this order; names may come again")
-    parser.add_argument("--seconds", type=float, default=25.0, help="of one play")
+    parser.add_argument("--seconds", type=float, default=40.0, help="of one play")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path, help="also write the table there")
     parser.add_argument("--keep", type=Path, help="folder for the rows of each play")
