@@ -202,7 +202,7 @@ def _ours(policy: str = "residency", similarity: float = SIMILARITY_RATIO) -> Bu
 
 def _told(site: Site, _programs: Path) -> Argv:
     """The gateway alone with telemetry, for which it starts a Ray of its own."""
-    return [sys.executable, "-m", "tests.peers.telemetry_cost", "--serve", "on", str(site.port), *site.engines]
+    return [sys.executable, "-m", "tests.peers.telemetry_cost", "--serve", f"on={site.port}", *site.engines]
 
 
 def _variant(name: str, policy: str, similarity: float) -> Peer:
