@@ -43,11 +43,13 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 class Bench:
-    """One run: collects rows, and what could not be had."""
+    """One run: collects rows, and what could not be had; each round is on disk as soon as it is over."""
 
-    def __init__(self, chosen: argparse.Namespace, folder: Path) -> None:
-        self.chosen = chosen
-        self.folder = folder
+    def __init__(self, chosen: argparse.Namespace, argv: Sequence[str], folder: Path) -> None:
+        self.chosen, self.argv, self.folder = chosen, argv, folder
+        self.out = chosen.out or CACHE / "results"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.began, self.load = time.monotonic(), os.getloadavg()[0]
         self.cost: list[dict[str, dict[str, Row]]] = []
         self.real: list[dict[str, dict[str, Row]]] = []
         self.failed: list[tuple[str, str, str]] = []
@@ -67,6 +69,7 @@ class Bench:
                 self.cost.append(
                     self._round(number, "cost", lambda peer: cost.measure(peer, self.folder, urls, seconds))
                 )
+                self.write()
 
     def run_real(self, names: list[str]) -> None:
         """The real engines, all rounds; prompts are new in each."""
@@ -75,6 +78,24 @@ class Bench:
             setting = Setting(seed=self.chosen.seed + number, quick=self.chosen.quick)
             given = runs.prepare(names, setting, self.folder, hints=self.chosen.hints)
             self.real.append(self._round(number, "real engines", partial(self._play, names, given)))
+            self.write()
+
+    def write(self) -> str:
+        """The report of all rounds so far, as it was written."""
+        results = {
+            "command": shlex.join(["python", "-m", "tests.peers", *self.argv]),
+            "peers": self.chosen.peers,
+            "rounds": max(len(self.cost), len(self.real)),
+            "load_before": self.load,
+            "seconds": time.monotonic() - self.began,
+            "cost": self.cost,
+            "real": self.real,
+            "failed": self.failed,
+        }
+        told = markdown(results)
+        (self.out / "report.json").write_text(json.dumps(results, indent=1))
+        (self.out / "report.md").write_text(told)
+        return told
 
     def _play(self, names: list[str], given: runs.Reference, peer: Peer) -> dict[str, Row]:
         return runs.play(peer, names, given, self.folder)
@@ -100,28 +121,14 @@ class Bench:
 
 def main(argv: Sequence[str]) -> int:
     """Run, write the report, show it; 1 when lltm_ray or direct could not be measured."""
-    chosen, began, load = _arguments(argv), time.monotonic(), os.getloadavg()[0]
-    out = chosen.out or CACHE / "results"
-    out.mkdir(parents=True, exist_ok=True)
+    chosen = _arguments(argv)
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        bench = Bench(chosen, Path(folder))
+        bench = Bench(chosen, argv, Path(folder))
         if "cost" in chosen.workloads:
             bench.run_cost()
         if real := [name for name in WORKLOADS if name in chosen.workloads and name != "cost"]:
             bench.run_real(real)
-    results = {
-        "command": shlex.join(["python", "-m", "tests.peers", *argv]),
-        "peers": chosen.peers,
-        "rounds": chosen.rounds,
-        "load_before": load,
-        "seconds": time.monotonic() - began,
-        "cost": bench.cost,
-        "real": bench.real,
-        "failed": bench.failed,
-    }
-    (out / "report.json").write_text(json.dumps(results, indent=1))
-    (out / "report.md").write_text(markdown(results))
-    sys.stdout.write(markdown(results))
+        sys.stdout.write(bench.write())
     return int(any(peer in ("direct", "lltm_ray") for peer, _, _ in bench.failed))
 
 
