@@ -68,10 +68,20 @@ class FleetRoutes:
         return tuple(engine for engine in self._router.ready(name) if only in (None, engine.name))
 
     async def _health(self, request: Request) -> None:
-        if self._router.ready():
+        """200 if a request for some model is served or starts an engine, so that a balancer sends it here."""
+        first = {engine.model: engine.name for engine in self._router.ready()}
+        closed = [why for why in map(self._router.unserved, first.values()) if why]
+        if len(closed) < len(first) or any(map(self._comes_on_demand, self._router.models())):
             await request.reply(200, b'{"status":"ok"}')
+        elif closed:
+            error = {"message": "; ".join(closed), "type": "unavailable_error", "code": 503}
+            await request.reply_json({"error": error}, 503)
         else:
             await request.reply(503, _LOADING)
+
+    def _comes_on_demand(self, model: str) -> bool:
+        info = self._router.model_info(model)
+        return info is not None and info.is_startable and not info.min_engines
 
     async def _models(self, request: Request) -> None:
         await request.reply_json(await self._fleet.models())

@@ -151,7 +151,7 @@ class Router:
         return tuple(row.info for row in self._engines.values() if model in (None, row.model))
 
     def ready(self, model: str | None = None) -> tuple[EngineInfo, ...]:
-        """Engines that take requests now, suspected ones included."""
+        """Engines whose servers are ready, suspected and drained ones included."""
         return tuple(
             row.info
             for row in self._engines.values()
