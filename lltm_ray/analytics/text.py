@@ -146,7 +146,8 @@ def highlights(report: Report) -> list[Highlight]:
         found.append(Highlight("Cache reuse", units.percent(reused), note))
     figures = _figures_of(report, "failures")
     if units.is_known(figures.get("error_ratio")):
-        found.append(Highlight("Errors", units.percent(figures["error_ratio"]), "of requests failed"))
+        note = "of requests, by the fleet's own fault"
+        found.append(Highlight("Failures", units.percent(figures["error_ratio"]), note))
     found += _headroom(report)
     gpus = [
         row for row in table_of(report, "GPU and energy", "gpus") if units.is_known(row.joules) and row.generated > 0
