@@ -3,7 +3,7 @@
 `python -m tests.peers.planted [--only straggler,clean,...] [--seconds 40] [--seed 1] [--keep FOLDER]`, and
 `python -m tests.peers.planted --again FOLDER` to judge anew the rows that such a run has kept.
 
-A fleet of three engines on CPUs under Ray serves light loads, one fault planted at a time, and the report of that time
+A fleet of three engines on CPUs under Ray serves some load, one fault planted at a time, and the report of that time
 is read: the finding of the fault's class must be there, the first of its kind, and about the right engine, tenant or
 GPU. There is no GPU: the node's actor is given made samples, and passes them on its ordinary way.
 """
@@ -52,11 +52,11 @@ NAME, ENGINES = "planted", 3
 SHAPE = RandomShape(n_embd=128, n_head=2, n_head_kv=2, n_layer=6, n_ff=768)
 """Some 1 ms a token: a duty cycle of 20 ms slows an answer evenly."""
 TENANTS = ("ann", "ben", "cid", "greedy")
-RATE, SLOWED, KILLS, LONG_PROMPT, LONG_EVERY_S = 3.5, 3.0, 3, 2200, 2.0
+RATE, LASTING_RATE, SLOWED, KILLS, LONG_PROMPT, LONG_PAUSE_S = 3.5, 2.5, 3.0, 3, 2200, 1.5
 SHORT, LASTING = (60, 160), (300, 600)
 """Tokens of answers; lasting ones are for what can only hit an answer that runs."""
 STRUCK = 2
-"""Answers that run on an engine when it is killed."""
+"""Slots at work on an engine when it is killed."""
 FAULT_SHARE = 0.3
 """Of a play: before a fault begins."""
 THERMAL, COOL_W, HOT_W = 0x40, 300.0, 180.0
@@ -109,11 +109,13 @@ class Fleet:
         return [(each["tokens_predicted_seconds_total"], each["tokens_predicted_total"]) for each in told]
 
     async def amid(self, load: asyncio.Task[None], engines: Sequence[int], least: int) -> int | None:
-        """The first of these engines that is at so many answers; None: the load ended before."""
-        told = {int(each.name[-1]): Server(each.url, 0, each.api_key) for each in self.cluster.status().engines}
+        """The first of these engines that has so many slots at work; None: the load ended before."""
         while not load.done():
+            told = {int(each.name[-1]): each for each in self.cluster.status().engines}
             for engine in engines:
-                if await asyncio.to_thread(told[engine].busy) >= least:
+                info = told[engine]
+                is_ready = info.state is EngineState.READY
+                if is_ready and await asyncio.to_thread(Server(info.url, 0, info.api_key).busy) >= least:
                     return engine
             await asyncio.sleep(0.02)
         return None
@@ -259,11 +261,16 @@ def token_ms(replies: Sequence[Reply], tenants: Sequence[str] = TENANTS[:3]) -> 
 
 
 async def clean(office: Office, number: int) -> str:
-    """Nothing: other loads each time."""
+    """Nothing: another load each time, some of them those of the plays below without their faults."""
     seconds = office.fleet.seconds
-    rate, sessions = ((2.0, 3), (4.0, 0), (2.5, 4), (1.0, 6), (3.0, 2), (0.5, 1))[number % 6]
+    rate, sessions = ((2.0, 3), (RATE, 0), (2.5, 4), (LASTING_RATE, 0), (1.0, 6), (3.0, 2), (0.5, 1), (4.0, 0))[
+        number % 8
+    ]
+    engines = in_turn() if rate == RATE else lambda: ""
     async with asyncio.TaskGroup() as group:
-        group.create_task(office.chats(rate, seconds))
+        group.create_task(
+            office.chats(rate, seconds, engines, LASTING if rate == LASTING_RATE and not sessions else SHORT)
+        )
         group.create_task(office.talks(sessions, seconds))
     return f"{rate:g} chats/s, {sessions} conversations, {token_ms(office.replies):.2f} ms a token"
 
@@ -281,13 +288,15 @@ async def straggler(office: Office, number: int) -> str:
 async def aggressor(office: Office, number: int) -> str:
     """A tenant sends long prompts to engines that are at answers of others; a router would choose idle ones."""
     seconds, asked, last = office.fleet.seconds, list[asyncio.Task[Reply]](), 0
-    task = asyncio.create_task(office.chats(RATE, seconds, in_turn(), LASTING))
-    while not task.done():
-        await asyncio.wait([task], timeout=office.dice.expovariate(1 / LONG_EVERY_S))
+    task = asyncio.create_task(office.chats(LASTING_RATE, seconds, in_turn(), LASTING))
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        await asyncio.wait([task], timeout=office.dice.expovariate(1 / LONG_PAUSE_S))
         others = [(last + each) % ENGINES for each in range(1, ENGINES + 1)]
-        if (which := await office.fleet.amid(task, others, 1)) is not None:
-            last, messages = which, [{"role": "user", "content": filler(office.dice, LONG_PROMPT)}]
-            asked.append(asyncio.create_task(office.ask("greedy", messages, 4, f"engine-{which}")))
+        if (which := await office.fleet.amid(task, others, 1)) is None:
+            break
+        last, messages = which, [{"role": "user", "content": filler(office.dice, LONG_PROMPT)}]
+        asked.append(asyncio.create_task(office.ask("greedy", messages, 4, f"engine-{which}")))
     await asyncio.gather(task, *asked)
     return f"{len(asked)} prompts of {LONG_PROMPT:,}; others {token_ms(office.replies):.2f} ms a token"
 
@@ -304,7 +313,7 @@ async def scatter(office: Office, number: int) -> str:
 async def cascade(office: Office, number: int) -> str:
     """One engine is killed again and again, in the middle of answers."""
     seconds, which, kills = office.fleet.seconds, number % ENGINES, 0
-    task = asyncio.create_task(office.chats(RATE, seconds, lengths=LASTING))
+    task = asyncio.create_task(office.chats(LASTING_RATE, seconds, lengths=LASTING))
     while not task.done() and kills < KILLS:
         await asyncio.wait([task], timeout=seconds / 8)
         if await office.fleet.amid(task, [which], STRUCK) is not None:
@@ -358,6 +367,8 @@ class Plant:
     subject: str = ""
     """With `{n}` for the engine's number."""
     told: Callable[[Any], str] = lambda finding: ""
+    beside: tuple[str, ...] = ()
+    """Other findings that follow from the fault, as `kind subject`; any else is wrong."""
 
 
 PLANTS = {
@@ -368,9 +379,15 @@ PLANTS = {
         ("straggler",),
         "engine-{n}",
         lambda each: f"{each.figures['ratio']:.2f}x decode, {each.figures['prefill_ratio']:.2f}x prefill",
+        ("waiting slots", "saturation bench"),
     ),
     "aggressor": Plant(
-        aggressor, "interference", ("interference",), "greedy", lambda each: f"{each.figures['share']:.0%} of decodes"
+        aggressor,
+        "interference",
+        ("interference",),
+        "greedy",
+        lambda each: f"{each.figures['share']:.0%} of decodes",
+        ("waiting slots", "saturation bench"),
     ),
     "scatter": Plant(
         scatter,
@@ -380,6 +397,7 @@ PLANTS = {
         lambda each: (
             f"{each.figures['needless_lost_tokens']:,.0f} tokens of {each.figures['needless_moves']:.0f} moves"
         ),
+        ("interference long prefills", "waiting slots", "saturation bench"),
     ),
     "cascade": Plant(
         cascade, "failures", ("errors",), "engine-{n}", lambda each: f"{each.figures['errors']:.0f} broken attempts"
@@ -390,6 +408,7 @@ PLANTS = {
         ("throttling",),
         "GPU-{n}",
         lambda each: f"{each.figures['slowed_ratio']:.2f}x, {each.figures['throttled_share']:.0%} of the window",
+        ("straggler engine-{n}", "waiting slots", "saturation bench"),
     ),
     "overload": Plant(
         overload,
@@ -400,6 +419,7 @@ PLANTS = {
             f"{each.figures['arrivals_per_s']:.1f}/s come, {each.figures['capacity_per_s']:.1f}/s at most, "
             f"knee {each.figures['knee_per_s']:.1f}/s"
         ),
+        ("waiting slots", "rejections bench"),
     ),
 }
 """By name, in the order they are played."""
@@ -523,6 +543,9 @@ def judge(name: str, number: int, planted: str, report: Report) -> Row:
     right = of_class[0] if of_class and told[of_class[0]][1].subject == subject else None
     finding = told[right][1] if right is not None else None
     failed = [result.analysis for result in report.results.values() if result.error]
+    others = [each for place, (_, each) in enumerate(told) if place != right]
+    beside = [each.format(n=number % ENGINES) for each in plant.beside]
+    is_fair = all(f"{each.kind} {each.subject}".strip() in beside for each in others)
     return Row(
         name=name,
         planted=planted,
@@ -530,9 +553,9 @@ def judge(name: str, number: int, planted: str, report: Report) -> Row:
         found=finding.text if finding else "-",
         rank=f"{right + 1} of {len(told)}" if right is not None else "-",
         told=plant.told(finding) if finding else "",
-        others=[f"{each.kind} {each.subject}: {each.text}" for i, (_, each) in enumerate(told) if i != right],
+        others=[f"{each.kind} {each.subject}: {each.text}" for each in others],
         requests=report.requests,
-        is_right=not failed and (finding is not None if plant.kinds else not told),
+        is_right=not failed and is_fair and (finding is not None or not plant.kinds),
     )
 
 
@@ -561,8 +584,7 @@ def main() -> int:
             show(row)
     else:
         rows = run(chosen)
-    if chosen.json:
-        chosen.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    write(chosen.json, rows)
     wrong = [row.name for row in rows if not row.is_right]
     print(
         f"\n{len(rows) - len(wrong)} of {len(rows)} reports were right" + f"; wrong: {', '.join(wrong)}" * bool(wrong)
@@ -589,7 +611,14 @@ def run(chosen: argparse.Namespace) -> list[Row]:
             rows.append(asyncio.run(play(name, chosen.seed - 1 + numbers[name], on)))
             numbers[name] += 1
             show(rows[-1])
+            write(chosen.json, rows)
     return rows
+
+
+def write(path: Path | None, rows: Sequence[Row]) -> None:
+    """All that was played so far, if anybody wants it in a file."""
+    if path is not None:
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
