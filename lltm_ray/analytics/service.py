@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import pyarrow as pa
@@ -101,9 +102,11 @@ class AnalyticsService:
             until_unix_s: their end; None: the newest row.
 
         Raises:
-            ConfigError: a window that is not positive.
+            ConfigError: a window that is no number or not positive, an end that is no number.
         """
-        part = self._part(window_s, None if until_unix_s is None else round(until_unix_s * 1e9))
+        if not isinstance(until_unix_s, Real | None):
+            raise ConfigError("until_unix_s", until_unix_s, "must be seconds since the epoch")
+        part = self._part(window_s, None if until_unix_s is None else round(float(until_unix_s) * 1e9))
         return self._on_engine(lambda engine: work(part.trace(engine)))
 
     def trace(self, window_s: float | None = None, until_unix_s: float | None = None) -> Trace:
@@ -155,8 +158,8 @@ class AnalyticsService:
             }
 
     def _part(self, window_s: float | None, until_unix_nano: int | None) -> _Part:
-        if window_s is not None and not window_s > 0:
-            raise ConfigError("window_s", window_s, "must be more than 0")
+        if window_s is not None and not (isinstance(window_s, Real) and window_s > 0):
+            raise ConfigError("window_s", window_s, "must be a number of seconds above 0")
         with self._lock:
             end = self._window.newest_unix_nano + 1 if until_unix_nano is None else until_unix_nano
             first = self._window.first_unix_nano
@@ -188,7 +191,7 @@ class AnalyticsService:
 
 def _check_order(before: tuple[float, float], after: tuple[float, float]) -> None:
     for name, window in (("before", before), ("after", after)):
-        is_pair = len(window) == 2 and all(isinstance(each, int | float) for each in window)
+        is_pair = isinstance(window, Sequence) and len(window) == 2 and all(isinstance(each, Real) for each in window)
         if not is_pair or not window[0] < window[1]:
             raise ConfigError(name, window, "must be start and end, in seconds since the epoch, the earlier first")
     if before[1] > after[0]:

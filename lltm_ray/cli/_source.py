@@ -45,7 +45,7 @@ def read_age(field: str, text: str) -> float:
     except (ValueError, KeyError):
         age_s = 0.0
     if not 0 < age_s < float("inf"):
-        raise ConfigError(field, text, "must be a number with s, m, h or d, as in 30m")
+        raise ConfigError(field, text, "must be a number above 0 with s, m, h or d, as in 30m")
     return age_s
 
 

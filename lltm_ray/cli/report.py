@@ -23,7 +23,8 @@ from lltm_ray.cli._source import (
     read_segments,
     service_of,
 )
-from lltm_ray.errors import ConfigError
+from lltm_ray.config import read_environment
+from lltm_ray.errors import ConfigError, FleetError
 
 if TYPE_CHECKING:
     from lltm_ray.analytics.compare import Comparison
@@ -70,6 +71,9 @@ def report(
         service = service_of(tables, engine, memory_gib, str(segments))
         answers = _ask(service, window_s, _read_windows(compare, service.newest_unix_nano / 1e9))
     else:
+        if (engine, memory_gib) != ("pandas", MEMORY_GIB):
+            why = "is for --segments; a fleet's is set by analytics.engine and analytics.gpu_share"
+            raise ConfigError("engine", f"{engine}, {memory_gib:g} GiB", why)
         with closing(_connect(name if address else fleet_meant(name), address)) as cluster:
             answers = _ask(cluster, window_s, _read_windows(compare, now_s))
     _show(*answers, html, json)
@@ -78,7 +82,13 @@ def report(
 def _connect(name: str, address: str | None) -> Cluster:
     from lltm_ray.driver import Cluster
 
-    return Cluster.connect(name, address=address)
+    try:
+        return Cluster.connect(name, address=address)
+    except (ConfigError, FleetError) as error:
+        left = read_environment().cache_dir / "telemetry" / name
+        if not left.is_dir():
+            raise
+        raise FleetError(f"{error.message}; what fleet {name!r} left is read with --segments {left}") from error
 
 
 def _ask(source: AnalyticsService | Cluster, window_s: float, windows: Windows) -> tuple[Report, Comparison | None]:

@@ -70,9 +70,9 @@ def summarize(
 ) -> Any:
     """Requests, errors, rates, tokens, and percentiles of latency, time to first token and queue time.
 
-    An error is whatever has an `error.type`, also what was refused or asked wrongly, and a client that left; reports
-    tell apart whose fault it was. Latency is of requests without an error; time to first token of those that streamed;
-    queue time (ours and llama-server's) of those that an engine was asked for. A request counts when it has ended.
+    Whatever has an `error.type` is an error, also what was refused; reports tell whose fault it was. Latency is of
+    requests without one; time to first token of those that streamed; queue time (ours and llama-server's) of those
+    that an engine was asked for. A request counts when it has ended.
 
     Args:
         tables: `requests` and `attempts`, as `read_since` gives them.

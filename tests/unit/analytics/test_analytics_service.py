@@ -267,3 +267,19 @@ def test_windows_that_are_none_or_out_of_order_are_told_apart(before, after, fie
     with pytest.raises(ConfigError) as told:
         service.compare(before, after)
     assert told.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (lambda service: service.report("10m"), r"window_s='10m': must be a number of seconds above 0"),
+        (lambda service: service.report(0), r"window_s=0: must be a number of seconds above 0"),
+        (lambda service: service.report(60, "now"), r"until_unix_s='now': must be seconds since the epoch"),
+        (lambda service: service.compare(1.0, (2.0, 3.0)), r"before=1\.0: must be start and end"),
+        (lambda service: service.compare((1.0, 2.0), ("3", 4.0)), r"after=\('3', 4\.0\): must be start and end"),
+    ],
+)
+def test_windows_of_wrong_types_are_told_by_field_and_value(ask, told):
+    service = AnalyticsService(AnalyticsConfig(), choose_engine("pandas"))
+    with pytest.raises(ConfigError, match=told):
+        ask(service)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from lltm_ray.cli import app
 from lltm_ray.cli.report import read_window
-from lltm_ray.errors import ConfigError
+from lltm_ray.errors import ConfigError, FleetError
 from lltm_ray.telemetry import segments as store
 from lltm_ray.telemetry.segments import Segments
 from tests.fleet_rows import START_UNIX_NANO, Plan, fleet_rows
@@ -84,3 +84,23 @@ def test_moments_are_ages_or_times_in_utc() -> None:
     for wrong in ("30m", "30m..60m", "now..now", "..", "soon..now"):
         with pytest.raises(ConfigError):
             read_window(wrong, now)
+
+
+def test_options_of_segments_are_refused_without_and_a_fleet_that_is_gone_is_told_with_what_it_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, address: str | None = None) -> None:
+        raise FleetError(f"no fleet {name!r} runs on {address}")
+
+    monkeypatch.setattr("lltm_ray.driver.Cluster.connect", refuse)
+    monkeypatch.setenv("LLTM_RAY_CACHE", str(tmp_path))
+    argv = ["report", "--name", "gone", "--address", "127.0.0.1:1"]
+    refused = CliRunner().invoke(app, [*argv, "--engine", "cudf"])
+    assert refused.exit_code == 2
+    assert "is for --segments" in " ".join(refused.stderr.split())
+    assert "--segments" not in CliRunner().invoke(app, argv).stderr
+    left = tmp_path / "telemetry" / "gone"
+    left.mkdir(parents=True)
+    told = CliRunner().invoke(app, argv)
+    assert told.exit_code == 1
+    assert f"--segments{left}" in "".join(told.stderr.split())
