@@ -70,9 +70,8 @@ def summarize(
 ) -> Any:
     """Requests, errors, rates, tokens, and percentiles of latency, time to first token and queue time.
 
-    Whatever has an `error.type` is an error, also what was refused; reports tell whose fault it was. Latency is of
-    requests without one; time to first token of those that streamed; queue time (ours and llama-server's) of those
-    that an engine was asked for. A request counts when it has ended.
+    Latency is of requests without an `error.type`, which refused ones have, too; time to first token of those that
+    streamed; queue time (here and in llama-server) of those that an engine was asked for; all of requests that ended.
 
     Args:
         tables: `requests` and `attempts`, as `read_since` gives them.
