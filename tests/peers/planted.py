@@ -260,17 +260,18 @@ def token_ms(replies: Sequence[Reply], tenants: Sequence[str] = TENANTS[:3]) -> 
 # --- plays: each plants something, and says what
 
 
+CALM = (
+    *((2.0, 3, SHORT, False), (RATE, 0, SHORT, True), (2.5, 4, SHORT, False), (LASTING_RATE, 0, LASTING, False)),
+    *((1.0, 6, SHORT, False), (3.0, 2, SHORT, False), (0.5, 1, SHORT, False), (4.0, 0, SHORT, False)),
+)
+"""Chats a second, conversations, tokens of a chat's answer, whether chats name engines in turn."""
+
+
 async def clean(office: Office, number: int) -> str:
     """Nothing: another load each time, some of them those of the plays below without their faults."""
-    seconds = office.fleet.seconds
-    rate, sessions = ((2.0, 3), (RATE, 0), (2.5, 4), (LASTING_RATE, 0), (1.0, 6), (3.0, 2), (0.5, 1), (4.0, 0))[
-        number % 8
-    ]
-    engines = in_turn() if rate == RATE else lambda: ""
+    seconds, (rate, sessions, lengths, is_pinned) = office.fleet.seconds, CALM[number % len(CALM)]
     async with asyncio.TaskGroup() as group:
-        group.create_task(
-            office.chats(rate, seconds, engines, LASTING if rate == LASTING_RATE and not sessions else SHORT)
-        )
+        group.create_task(office.chats(rate, seconds, in_turn() if is_pinned else lambda: "", lengths))
         group.create_task(office.talks(sessions, seconds))
     return f"{rate:g} chats/s, {sessions} conversations, {token_ms(office.replies):.2f} ms a token"
 
