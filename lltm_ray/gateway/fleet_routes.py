@@ -30,6 +30,8 @@ _UP = (
     b"# TYPE lltm_telemetry_up gauge\nlltm_telemetry_up %d\n"
 )
 _LOADING = b'{"error":{"message":"Loading model","type":"unavailable_error","code":503}}'
+_DRAINED = b'{"error":{"message":"All engines were drained","type":"unavailable_error","code":503}}'
+"""To anybody, so it names none of them; requests are told which, and how to open it again."""
 
 
 class FleetRoutes:
@@ -70,14 +72,11 @@ class FleetRoutes:
     async def _health(self, request: Request) -> None:
         """200 if a request for some model is served or starts an engine, so that a balancer sends it here."""
         first = {engine.model: engine.name for engine in self._router.ready()}
-        closed = [why for why in map(self._router.unserved, first.values()) if why]
-        if len(closed) < len(first) or any(map(self._comes_on_demand, self._router.models())):
+        is_served = any(not self._router.unserved(name) for name in first.values())
+        if is_served or any(map(self._comes_on_demand, self._router.models())):
             await request.reply(200, b'{"status":"ok"}')
-        elif closed:
-            error = {"message": "; ".join(closed), "type": "unavailable_error", "code": 503}
-            await request.reply_json({"error": error}, 503)
         else:
-            await request.reply(503, _LOADING)
+            await request.reply(503, _DRAINED if first else _LOADING)
 
     def _comes_on_demand(self, model: str) -> bool:
         info = self._router.model_info(model)
